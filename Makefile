@@ -1,0 +1,41 @@
+# Everything runs in .venv, made with the first Python >= 3.11 found; PYTHON=... picks another.
+PYTHON ?= python3
+# The CuPy wheel that fits torch's CUDA version (cuda12 or cuda13) and the test tools.
+EXTRAS ?= cuda13,dev
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo     install into .venv, train on handwritten digits, evaluate (no download, no GPU needed)"
+	@echo "make test     install into .venv, lint, run all tests"
+	@echo "make format   let ruff rewrite the sources"
+	@echo "make clean    remove .venv and the demo's run folder"
+	@echo "EXTRAS=cuda12,dev picks CuPy for CUDA 12, EXTRAS=dev leaves CuPy out; PYTHON=python3.12 picks the interpreter"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml gac/version.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gac needs Python >= 3.11, $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@echo '$(EXTRAS)' > $@
+
+demo: install
+	$(RUN) train.py --config configs/digits.yaml --output runs/digits
+	$(RUN) eval.py --checkpoint runs/digits/best.pt
+
+test: install lint
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: install
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) runs/digits

@@ -1,0 +1,124 @@
+"""The configuration of a run: these dataclasses are its single source.
+
+YAML files, command-line overrides, ``--help`` and the configuration stored in a checkpoint are all read off
+them (:mod:`gac.cli`). Every default that is not the authors' says so.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Coding = Literal["gac", "direct", "rate", "latency", "phase"]
+
+
+@dataclass
+class DataConfig:
+    """The data set and its augmentation."""
+
+    name: Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"] = "cifar10"
+    """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train, y_train,
+    x_test, y_test), imagefolder (train/ and val/ with one folder per class) or synthetic (random pixels)."""
+    root: str = "data"
+    """Folder of the data set; for npz the file itself. Not used by digits and synthetic."""
+    download: bool = False
+    """Let torchvision download CIFAR into root when it is not there."""
+    crop_padding: int = 4
+    """Random crop: pixels of black padding on each side before cropping back to the image size; 0 turns it off."""
+    horizontal_flip: bool = True
+    """Flip each training image left to right with probability 1/2."""
+    image_size: int = 224
+    """Side of the images in pixels that imagefolder crops to and synthetic makes."""
+    resize: int = 256
+    """imagefolder: length in pixels that the shorter side of a test image is resized to before the centre crop."""
+    auto_augment: bool = False
+    """imagefolder: apply torchvision's AutoAugment (ImageNet policy) to training images."""
+    workers: int = 8
+    """imagefolder: processes that decode images."""
+    synthetic_classes: int = 10
+    """synthetic: number of classes."""
+    synthetic_images: int = 512
+    """synthetic: number of training images; the test set has a quarter of them."""
+
+
+@dataclass
+class ModelConfig:
+    """The network and how an image becomes spikes."""
+
+    name: str = "gac_msresnet18_cifar"
+    """Name of the network, one of gac.list_models()."""
+    coding: Coding | None = None
+    """How an image becomes spikes: gac (gated attention coding), direct, rate (Poisson), latency or phase
+    (weighted phase). Default: gac for names that begin with gac_, direct for the others."""
+    T: int = 6
+    """Number of time steps."""
+    width: int = 64
+    """Channels of the stem; the stages have fixed multiples of it."""
+    depth: list[int] | None = None
+    """Blocks in each stage. Default: the network's own, for example [3, 3, 2] for gac_msresnet18_cifar."""
+    neuron: Literal["cifar", "imagenet"] | None = None
+    """LIF preset: cifar (decay 0.5, threshold 1, triangle) or imagenet (decay 0.25, threshold 0.5, rectangle,
+    detached reset). Default: the one the authors use with this network."""
+    kernel_size: int = 4
+    """Gated attention: side of the spatial-channel convolutions in pixels."""
+    reduction: int = 2
+    """Gated attention: the temporal branch has max(1, T // reduction) hidden units."""
+    temporal_init: Literal["default", "alive"] = "default"
+    """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit starts
+    dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
+    backend: Literal["auto", "cupy", "torch"] = "auto"
+    """What runs the neurons: cupy (CUDA kernels of this package), torch (SpikingJelly's own execution) or auto
+    (cupy on a CUDA device where CuPy works, else torch)."""
+
+
+@dataclass
+class TrainConfig:
+    """Optimiser, schedule, loss and numerics."""
+
+    epochs: int = 250
+    """Number of passes over the training set."""
+    batch_size: int = 64
+    """Images per optimiser step."""
+    learning_rate: float = 0.1
+    """SGD learning rate at the start; a cosine takes it to 0 over the epochs."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    nesterov: bool = False
+    """Use Nesterov momentum (the authors do not)."""
+    weight_decay: float = 5e-5
+    """L2 penalty on all parameters alike, as the authors' code has it."""
+    schedule_step: Literal["epoch", "batch"] = "epoch"
+    """Lower the learning rate after every epoch, as the authors do, or after every batch."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly to its full value (the authors have none)."""
+    loss: Literal["mean", "tet"] = "mean"
+    """Cross entropy of the outputs' mean over time, or TET: the mean over time of the cross entropies."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    cutmix: Literal["off", "epoch", "batch"] = "epoch"
+    """CutMix: decide once per epoch whether all its batches are mixed, as the authors' code does, or once per
+    batch, as CutMix is usually applied."""
+    cutmix_probability: float = 0.5
+    """Probability that the decision says yes."""
+    cutmix_beta: float = 1.0
+    """Parameter of the Beta(beta, beta) distribution that the mixing ratio is drawn from."""
+    amp: Literal["off", "fp16", "bf16"] = "off"
+    """Automatic mixed precision: off (float32), fp16 (with loss scaling) or bf16."""
+    channels_last: bool = True
+    """Keep activations in channels_last memory order on a CUDA device."""
+    seed: int = 1000
+    """Seed of the initial weights, data order, augmentation and CutMix; 1000 is the authors'."""
+    eval_batch_size: int = 256
+    """Images per batch in evaluation."""
+
+
+@dataclass
+class Config:
+    """Everything that decides the result of a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data set and its augmentation."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network and how an image becomes spikes."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimiser, schedule, loss and numerics."""
+    device: str = "auto"
+    """Device to run on: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N."""
