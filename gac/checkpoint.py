@@ -1,0 +1,177 @@
+"""Checkpoints: ours are written atomically, the authors' are read as they are, neither can run code."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gac import authors_format
+from gac.errors import InputError
+from gac.files import atomic_write
+from gac.models import create_model
+from gac.models.ms_resnet import MSResNet
+
+FORMAT = "gac-checkpoint-1"
+DEFAULT_T = 6
+
+
+def write_checkpoint(path: str | os.PathLike, payload: dict) -> None:
+    """Write a checkpoint of our format so that ``path`` always holds a complete one.
+
+    ``payload`` needs "model" (state dict), "config" (resolved, as nested dicts), "num_classes" and "in_channels";
+    train.py adds epoch, step, metrics, versions and, to resume from, training.
+    """
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, **payload}, file)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Return what a checkpoint file holds, on the CPU.
+
+    Only tensors and plain containers are read (``weights_only=True``): a file that would run code is refused.
+
+    Raises:
+        InputError: For a file that is missing, damaged, holds other Python objects or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: cannot be opened: {error.strerror}") from error
+    try:
+        with file:
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise InputError(
+                f"checkpoint {path}: holds Python objects other than tensors, which could run code, and was not"
+                " loaded; save model.state_dict() instead"
+            ) from error
+        raise InputError(f"checkpoint {path}: damaged or not a PyTorch file") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        # What torch.load raises for truncated and foreign files depends on where they end.
+        raise InputError(f"checkpoint {path}: damaged or not a PyTorch file") from error
+    if not isinstance(payload, dict):
+        raise InputError(f"checkpoint {path}: holds a {type(payload).__name__}, expected a dict")
+    if payload.get("format", FORMAT) != FORMAT:
+        raise InputError(
+            f"checkpoint {path}: format {payload['format']!r} is not known to this version, which reads {FORMAT!r}"
+        )
+    return payload
+
+
+def load_checkpoint(
+    path: str | os.PathLike, map_location: str | torch.device = "cpu", T: int | None = None
+) -> MSResNet:
+    """Return the network of a checkpoint in evaluation mode; the file may be ours or the authors'.
+
+    Args:
+        path: A file of train.py, or a state dict in the authors' or our names, also with DataParallel's prefix.
+        map_location: Device of the network.
+        T: Number of time steps for networks without gated attention, whose weights do not fix it; by default the
+            one it was trained with, or 6 where the file does not say.
+
+    Raises:
+        InputError: For a file that cannot be read, for missing, unknown or ill-shaped tensors, and for a T that
+            contradicts the weights.
+    """
+    payload = read_checkpoint(path)
+    try:
+        return build_network(payload, T).to(map_location).eval()
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
+
+
+def is_ours(payload: dict) -> bool:
+    """Return whether a checkpoint's content is of our format, with its configuration."""
+    return "format" in payload
+
+
+def build_network(payload: dict, T: int | None = None) -> MSResNet:
+    """Return the network that the content of a checkpoint describes, with its weights, on the CPU."""
+    if is_ours(payload):
+        state = payload["model"]
+        arguments = dict(payload["config"]["model"])
+        arguments.update(num_classes=payload["num_classes"], in_channels=payload["in_channels"])
+        if T is not None:
+            arguments["T"] = T
+    else:
+        state = _bare_state(payload)
+        arguments = _infer_arguments(state)
+        arguments.setdefault("T", DEFAULT_T if T is None else T)
+    # What ran the neurons elsewhere does not matter here.
+    arguments["backend"] = "auto"
+    squeeze = state.get("coding.gate.temporal.squeeze.weight")
+    if squeeze is not None and T is not None and squeeze.shape[1] != T:
+        raise InputError(f"T={T} was asked for, but its gated attention is made for T={squeeze.shape[1]}")
+    net = create_model(**arguments)
+    _load_weights(net, state)
+    return net
+
+
+def _bare_state(payload: dict) -> dict[str, Tensor]:
+    state = payload.get("state_dict", payload)
+    not_tensors = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if not state or not_tensors:
+        raise InputError(
+            f"expected a file of train.py or a state dict of tensors, got other entries: {', '.join(not_tensors)}"
+            if state
+            else "holds nothing"
+        )
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state) if "stem.conv.weight" in state else authors_format.convert(state)
+
+
+def _infer_arguments(state: dict[str, Tensor]) -> dict:
+    """Return the arguments of create_model that the names and shapes of our state dict imply."""
+    missing = [key for key in ("stem.conv.weight", "head.weight") if key not in state]
+    if missing:
+        raise InputError(f"not a checkpoint of these networks, missing keys: {', '.join(missing)}")
+    width, in_channels, kernel, _ = state["stem.conv.weight"].shape
+    blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
+    stages = sorted({int(stage) for stage, _ in blocks})
+    depth = [sum(int(s) == stage for s, _ in blocks) for stage in stages]
+    names = {(3, 3): "msresnet18_cifar", (7, 4): "msresnet34" if depth == [3, 4, 6, 3] else "msresnet18"}
+    if (kernel, len(depth)) not in names:
+        raise InputError(
+            f"not a checkpoint of these networks: the stem has a {kernel}x{kernel} kernel and there are {len(depth)}"
+            " stages, expected 3x3 and 3 (CIFAR) or 7x7 and 4 (ImageNet)"
+        )
+    arguments = {
+        "name": names[kernel, len(depth)],
+        "num_classes": state["head.weight"].shape[0],
+        "in_channels": in_channels,
+        "width": width,
+        "depth": depth,
+        "coding": "direct",
+    }
+    if "coding.gate.temporal.squeeze.weight" in state:
+        hidden, T = state["coding.gate.temporal.squeeze.weight"].shape
+        arguments.update(coding="gac", T=T, reduction=T // hidden)
+        arguments["name"] = f"gac_{arguments['name']}"
+        if "coding.gate.spatial_channel.conv1.weight" in state:
+            arguments["kernel_size"] = state["coding.gate.spatial_channel.conv1.weight"].shape[-1]
+    return arguments
+
+
+def _load_weights(net: MSResNet, state: dict[str, Tensor]) -> None:
+    expected = net.state_dict()
+    problems = {
+        "missing keys": [key for key in expected if key not in state],
+        "unknown keys": [key for key in state if key not in expected],
+        "wrong shapes": [
+            f"{key} {list(value.shape)} instead of {list(expected[key].shape)}"
+            for key, value in state.items()
+            if key in expected and value.shape != expected[key].shape
+        ],
+    }
+    found = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    if found:
+        raise InputError("; ".join(found))
+    net.load_state_dict(state)

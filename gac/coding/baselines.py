@@ -1,0 +1,54 @@
+"""The codings that the paper compares with, through SpikingJelly's encoders."""
+
+import torch
+from spikingjelly.activation_based import base, encoding
+from torch import Tensor, nn
+
+from gac.errors import InputError
+
+
+class BaselineCoding(nn.Module, base.MultiStepModule):
+    """Turn an image into a spike train of T time steps with one of SpikingJelly's encoders.
+
+    rate: Poisson, a pixel of intensity p spikes with probability p at each step. latency: one spike per pixel, the
+    earlier the brighter (linear). phase: weighted phase, the first T binary digits of the intensity times
+    1 - 2^-T (the encoder's range ends there); the spikes are passed on as 0 and 1 without their weights.
+
+    Input: images [B, C, H, W] with intensities in [0, 1] (not standardised). Output: [T, B, C, H, W] of 0 and 1.
+
+    Raises:
+        InputError: For an unknown coding, latency with T = 1 and intensities outside [0, 1].
+    """
+
+    def __init__(self, coding: str, T: int) -> None:
+        super().__init__()
+        self.step_mode = "m"
+        self.coding = coding
+        self.T = T
+        if coding == "rate":
+            self.encoder = encoding.PoissonEncoder(step_mode="m")
+        elif coding == "latency":
+            if T < 2:
+                raise InputError("latency coding needs T >= 2: in one time step every pixel would spike")
+            self.encoder = encoding.LatencyEncoder(T, step_mode="m")
+        elif coding == "phase":
+            self.encoder = encoding.WeightedPhaseEncoder(T, step_mode="m")
+        else:
+            raise InputError(f"coding must be one of rate, latency, phase, got {coding!r}")
+
+    def extra_repr(self) -> str:
+        return f"coding={self.coding}, T={self.T}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        low, high = torch.aminmax(images)
+        if low < 0 or high > 1:
+            raise InputError(
+                f"{self.coding} coding takes intensities in [0, 1], got [{low.item():.3g}, {high.item():.3g}]: "
+                "give it images that are not standardised"
+            )
+        if self.coding == "phase":
+            images = images * (1 - 2.0**-self.T)
+        repeated = images.expand(self.T, *images.shape)
+        if isinstance(self.encoder, encoding.StatefulEncoder):
+            self.encoder.reset()
+        return self.encoder(repeated).to(images.dtype)

@@ -1,0 +1,62 @@
+"""Batches of images that lie on the device as bytes: an epoch copies only its order from the host."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gac.data.array_set import Split
+from gac.data.augment import CropAndFlip
+from gac.data.interface import check_start
+from gac.data.normalization import Normalization
+from gac.data.seeding import Stream, derive_seed, epoch_order
+
+
+class ArrayLoader:
+    """A :class:`gac.data.Loader` over images on ``device``.
+
+    With ``shuffle`` the order is a function of (seed, epoch), otherwise it is the arrays'. ``augment`` gets a
+    generator on the device seeded by (seed, epoch, batch number): the same pixels at every visit, though CPU
+    and CUDA generators draw different numbers from one seed. Producing a batch never waits for the device.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        normalization: Normalization,
+        device: torch.device,
+        seed: int,
+        shuffle: bool,
+        augment: CropAndFlip | None,
+    ) -> None:
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.size = len(split.images)
+        self.batch_size = batch_size
+        self.normalization = normalization
+        self.seed = seed
+        self.shuffle = shuffle
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`gac.data.Loader.epoch`."""
+        check_start(start, len(self))
+        return self._batches(epoch, start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.images.device
+        order = epoch_order(self.size, self.seed, epoch).to(device) if self.shuffle else None
+        generator = torch.Generator(device)
+        for batch in range(start, len(self)):
+            span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            chosen = span if order is None else order[span]
+            images = self.images[chosen]
+            if self.augment is not None:
+                generator.manual_seed(derive_seed(self.seed, Stream.BATCH_AUGMENTATION, epoch, batch))
+                images = self.augment(images, generator)
+            yield self.normalization(images), self.labels[chosen]

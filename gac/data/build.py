@@ -1,0 +1,153 @@
+"""From the configuration to loaders."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+from gac.config import DataConfig
+from gac.data.array_loader import ArrayLoader
+from gac.data.array_set import ArraySet
+from gac.data.augment import CropAndFlip
+from gac.data.cifar import load_cifar
+from gac.data.digits import load_digits
+from gac.data.image_folder import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageFolderLoader,
+    evaluation_transform,
+    open_folders,
+    train_transform,
+)
+from gac.data.interface import Data, DataInfo, Loader
+from gac.data.normalization import Normalization
+from gac.data.npz import load_npz
+from gac.data.synthetic import load_synthetic
+from gac.errors import InputError
+
+_SPLITS = ("train", "test")
+
+
+def build_data(
+    config: DataConfig,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    eval_batch_size: int,
+    seed: int,
+    normalize: bool = True,
+    splits: Collection[Literal["train", "test"]] = _SPLITS,
+) -> Data:
+    """Open a data set and make the loaders of the splits asked for.
+
+    Training batches are shuffled and augmented as functions of ``seed`` and the position in the run; test
+    batches are the images in their fixed order. ``normalize`` subtracts the set's mean and divides by its
+    standard deviation, both in ``info``; without it images are intensities in [0, 1], which rate, latency and
+    phase coding need. With ``splits=("test",)`` a training part may be missing. Raises InputError if the data
+    set cannot be used, with what is missing or wrong in it, or an argument is out of range.
+    """
+    _check_arguments(batch_size, eval_batch_size, seed, splits)
+    device = torch.device(device)
+    if config.name == "imagefolder":
+        folders = open_folders(config.root, splits)
+        info = _folders_info(config, folders)
+    else:
+        arrays = _load_arrays(config, splits)
+        info = _arrays_info(config, arrays, splits)
+    if not normalize:
+        info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
+    normalization = Normalization(info.mean, info.std, device)
+
+    def loader(split: str) -> Loader | None:
+        if split not in splits:
+            return None
+        training = split == "train"
+        options = {
+            "batch_size": batch_size if training else eval_batch_size,
+            "normalization": normalization,
+            "device": device,
+            "seed": seed,
+            "shuffle": training,
+        }
+        if config.name == "imagefolder":
+            transform = train_transform(config) if training else evaluation_transform(config)
+            return ImageFolderLoader(folders[split], transform, workers=config.workers, **options)
+        return ArrayLoader(
+            arrays.splits[split], augment=_augmentation(config) if training else None, **options
+        )
+
+    return Data(train=loader("train"), test=loader("test"), info=info)
+
+
+def _check_arguments(batch_size: int, eval_batch_size: int, seed: int, splits: Collection[str]) -> None:
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("eval_batch_size", eval_batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}; got {value}")
+    if not splits or not set(splits) <= set(_SPLITS):
+        raise InputError(f"splits must be train, test or both; got {', '.join(splits) or 'none'}")
+
+
+def _load_arrays(config: DataConfig, splits: Collection[str]) -> ArraySet:
+    match config.name:
+        case "digits":
+            return load_digits()
+        case "cifar10":
+            return load_cifar(CIFAR10, config.root, download=config.download, splits=splits)
+        case "cifar100":
+            return load_cifar(CIFAR100, config.root, download=config.download, splits=splits)
+        case "npz":
+            return load_npz(config.root, splits)
+        case "synthetic":
+            return load_synthetic(
+                images=config.synthetic_images,
+                classes=config.synthetic_classes,
+                image_size=config.image_size,
+            )
+        case _:
+            raise AssertionError(f"{config.name} is not held as arrays")
+
+
+def _augmentation(config: DataConfig) -> CropAndFlip | None:
+    if config.crop_padding or config.horizontal_flip:
+        return CropAndFlip(config.crop_padding, config.horizontal_flip)
+    return None
+
+
+def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) -> DataInfo:
+    sizes = {split: len(arrays.splits[split].labels) for split in splits}
+    channels, height, width = next(iter(arrays.splits.values())).images.shape[1:]
+    return DataInfo(
+        name=config.name,
+        num_classes=arrays.num_classes,
+        channels=channels,
+        height=height,
+        width=width,
+        class_names=arrays.class_names,
+        train_size=sizes.get("train"),
+        test_size=sizes.get("test"),
+        mean=arrays.mean,
+        std=arrays.std,
+    )
+
+
+def _folders_info(config: DataConfig, folders: Mapping[str, ImageFolder]) -> DataInfo:
+    sizes = {split: len(folder) for split, folder in folders.items()}
+    class_names = tuple(next(iter(folders.values())).classes)
+    return DataInfo(
+        name=config.name,
+        num_classes=len(class_names),
+        channels=3,
+        height=config.image_size,
+        width=config.image_size,
+        class_names=class_names,
+        train_size=sizes.get("train"),
+        test_size=sizes.get("test"),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )

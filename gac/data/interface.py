@@ -1,0 +1,67 @@
+"""What the rest of the package sees of a data set, whichever kind it is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from gac.errors import InputError
+
+
+class Loader(Protocol):
+    """One split of a data set, in batches on one device.
+
+    ``size`` is the number of images, ``len(loader)`` the number of batches in an epoch. Every epoch has each
+    image exactly once, so the last batch may be smaller.
+    """
+
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches ``start, start + 1, ...`` of an epoch, the same whether or not earlier ones were asked for.
+
+        Yields images, float32 [B, C, H, W], and labels, int64 [B]. Raises InputError at once if ``start`` is
+        not in [0, len(loader)].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Facts about a data set.
+
+    Images are yielded as (pixels - mean) / std with pixels in [0, 1], one mean and std per channel; without
+    normalisation mean is 0 and std is 1. ``train_size`` or ``test_size`` is None for a split not asked for.
+    """
+
+    name: str
+    num_classes: int
+    channels: int
+    height: int
+    width: int
+    class_names: tuple[str, ...] | None
+    train_size: int | None
+    test_size: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: its loaders (None for a split not asked for) and the facts about it."""
+
+    train: Loader | None
+    test: Loader | None
+    info: DataInfo
+
+
+def check_start(start: int, batches: int) -> None:
+    """Raise InputError unless an epoch of ``batches`` batches can begin at batch number ``start``."""
+    if not 0 <= start <= batches:
+        raise InputError(
+            f"an epoch of {batches} batches cannot begin at batch {start}; allowed are 0 to {batches}: "
+            "resume with the data set and batch size that the run was started with"
+        )

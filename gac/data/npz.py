@@ -1,0 +1,219 @@
+"""Any small image set as one .npz file, in Keras's layout."""
+
+import zipfile
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gac.data.array_set import ArraySet, Split
+from gac.data.normalization import pixel_statistics
+from gac.errors import InputError
+
+_MAX_CHANNELS = 4
+_LAYOUT = (
+    "x_train and x_test are uint8 [N, H, W, C] or [N, H, W], y_train and y_test whole numbers [N]; optional "
+    "are classes (names), mean and std"
+)
+
+
+def load_npz(path: str, splits: Collection[str]) -> ArraySet:
+    """Images from arrays x_train, y_train, x_test, y_test in one .npz file.
+
+    x is uint8 [N, H, W, C] (C at most 4) or [N, H, W]; y is any integer type, [N] or [N, 1]; the optional
+    classes [K] are the names of the classes 0 to K - 1. Only the arrays that ``splits`` need are read.
+    Training and evaluation must normalise alike, so mean and std are always the training images': the arrays
+    mean and std [C] (white being 1) if the file holds them, else computed from x_train. Without classes the
+    number of classes is the largest label of y_train and y_test plus one. Raises InputError for a file that
+    is not so.
+    """
+    with _Archive(Path(path).expanduser()) as archive:
+        arrays = {split: _read_split(archive, split) for split in splits}
+        shapes = {split: tuple(part.images.shape[1:]) for split, part in arrays.items()}
+        if len(set(shapes.values())) > 1:
+            raise InputError(
+                f"{archive.path}: images of x_train have shape [C, H, W] = {list(shapes['train'])}, those of "
+                f"x_test {list(shapes['test'])}; all images of a set must have one shape"
+            )
+        class_names = _read_class_names(archive)
+        num_classes = len(class_names) if class_names else _count_classes(archive, arrays)
+        for split, part in arrays.items():
+            _check_labels(archive, f"y_{split}", part.labels, num_classes)
+        mean, std = _read_statistics(archive, arrays)
+    return ArraySet(
+        splits=arrays,
+        num_classes=num_classes,
+        class_names=class_names,
+        mean=mean,
+        std=std,
+    )
+
+
+class _Archive:
+    """An open .npz file whose reading errors are InputErrors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> "_Archive":
+        if not self.path.is_file():
+            raise InputError(f"there is no file {self.path}; name an .npz file with --data.root ({_LAYOUT})")
+        try:
+            opened = np.load(self.path, allow_pickle=False)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{self.path} is not a readable .npz file ({error}); write it with numpy.savez"
+            ) from error
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise InputError(
+                f"{self.path} holds a single array (.npy); write an .npz file with numpy.savez ({_LAYOUT})"
+            )
+        self._file = opened
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file.files
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self:
+            held = ", ".join(self._file.files) or "nothing"
+            raise InputError(f"{self.path} has no array {name}; it holds {held} ({_LAYOUT})")
+        try:
+            return self._file[name]
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(
+                f"{self.path}: array {name} cannot be read ({error}); write the file again"
+            ) from error
+
+
+def _read_split(archive: _Archive, split: str) -> Split:
+    images = _read_images(archive, f"x_{split}")
+    labels = _read_labels(archive, f"y_{split}")
+    if len(images) != len(labels):
+        raise InputError(
+            f"{archive.path}: x_{split} has {len(images)} images and y_{split} {len(labels)} labels; "
+            "every image needs one label"
+        )
+    return Split(images, labels)
+
+
+def _read_images(archive: _Archive, name: str) -> torch.Tensor:
+    array = archive.read(name)
+    if array.dtype != np.uint8:
+        raise InputError(
+            f"{archive.path}: {name} is {array.dtype}; images must be uint8 with black 0 and white 255: "
+            "scale values in [0, 1] by (x * 255).round().astype('uint8')"
+        )
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or 0 in array.shape:
+        raise InputError(
+            f"{archive.path}: {name} has shape {list(array.shape)}; images are [N, H, W, C] or [N, H, W], "
+            "none of them 0"
+        )
+    if array.shape[3] > _MAX_CHANNELS:
+        raise InputError(
+            f"{archive.path}: {name} has shape {list(array.shape)}, whose last axis, the channels, may be 1 "
+            f"to {_MAX_CHANNELS}; turn arrays [N, C, H, W] with x.transpose(0, 2, 3, 1)"
+        )
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+
+
+def _read_labels(archive: _Archive, name: str) -> torch.Tensor:
+    array = archive.read(name)
+    if array.dtype.kind not in "iu":
+        raise InputError(
+            f"{archive.path}: {name} is {array.dtype}; labels must be whole numbers of an integer type"
+        )
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise InputError(
+            f"{archive.path}: {name} has shape {list(array.shape)}; labels are [N] or [N, 1], one class "
+            "number an image"
+        )
+    if (array < 0).any():
+        raise InputError(f"{archive.path}: {name} has the label {array.min()}; the first class is 0")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _read_class_names(archive: _Archive) -> tuple[str, ...] | None:
+    if "classes" not in archive:
+        return None
+    array = archive.read("classes")
+    if array.ndim != 1 or array.dtype.kind != "U" or not len(array):
+        raise InputError(
+            f"{archive.path}: classes is {array.dtype} of shape {list(array.shape)}; it must be a list of "
+            "names, str [K]"
+        )
+    return tuple(array.tolist())
+
+
+def _count_classes(archive: _Archive, arrays: dict[str, Split]) -> int:
+    if "y_train" not in archive:
+        raise InputError(
+            f"{archive.path} has neither classes nor y_train, and the labels of the test images alone do not "
+            "tell the number of classes; add the array classes, the names"
+        )
+    labels = [
+        arrays[split].labels if split in arrays else _read_labels(archive, f"y_{split}")
+        for split in ("train", "test")
+        if f"y_{split}" in archive
+    ]
+    return max(int(part.max()) for part in labels if len(part)) + 1
+
+
+def _check_labels(archive: _Archive, name: str, labels: torch.Tensor, num_classes: int) -> None:
+    highest = int(labels.max())
+    if highest >= num_classes:
+        raise InputError(
+            f"{archive.path}: {name} has the label {highest}, but classes names only {num_classes}: labels "
+            f"must be 0 to {num_classes - 1}"
+        )
+
+
+def _read_statistics(
+    archive: _Archive, arrays: dict[str, Split]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    channels = next(iter(arrays.values())).images.shape[1]
+    if "mean" in archive or "std" in archive:
+        return _read_numbers(archive, "mean", channels), _read_numbers(archive, "std", channels)
+    if "train" not in arrays and "x_train" not in archive:
+        raise InputError(
+            f"{archive.path} has neither x_train nor mean and std, and images are normalised by the training "
+            "images' statistics; add the arrays mean and std, one number per channel with white being 1"
+        )
+    images = arrays["train"].images if "train" in arrays else _read_images(archive, "x_train")
+    if images.shape[1] != channels:
+        raise InputError(
+            f"{archive.path}: x_train has {images.shape[1]} channels and x_test {channels}; all images of a "
+            "set must have one shape"
+        )
+    mean, std = pixel_statistics(images)
+    if 0 in std:
+        raise InputError(
+            f"{archive.path}: all pixels of x_train are equal in channel {std.index(0)}, which cannot be "
+            "normalised; remove the channel, or add the arrays mean and std"
+        )
+    return mean, std
+
+
+def _read_numbers(archive: _Archive, name: str, channels: int) -> tuple[float, ...]:
+    array = archive.read(name)
+    allowed = "in [0, 1]" if name == "mean" else "in (0, 1]"
+    if (
+        array.shape != (channels,)
+        or array.dtype.kind != "f"
+        or not np.all((array >= 0) & (array <= 1))
+        or (name == "std" and 0 in array)
+    ):
+        raise InputError(
+            f"{archive.path}: {name} is {array.dtype} {array.tolist()}; it must be {channels} floating-point "
+            f"numbers {allowed}, one per channel with white being 1"
+        )
+    return tuple(array.tolist())

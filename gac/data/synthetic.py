@@ -1,0 +1,31 @@
+"""Random images for benchmarks and smoke tests."""
+
+import math
+
+import torch
+
+from gac.data.array_set import ArraySet, Split
+
+_SEED = 0
+_CHANNELS = 3
+
+
+def load_synthetic(*, images: int, classes: int, image_size: int) -> ArraySet:
+    """Uniformly random uint8 images [3, image_size, image_size] with random labels, the same in every run.
+
+    ``images`` to train on, at least 4, and a quarter as many to test.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def split(size: int) -> Split:
+        shape = (size, _CHANNELS, image_size, image_size)
+        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        return Split(pixels, torch.randint(classes, (size,), generator=generator))
+
+    return ArraySet(
+        splits={"train": split(images), "test": split(images // 4)},
+        num_classes=classes,
+        class_names=None,
+        mean=(0.5,) * _CHANNELS,
+        std=(math.sqrt((256**2 - 1) / 12) / 255,) * _CHANNELS,  # of the uniform distribution on 0..255
+    )

@@ -1,0 +1,233 @@
+"""MS-ResNet, the membrane-shortcut residual network, with gated attention coding or a baseline coding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import base, functional
+from torch import Tensor, nn
+
+from gac.coding.baselines import BaselineCoding
+from gac.coding.gated import GatedAttentionCoding, TemporalInit
+from gac.config import Coding
+from gac.errors import InputError
+from gac.neuron import PRESETS, Backend, LIFNode
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the CIFAR and the ImageNet networks of the authors do differently."""
+
+    stem_kernel: int
+    stem_stride: int
+    widths: tuple[int, ...]
+    """Channels of the stages as multiples of the stem's."""
+    strides: tuple[int, ...]
+    neuron: Literal["cifar", "imagenet"]
+
+
+CIFAR = Family(3, 1, widths=(2, 4, 8), strides=(1, 2, 2), neuron="cifar")
+IMAGENET = Family(7, 2, widths=(1, 2, 4, 8), strides=(2, 2, 2, 2), neuron="imagenet")
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that can take one frame for T equal ones.
+
+    Mean and variance of T equal frames are those of one; only the factor n / (n - 1) of the running variance
+    differs, and ``repeats=T`` gives it the n of T frames. Input and output [B, C, H, W].
+    """
+
+    def forward(self, x: Tensor, repeats: int = 1) -> Tensor:
+        if repeats == 1 or not self.training:
+            return super().forward(x)
+        n = x.numel() // x.shape[1]
+        mean, unbiased = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
+        y = F.batch_norm(x, mean, unbiased, self.weight, self.bias, True, 1.0, self.eps)
+        with torch.no_grad():
+            of_all_frames = unbiased * ((n - 1) * repeats / (n * repeats - 1))
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(of_all_frames, self.momentum)
+            self.num_batches_tracked += 1
+        return y
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then BatchNorm over batch and time jointly: [T, B, C, H, W] or [B, C, H, W].
+
+    A single frame may stand for ``repeats`` equal ones.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.norm = BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor, repeats: int = 1) -> Tensor:
+        if x.dim() == 5:
+            return functional.seq_to_ann_forward(x, (self.conv, self.norm))
+        return self.norm(self.conv(x), repeats)
+
+
+class MSBlock(nn.Module):
+    """Membrane-shortcut block: LIF-conv-BN twice, added to the real-valued input; nothing follows the addition.
+
+    Where the shape changes, the shortcut is a 1 x 1 convolution with BatchNorm of the real-valued input.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, backend: Backend) -> None:
+        super().__init__()
+        self.lif1 = PRESETS[neuron].make(backend)
+        self.conv1 = ConvNorm(in_channels, out_channels, 3, stride)
+        self.lif2 = PRESETS[neuron].make(backend)
+        self.conv2 = ConvNorm(out_channels, out_channels, 3)
+        same_shape = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if same_shape else ConvNorm(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.lif1(x))
+        return self.conv2(self.lif2(y)) + self.shortcut(x)
+
+
+class MSResNet(nn.Module, base.StepModule):
+    """MS-ResNet that turns an image into class scores over T time steps.
+
+    Input: images [B, C, H, W], the same at every time step and then run through the stem only once, or sequences
+    [T, B, C, H, W]. Output: logits [T, B, K]. Every call is a fresh sequence: the neurons are reset before it. In
+    step mode "s", which direct coding alone can have, a call is one time step: [B, C, H, W] to [B, K], the neurons
+    keep their state, and ``functional.reset_net`` begins the next sequence.
+
+    With gated attention coding the stem's output passes the coding; with direct coding it enters the first block
+    as it is; with rate, latency and phase coding the image is encoded before the stem (see
+    :class:`~gac.coding.baselines.BaselineCoding`).
+
+    Args:
+        family: CIFAR or IMAGENET.
+        num_classes: Number of classes K.
+        T: Number of time steps.
+        in_channels: Channels C of the images.
+        coding: How an image becomes spikes.
+        width: Channels of the stem.
+        depth: Blocks in each stage.
+        neuron: LIF preset; by default the family's.
+        kernel_size: Gated attention: side of the spatial-channel convolutions in pixels.
+        reduction: Gated attention: bottleneck factor of the temporal branch.
+        temporal_init: Gated attention: initialisation of the temporal branch.
+        backend: What runs the neurons.
+
+    Raises:
+        InputError: For sizes below 1, a depth that does not have one number per stage, unknown names; in forward
+            for an input of another rank, T or channel count.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        num_classes: int,
+        T: int,
+        *,
+        depth: Sequence[int],
+        in_channels: int = 3,
+        coding: Coding = "gac",
+        width: int = 64,
+        neuron: Literal["cifar", "imagenet"] | None = None,
+        kernel_size: int = 4,
+        reduction: int = 2,
+        temporal_init: TemporalInit = "default",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        sizes = {"num_classes": num_classes, "T": T, "in_channels": in_channels, "width": width}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+        if len(depth) != len(family.widths) or min(depth) < 1:
+            raise InputError(
+                f"depth must be {len(family.widths)} numbers >= 1, the blocks of each stage, got {list(depth)}"
+            )
+        neuron = neuron or family.neuron
+        if neuron not in PRESETS:
+            raise InputError(f"neuron must be one of {', '.join(PRESETS)}, got {neuron!r}")
+        self.T = T
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.coding_name = coding
+        self._step_mode = "m"
+
+        self.stem = ConvNorm(in_channels, width, family.stem_kernel, family.stem_stride)
+        if coding == "gac":
+            self.coding = GatedAttentionCoding(
+                T, width, kernel_size, reduction, temporal_init, PRESETS[neuron].make(backend)
+            )
+        elif coding == "direct":
+            self.coding = nn.Identity()
+        else:
+            self.coding = BaselineCoding(coding, T)
+        widths = [width, *(width * factor for factor in family.widths)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    MSBlock(entry if i == 0 else exit, exit, stride if i == 0 else 1, neuron, backend)
+                    for i in range(blocks)
+                )
+            )
+            for (entry, exit), blocks, stride in zip(pairwise(widths), depth, family.strides, strict=True)
+        )
+        self.lif = PRESETS[neuron].make(backend)
+        self.head = nn.Linear(widths[-1], num_classes)
+        if family is IMAGENET:
+            self._initialise_as_imagenet()
+
+    def _initialise_as_imagenet(self) -> None:
+        # The authors' ImageNet code; their CIFAR code keeps PyTorch's defaults.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.weight, 0.5)
+        for module in self.modules():
+            if isinstance(module, MSBlock):
+                nn.init.zeros_(module.conv2.norm.weight)
+
+    def supported_step_mode(self) -> tuple[str, ...]:
+        """Return "m", and "s" too for direct coding: the other codings make or see the whole sequence."""
+        return ("s", "m") if self.coding_name == "direct" else ("m",)
+
+    def set_backend(self, backend: Backend) -> None:
+        """Choose what runs all neurons: "auto", "cupy" or "torch"."""
+        for module in self.modules():
+            if isinstance(module, LIFNode):
+                module.backend = backend
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, num_classes={self.num_classes}, coding={self.coding_name}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_shape(x)
+        if self.step_mode == "m":
+            functional.reset_net(self)
+        x = self._encode(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(self.lif(x).mean((-2, -1)))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        if self.coding_name not in ("gac", "direct"):
+            return self.stem(self.coding(x))
+        if self.step_mode == "s" or x.dim() == 5:
+            return self.coding(self.stem(x))
+        frame = self.coding(self.stem(x, repeats=self.T))
+        return frame if frame.dim() == 5 else frame.expand(self.T, *frame.shape)
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.dim() == 4 and x.shape[1] == self.in_channels:
+            return
+        takes_sequence = self.step_mode == "m" and self.coding_name in ("gac", "direct")
+        if takes_sequence and x.dim() == 5 and x.shape[0] == self.T and x.shape[2] == self.in_channels:
+            return
+        expected = f"images [B, C={self.in_channels}, H, W]"
+        if takes_sequence:
+            expected += f" or a sequence [T={self.T}, B, C={self.in_channels}, H, W]"
+        raise InputError(f"expected {expected}, got {list(x.shape)}")

@@ -1,0 +1,93 @@
+"""The networks by name."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+from gac.coding.gated import GatedAttentionCoding
+from gac.config import Coding
+from gac.errors import InputError
+from gac.models.ms_resnet import CIFAR, IMAGENET, Family, MSResNet
+
+_NETWORKS: dict[str, tuple[Family, tuple[int, ...]]] = {
+    "msresnet18_cifar": (CIFAR, (3, 3, 2)),
+    "msresnet18": (IMAGENET, (2, 2, 2, 2)),
+    "msresnet34": (IMAGENET, (3, 4, 6, 3)),
+}
+_GAC_PREFIX = "gac_"
+
+
+def list_models() -> list[str]:
+    """Return the names that :func:`create_model` takes."""
+    return [prefix + name for prefix in (_GAC_PREFIX, "") for name in _NETWORKS]
+
+
+def resolve_coding(name: str, coding: Coding | None) -> Coding:
+    """Return the coding that a network name and an optional choice amount to; the choice wins over the name."""
+    if coding is None:
+        return "gac" if name.startswith(_GAC_PREFIX) else "direct"
+    if coding not in get_args(Coding):
+        raise InputError(f"coding must be one of {', '.join(get_args(Coding))}, got {coding!r}")
+    return coding
+
+
+def default_depth(name: str) -> tuple[int, ...]:
+    """Return the published number of blocks in each stage of a network."""
+    return _lookup(name)[1]
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    T: int = 6,
+    *,
+    coding: Coding | None = None,
+    depth: Sequence[int] | None = None,
+    **options: object,
+) -> MSResNet:
+    """Return a new network with freshly initialised weights.
+
+    Args:
+        name: One of :func:`list_models`.
+        num_classes: Number of classes K.
+        T: Number of time steps.
+        coding: gac, direct, rate, latency or phase; by default gac for names that begin with gac_, else direct.
+        depth: Blocks in each stage; by default the published network's.
+        **options: in_channels, width, neuron, kernel_size, reduction, temporal_init and backend of
+            :class:`~gac.models.ms_resnet.MSResNet`.
+
+    Raises:
+        InputError: For an unknown name or coding, and for sizes that make no network.
+    """
+    family, published_depth = _lookup(name)
+    return MSResNet(
+        family,
+        num_classes,
+        T,
+        coding=resolve_coding(name, coding),
+        depth=published_depth if depth is None else depth,
+        **options,
+    )
+
+
+def describe(net: MSResNet) -> list[str]:
+    """Return what a user should know about a network before training it, a line each."""
+    parameters = sum(p.numel() for p in net.parameters())
+    lines = [f"{parameters / 1e6:.3f} M parameters, T={net.T}, {net.coding_name} coding"]
+    if isinstance(net.coding, GatedAttentionCoding):
+        temporal = net.coding.gate.temporal
+        dead, units = temporal.dead_units(), temporal.squeeze.out_features
+        line = f"temporal attention: {dead} of {units} hidden units dead for static images (maximum path)"
+        if dead == units:
+            line += (
+                ": the gate stays near 1/2 with almost no gradient;"
+                " another train.seed or model.temporal_init=alive avoids it"
+            )
+        lines.append(line)
+    return lines
+
+
+def _lookup(name: str) -> tuple[Family, tuple[int, ...]]:
+    try:
+        return _NETWORKS[name.removeprefix(_GAC_PREFIX)]
+    except KeyError:
+        raise InputError(f"unknown network {name!r}, expected one of: {', '.join(list_models())}") from None

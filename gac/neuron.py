@@ -1,0 +1,183 @@
+"""The leaky integrate-and-fire neuron of the networks and the paper's two presets."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import Tensor
+
+from gac.errors import InputError
+from gac.ops import lif, runtime
+
+Backend = Literal["auto", "cupy", "torch"]
+
+# SpikingJelly runs these in one fused operation. Their gradient is continuous, so that evaluating it one
+# float32 step beside the threshold (see LIFNode._multi_step_torch) changes nothing that rounding does not.
+_FUSED_IN_SPIKINGJELLY = (
+    surrogate.Sigmoid,
+    surrogate.ATan,
+    surrogate.PiecewiseQuadratic,
+    surrogate.PiecewiseExp,
+    surrogate.SoftSign,
+    surrogate.SuperSpike,
+    surrogate.Erf,
+)
+
+
+@dataclass(frozen=True)
+class LIFPreset:
+    """The constants of one of the paper's neurons; source: the authors' code (the paper's appendix differs)."""
+
+    tau: float
+    v_threshold: float
+    detach_reset: bool
+    surrogate: type[surrogate.SurrogateFunctionBase]
+
+    def make(self, backend: Backend = "auto") -> "LIFNode":
+        """Return a new neuron layer with these constants."""
+        return LIFNode(
+            tau=self.tau,
+            v_threshold=self.v_threshold,
+            surrogate_function=self.surrogate(alpha=1.0),
+            detach_reset=self.detach_reset,
+            backend=backend,
+        )
+
+
+PRESETS = {
+    # h_t = 0.5 v_{t-1} + x_t; s_t = [h_t > 1]; v_t = (1 - s_t) h_t; ds/dh = max(0, 1 - |h - 1|)
+    "cifar": LIFPreset(2.0, 1.0, False, surrogate.PiecewiseQuadratic),
+    # h_t = 0.25 v_{t-1} + x_t; s_t = [h_t > 0.5]; v_t = (1 - s_t) h_t, reset detached; ds/dh = [|h - 0.5| < 0.5]
+    "imagenet": LIFPreset(4 / 3, 0.5, True, surrogate.Rect),
+}
+
+
+class LIFNode(neuron.LIFNode):
+    """SpikingJelly's leaky integrate-and-fire neuron with a strict threshold, a float32 membrane and fast kernels.
+
+    h_t = v_{t-1} - (v_{t-1} - v_reset) / tau + x_t, s_t = [h_t > v_threshold], then v_t = v_reset where s_t = 1
+    (hard reset) or v_t = h_t - v_threshold s_t (soft reset, ``v_reset=None``).
+
+    Two deliberate deviations from the parent: it fires on h > v_threshold as the paper's code does
+    (SpikingJelly: >=), in every backend and dtype; and the membrane potential is float32 (float64 for float64
+    input) whatever the input's dtype, under autocast too. Spikes have the input's dtype.
+
+    Input and output: [T, ...] in step mode "m" (the default here), [...] in step mode "s".
+
+    Args:
+        tau: Membrane time constant in time steps, > 1; the potential keeps 1 - 1/tau of itself each step.
+        decay_input: Divide the input by tau as well.
+        v_threshold: Threshold of the membrane potential.
+        v_reset: Potential after a spike, or None for the soft reset.
+        surrogate_function: SpikingJelly surrogate whose gradient stands for that of the step function; by default
+            the triangle max(0, 1 - |h - v_threshold|).
+        detach_reset: Treat the reset as constant in the backward pass.
+        step_mode: "m" for sequences, "s" for single time steps.
+        store_v_seq: Keep the membrane potential of every time step in ``v_seq`` (runs step by step).
+        backend: "cupy" (this package's CUDA kernels), "torch" (SpikingJelly's own multi-step execution) or "auto"
+            (cupy on a CUDA device where CuPy works, else torch).
+
+    Raises:
+        InputError: For tau <= 1 or an unknown backend; in forward, for backend "cupy" where it cannot run.
+    """
+
+    def __init__(
+        self,
+        tau: float = 2.0,
+        decay_input: bool = False,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: surrogate.SurrogateFunctionBase | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        if not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 1):
+            raise InputError(f"tau must be a number > 1 (time steps), got {tau!r}")
+        super().__init__(
+            tau=float(tau),
+            decay_input=decay_input,
+            v_threshold=float(v_threshold),
+            v_reset=None if v_reset is None else float(v_reset),
+            surrogate_function=surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0),
+            detach_reset=detach_reset,
+            step_mode=step_mode,
+            store_v_seq=store_v_seq,
+        )
+        self.backend = backend
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the neuron: "auto", "cupy" or "torch"."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: Backend) -> None:
+        if value not in get_args(Backend):
+            raise InputError(f"backend must be one of {', '.join(get_args(Backend))}, got {value!r}")
+        self._backend = value
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.backend}"
+
+    def _parameters_of_dynamics(self) -> lif.LIFParameters:
+        # Read at every call: SpikingJelly users change tau and v_threshold on a live module.
+        return lif.LIFParameters.from_tau(self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset)
+
+    def materialize_states(self, inputs: tuple, states: tuple, step_mode: str) -> tuple:
+        """Return the membrane potential as a float32 (float64 for float64 input) tensor of one frame's shape."""
+        frame = inputs[0][0] if step_mode == "m" else inputs[0]
+        dtype = torch.float64 if frame.dtype == torch.float64 else torch.float32
+        v = states[0]
+        if isinstance(v, Tensor) and v.shape == frame.shape:
+            v = v.to(device=frame.device, dtype=dtype)
+        else:
+            start = v if isinstance(v, float) else self.v_reset or 0.0
+            v = torch.full_like(frame, start, dtype=dtype, requires_grad=False)
+        return (v, *states[1:])
+
+    def single_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
+        """Advance one time step: ((spikes,), (membrane potential,))."""
+        spike, v = lif.step(inputs[0], states[0], self._parameters_of_dynamics(), self.surrogate_function)
+        return (spike,), (v,)
+
+    def multi_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
+        """Advance all time steps: ((spikes [T, ...],), (final membrane potential,))."""
+        x_seq, v = inputs[0], states[0]
+        if runtime.choose_backend(self.backend, x_seq) == "cupy" and self._kernels_cover_surrogate():
+            spikes, v = lif.lif(x_seq, v, self._parameters_of_dynamics(), self.surrogate_function)
+        else:
+            spikes, v = self._multi_step_torch(x_seq, v)
+        return (spikes,), (v,)
+
+    def _kernels_cover_surrogate(self) -> bool:
+        reason = lif.unsupported_reason(self.surrogate_function)
+        if reason is not None and self.backend == "cupy":
+            raise InputError(f"{reason}; use another surrogate or backend='torch'")
+        return reason is None
+
+    def _multi_step_torch(self, x_seq: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if (
+            self.v_reset is not None
+            and type(self.surrogate_function) in _FUSED_IN_SPIKINGJELLY
+            and x_seq.dtype != torch.float64
+        ):
+            # SpikingJelly fires on h >= threshold; the next float32 above the threshold makes that h > threshold.
+            above = torch.nextafter(torch.tensor(self.v_threshold), torch.tensor(math.inf)).item()
+            spikes, v, _ = functional.lif_multi_step(
+                x_seq,
+                v,
+                self.tau,
+                self.decay_input,
+                above,
+                self.v_reset,
+                self.surrogate_function,
+                self.detach_reset,
+            )
+            return spikes, v
+        # Where SpikingJelly has no fused operation, or the shifted threshold would show (soft reset subtracts it,
+        # the ends of Rect's window are sharp), its step-by-step execution runs with the exact strict step.
+        return lif.reference(x_seq, v, self._parameters_of_dynamics(), self.surrogate_function)

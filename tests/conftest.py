@@ -1,0 +1,34 @@
+"""Fixtures that several test files share."""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cuda_on_cpu.launcher import KernelsOnCpu
+
+from gac.ops import lif, runtime
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
+    """The CUDA kernels compiled by g++, each once per session."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed; it compiles the CUDA kernels for the CPU")
+    return KernelsOnCpu(tmp_path_factory.mktemp("kernels"), sanitize="GAC_TEST_SANITIZE" in os.environ)
+
+
+@pytest.fixture
+def kernels_on_cpu(compiled_kernels: KernelsOnCpu) -> Iterator[KernelsOnCpu]:
+    """Let the CUDA operators run on CPU tensors; memory that torch.empty returns is NaN meanwhile."""
+    compiled_kernels.order = "shuffled"
+    with torch.library._scoped_library("gac", "FRAGMENT") as library:
+        library.impl("lif_forward", lif.forward_on_device, "CPU")
+        library.impl("lif_backward", lif.backward_on_device, "CPU")
+        runtime.set_cpu_launcher(compiled_kernels)
+        torch.use_deterministic_algorithms(True)
+        assert torch.empty(1).isnan()
+        yield compiled_kernels
+        torch.use_deterministic_algorithms(False)
+        runtime.set_cpu_launcher(None)

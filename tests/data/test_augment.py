@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as torchvision_functional
+
+from gac.data.augment import CropAndFlip, crop_and_flip
+
+
+def random_images(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "padding"),
+    [((64, 3, 32, 32), 4), ((40, 1, 8, 8), 2), ((30, 3, 7, 12), 5), ((5, 2, 6, 5), 0), ((1, 3, 9, 9), 1)],
+)
+def test_equals_torchvision_image_by_image(shape, padding):
+    images = random_images(*shape)
+    generator = torch.Generator().manual_seed(1)
+    top, left = torch.randint(2 * padding + 1, (2, shape[0]), generator=generator)
+    flip = torch.rand(shape[0], generator=generator) < 0.5
+
+    result = crop_and_flip(images, top, left, flip, padding)
+
+    for i, image in enumerate(images):
+        expected = torchvision_functional.pad(image, [padding] * 4)
+        expected = torchvision_functional.crop(expected, int(top[i]), int(left[i]), *shape[2:])
+        if flip[i]:
+            expected = torchvision_functional.horizontal_flip(expected)
+        assert torch.equal(result[i], expected)
+    assert result.dtype == torch.uint8
+
+
+def test_padding_is_black():
+    white = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
+    corner = torch.tensor([0, 2])  # the image's top left beyond the window's by one pixel, and flush with it
+    result = crop_and_flip(white, corner, corner, torch.tensor([False, False]), padding=1)
+    expected = white.clone()
+    expected[0, :, 0, :] = 0
+    expected[0, :, :, 0] = 0
+    expected[1, :, -1, :] = 0
+    expected[1, :, :, -1] = 0
+    assert torch.equal(result, expected)
+
+
+def test_no_value_is_read_by_the_host():
+    # A meta tensor has no values: .item() or a shape that depends on data would raise.
+    offsets = torch.empty(8, dtype=torch.int64, device="meta")
+    flip = torch.empty(8, dtype=torch.bool, device="meta")
+    images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
+    assert crop_and_flip(images, offsets, offsets, flip, 4).shape == images.shape
+
+
+def test_draws_cover_every_offset_and_both_sides_evenly():
+    count, padding = 20_000, 2
+    # One pixel lies at (row, column) = (2, 3); where it lands tells the offsets and the flip.
+    images = torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
+    images[:, :, 2, 3] = 255
+    result = CropAndFlip(padding, horizontal_flip=True)(images, torch.Generator().manual_seed(3))
+    row, column = result.flatten(1).argmax(1) // 8, result.flatten(1).argmax(1) % 8
+    assert torch.equal(row.unique(), torch.arange(5))  # 2 - 2 .. 2 + 2
+    # Unflipped it lands in columns 1..5, flipped in 2..6, each with probability 1/10.
+    share = torch.bincount(column, minlength=8) / count
+    expected = torch.tensor([0, 0.1, 0.2, 0.2, 0.2, 0.2, 0.1, 0])
+    assert torch.allclose(share, expected, atol=0.015)
+    assert torch.allclose(torch.bincount(row)[:5] / count, torch.full((5,), 0.2), atol=0.015)
+    # Independent of each other: every (row, column) pair in proportion.
+    joint = torch.bincount(row * 8 + column, minlength=40).view(5, 8) / count
+    assert torch.allclose(joint, expected.expand(5, 8) / 5, atol=0.01)
+
+
+def test_flip_off_keeps_the_crops():
+    images = random_images(50, 3, 8, 8)
+    flipped = CropAndFlip(2, horizontal_flip=True)(images, torch.Generator().manual_seed(3))
+    plain = CropAndFlip(2, horizontal_flip=False)(images, torch.Generator().manual_seed(3))
+    mirrored = (flipped != plain).flatten(1).any(1)
+    assert 10 < mirrored.sum() < 40
+    assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from gac.config import DataConfig
+from gac.data import build_data
+from gac.errors import InputError
+
+
+def build(config, **options):
+    return build_data(
+        config, **{"device": "cpu", "batch_size": 100, "eval_batch_size": 150, "seed": 1, **options}
+    )
+
+
+def test_digits():
+    data = build(DataConfig(name="digits"))
+    assert data.info.name == "digits"
+    assert (data.info.num_classes, data.info.class_names[9]) == (10, "9")
+    assert (data.info.channels, data.info.height, data.info.width) == (1, 8, 8)
+    assert (data.info.train_size, data.info.test_size) == (data.train.size, data.test.size) == (1437, 360)
+    assert [len(labels) for _, labels in data.train.epoch(0)] == [100] * 14 + [37]
+    assert [len(labels) for _, labels in data.test.epoch(0)] == [150, 150, 60]
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1():
+    data = build(DataConfig(name="digits", crop_padding=0, horizontal_flip=False))
+    images = torch.cat([images for images, _ in data.train.epoch(0)])
+    assert abs(float(images.mean())) < 1e-5
+    assert abs(float(images.std(correction=0)) - 1) < 1e-5
+
+
+def test_intensities_are_what_info_says_was_normalised():
+    config = DataConfig(name="synthetic", image_size=8)
+    normalised, plain = build(config), build(config, normalize=False)
+    assert (plain.info.mean, plain.info.std) == ((0.0,) * 3, (1.0,) * 3)
+    mean, std = (
+        torch.tensor(numbers).view(-1, 1, 1) for numbers in (normalised.info.mean, normalised.info.std)
+    )
+    for (images, _), (intensities, _) in zip(normalised.train.epoch(0), plain.train.epoch(0), strict=True):
+        assert 0 <= intensities.min() < intensities.max() <= 1
+        assert torch.allclose(images * std + mean, intensities, atol=1e-6)
+
+
+def test_test_images_are_neither_shuffled_nor_augmented():
+    data = build(DataConfig(name="synthetic", image_size=8), normalize=False)
+    images, labels = (torch.cat(parts) for parts in zip(*data.test.epoch(0), strict=True))
+    again, _ = (torch.cat(parts) for parts in zip(*data.test.epoch(1), strict=True))
+    assert torch.equal((images * 255).round().byte(), data.test.images)
+    assert torch.equal(labels, data.test.labels)
+    assert torch.equal(images, again)
+
+
+def test_augmentation_follows_the_configuration():
+    def images(**options):
+        data = build(DataConfig(name="synthetic", image_size=8, **options), normalize=False)
+        return torch.cat([images for images, _ in data.train.epoch(0)])
+
+    plain = images(crop_padding=0, horizontal_flip=False)
+    flipped = images(crop_padding=0, horizontal_flip=True)
+    cropped = images(crop_padding=2, horizontal_flip=False)
+    mirrored = (flipped != plain).flatten(1).any(1)
+    assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], plain.flip(-1), plain))
+    assert 0.4 < mirrored.float().mean() < 0.6
+    unmoved = (cropped == plain).flatten(1).all(1)
+    assert 0 < unmoved.float().mean() < 0.1  # one offset in 25
+
+
+def test_test_split_alone(tmp_path):
+    random = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "test.npz",
+        x_test=random.integers(0, 256, (6, 8, 8), dtype=np.uint8),
+        y_test=np.arange(6),
+        classes=np.array(list("abcdef")),
+        mean=np.array([0.5]),
+        std=np.array([0.25]),
+    )
+    data = build(DataConfig(name="npz", root=str(tmp_path / "test.npz")), splits=("test",))
+    assert data.train is None
+    assert (data.info.train_size, data.info.test_size, data.info.num_classes) == (None, 6, 6)
+    images, labels = next(data.test.epoch(0))
+    assert images.shape == (6, 1, 8, 8)
+    assert labels.tolist() == list(range(6))
+
+
+def test_missing_cifar_names_the_download(tmp_path):
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(InputError, match=r"--data\.download true"):
+            build(DataConfig(name=name, root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "^batch_size must be at least 1; got 0"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"splits": ("train", "val")}, "splits must be train, test or both; got train, val"),
+        ({"splits": ()}, "splits must be train, test or both; got none"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(InputError, match=message):
+        build(DataConfig(name="digits"), **options)

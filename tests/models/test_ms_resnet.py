@@ -1,0 +1,207 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional, monitor, neuron, op_counter
+from torch import nn
+
+from gac.models import create_model, list_models
+from gac.models.ms_resnet import BatchNorm2d
+from gac.neuron import LIFNode
+
+CODINGS = ("gac", "direct", "rate", "latency", "phase")
+
+
+def small(name="gac_msresnet18_cifar", T=3, **options):
+    torch.manual_seed(0)
+    return create_model(name, 5, T, **{"width": 8, "temporal_init": "alive", "backend": "torch"} | options)
+
+
+def depth_of_one(name):
+    return [1, 1, 1] if "cifar" in name else [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_every_network_trains_and_evaluates(name, T):
+    net = small(name, T, depth=depth_of_one(name))
+    side = 32 if "cifar" in name else 64
+    images = torch.randn(5, 3, side, side)
+    logits = net(images)
+    assert logits.shape == (T, 5, 5)
+    F.cross_entropy(logits.mean(0), torch.arange(5)).backward()
+    gradients = {key: p.grad for key, p in net.named_parameters()}
+    assert all(g is not None and g.isfinite().all() for g in gradients.values())
+    assert gradients["stem.conv.weight"].abs().sum() > 0
+    assert net.eval()(images).shape == (T, 5, 5)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_every_coding_trains(coding):
+    net = small(coding=coding)
+    net(torch.rand(4, 3, 16, 16)).mean(0).logsumexp(-1).sum().backward()
+    assert net.stem.conv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("width", "depth", "channels"), [(8, [1, 1, 1], 1), (16, [2, 1, 3], 3), (12, [1, 2, 1], 2)])
+def test_width_depth_and_input_channels_are_arguments(width, depth, channels):
+    net = small(width=width, depth=depth, in_channels=channels)
+    assert [len(stage) for stage in net.stages] == depth
+    assert net.stem.conv.weight.shape == (width, channels, 3, 3)
+    assert net.head.in_features == 8 * width
+    assert net(torch.randn(2, channels, 16, 16)).shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize("coding", ["gac", "direct"])
+@pytest.mark.parametrize("name", ["msresnet18_cifar", "msresnet18"])
+def test_an_image_equals_the_sequence_that_repeats_it(name, coding):
+    once, repeated = (small(name, coding=coding, depth=depth_of_one(name)).double() for _ in range(2))
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    for net, x in ((once, images), (repeated, images.repeat(3, 1, 1, 1, 1))):
+        net(x).mean(0).logsumexp(-1).sum().backward()
+    for (key, p), q in zip(once.named_parameters(), repeated.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-10, rtol=1e-9, msg=key)
+    for (key, p), q in zip(once.named_buffers(), repeated.buffers(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-12, rtol=1e-12, msg=key)
+    once.eval(), repeated.eval()
+    torch.testing.assert_close(once(images), repeated(images.repeat(3, 1, 1, 1, 1)), atol=1e-12, rtol=0)
+
+
+def test_static_batch_norm_is_that_of_all_frames():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    ours, torchs = BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    for _ in range(3):
+        torch.testing.assert_close(ours(x, repeats=4), torchs(x.repeat(4, 1, 1, 1))[:2], atol=1e-12, rtol=0)
+    for (key, a), b in zip(ours.named_buffers(), torchs.buffers(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=0, msg=key)
+
+
+def test_every_call_is_a_fresh_sequence():
+    net = small().eval()
+    images = torch.randn(2, 3, 16, 16)
+    first = net(images)
+    net(torch.randn(2, 3, 16, 16))
+    assert torch.equal(net(images), first)
+
+
+def test_two_training_steps_without_a_reset_by_the_user():
+    net = small()
+    for _ in range(2):
+        net(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert net.stem.norm.num_batches_tracked == 2
+
+
+def test_the_imagenet_initialisation():
+    net = create_model("gac_msresnet18", 10, 4)
+    norms = {key: m.weight for key, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for key, weight in norms.items():
+        last_of_block = ".conv2." in key
+        assert torch.equal(weight, torch.full_like(weight, 0.0 if last_of_block else 0.5)), key
+    conv = net.stages[1][0].conv1.conv.weight
+    assert conv.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+
+
+def test_reset_net_clears_every_neuron():
+    net = small()
+    net(torch.randn(2, 3, 16, 16))
+    nodes = [m for m in net.modules() if isinstance(m, neuron.LIFNode)]
+    assert all(isinstance(node.v, torch.Tensor) for node in nodes)
+    functional.reset_net(net)
+    assert all(node.v == 0.0 for node in nodes)
+
+
+def test_single_steps_of_a_directly_coded_network_equal_the_sequence():
+    net = small(coding="direct").double().eval()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    together = net(images)
+    functional.reset_net(net)
+    functional.set_step_mode(net, "s")
+    apart = torch.stack([net(images) for _ in range(net.T)])
+    torch.testing.assert_close(apart, together, atol=1e-12, rtol=0)
+    functional.set_step_mode(net, "m")
+    assert torch.equal(net(images), together)
+
+
+@pytest.mark.parametrize("coding", ["gac", "rate", "latency", "phase"])
+def test_other_codings_have_no_single_steps(coding):
+    with pytest.raises(ValueError, match="step_mode can only be"):
+        functional.set_step_mode(small(coding=coding), "s")
+
+
+def test_output_monitors_see_every_layer_of_neurons():
+    net = small(depth=[1, 1, 1])
+    with monitor.OutputMonitor(net, neuron.LIFNode, lambda s: s.mean().item()) as rates:
+        net(torch.randn(2, 3, 16, 16))
+        assert len(rates.monitored_layers) == len(rates.records) == 8
+        assert rates.monitored_layers[0] == "lif" or "coding.lif" in rates.monitored_layers
+        assert all(0 <= rate <= 1 for rate in rates.records)
+
+
+def test_op_counter_counts_the_synaptic_operations():
+    net = small(depth=[1, 1, 1])
+    counter = op_counter.SynOpCounter()
+    expected = []
+
+    def operations(conv, inputs, _output):
+        fan_out = F.conv2d(inputs[0], torch.ones_like(conv.weight), stride=conv.stride, padding=conv.padding)
+        expected.append(int(fan_out.sum()))
+
+    fed_by_spikes = [conv.conv for stage in net.stages for conv in (stage[0].conv1, stage[0].conv2)]
+    with torch.no_grad():
+        hooks = [conv.register_forward_hook(operations) for conv in fed_by_spikes]
+        state = copy.deepcopy(net.state_dict())
+        images = torch.randn(1, 3, 16, 16)
+        net(images)
+        for hook in hooks:
+            hook.remove()
+        net.load_state_dict(state)
+        with op_counter.DispatchCounterMode([counter]):
+            net(images)
+    assert counter.get_total() == sum(expected) > 0
+
+
+def test_set_backend_reaches_every_neuron():
+    net = small()
+    net.set_backend("auto")
+    assert {m.backend for m in net.modules() if isinstance(m, LIFNode)} == {"auto"}
+
+
+def test_autocast_runs_in_half_precision_with_a_float32_membrane():
+    net = small()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(torch.randn(2, 3, 16, 16))
+    assert logits.dtype == torch.bfloat16
+    assert {m.v.dtype for m in net.modules() if isinstance(m, LIFNode)} == {torch.float32}
+    logits.float().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 2, 3, 8, 8), (3, 2, 1, 8, 8), (2, 1, 8, 8), (3, 8, 8), (3, 2, 3, 8, 8, 1)], ids=str
+)
+def test_a_wrong_shape_is_refused_with_both_shapes(shape):
+    expected = r"expected images \[B, C=3, H, W\] or a sequence \[T=3, B, C=3, H, W\], got "
+    with pytest.raises(ValueError, match=expected + r"\[" + ", ".join(map(str, shape))):
+        small()(torch.zeros(shape))
+
+
+def test_encoders_take_images_only():
+    with pytest.raises(ValueError, match=r"expected images \[B, C=3, H, W\], got"):
+        small(coding="rate")(torch.zeros(3, 2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"T": 0}, "T must be an integer >= 1"),
+        ({"T": 2.5}, "T must be an integer >= 1"),
+        ({"width": 0}, "width must be"),
+        ({"depth": [1, 1]}, "depth must be 3 numbers >= 1"),
+        ({"depth": [1, 0, 1]}, "depth must be 3 numbers >= 1"),
+        ({"neuron": "mnist"}, "neuron must be one of cifar, imagenet"),
+        ({"backend": "triton"}, "backend must be one of"),
+    ],
+)
+def test_impossible_networks_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)

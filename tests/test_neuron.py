@@ -1,0 +1,176 @@
+import math
+
+import numpy as np
+import parity
+import pytest
+import torch
+from spikingjelly.activation_based import functional, monitor, neuron, surrogate
+from torch import nn
+
+from gac.neuron import PRESETS, LIFNode
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+LIF_CASES = [case["case"] for case in parity.CASES["lif"]]
+
+
+@pytest.mark.parametrize("case", LIF_CASES)
+@pytest.mark.parametrize("step_by_step", [False, True], ids=["multi_step", "step_by_step"])
+def test_presets_equal_the_original(case, step_by_step):
+    gold = parity.load("lif_cases.npz", case)
+    node = PRESETS[case.split(".")[0]].make("torch")
+    node.store_v_seq = step_by_step
+    x = torch.from_numpy(gold["x"]).requires_grad_()
+    spikes = node(x)
+    np.testing.assert_array_equal(spikes.detach(), gold["spikes"])
+    spikes.backward(torch.from_numpy(gold["grad_out"]))
+    np.testing.assert_allclose(x.grad, gold["grad_in"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_presets_fire_above_the_threshold_and_not_at_it(dtype, preset, step_mode):
+    node = PRESETS[preset].make("torch")
+    node.step_mode = step_mode
+    threshold = torch.tensor(PRESETS[preset].v_threshold, dtype=dtype)
+    x = torch.stack(
+        [
+            torch.nextafter(threshold, torch.tensor(-math.inf, dtype=dtype)),
+            threshold,
+            torch.nextafter(threshold, torch.tensor(math.inf, dtype=dtype)),
+        ]
+    )
+    spikes = node(x[None])[0] if step_mode == "m" else node(x)
+    assert spikes.tolist() == [0, 0, 1]
+    assert spikes.dtype == dtype
+
+
+def test_a_tie_reached_by_integration_does_not_fire():
+    # 0.5 * 1 + 0.5 = 1: the potential meets the threshold at the second step only.
+    assert LIFNode(backend="torch")(torch.tensor([[1.0], [0.5]])).tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_membrane_is_float32_for_half_precision_input(dtype, state, preset):
+    node = PRESETS[preset].make("torch")
+    spikes = node(torch.randn(3, 5).to(dtype))
+    assert (spikes.dtype, node.v.dtype) == (dtype, state)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_membrane_is_float32_under_autocast(preset):
+    node = PRESETS[preset].make("torch")
+    layer = nn.Linear(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = layer(torch.randn(3, 2, 4))
+        spikes = node(x)
+    assert (x.dtype, spikes.dtype, node.v.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+SURROGATES = [
+    surrogate.PiecewiseQuadratic(1.0),
+    surrogate.Rect(1.0),
+    surrogate.Sigmoid(4.0),
+    surrogate.ATan(2.0),
+    surrogate.PiecewiseLeakyReLU(),
+]
+
+
+@pytest.mark.parametrize("surrogate_function", SURROGATES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_equals_spikingjelly_where_no_potential_meets_the_threshold(
+    surrogate_function, v_reset, detach_reset, decay_input
+):
+    arguments = {
+        "tau": 2.0,
+        "decay_input": decay_input,
+        "v_threshold": 0.75,
+        "v_reset": v_reset,
+        "surrogate_function": surrogate_function,
+        "detach_reset": detach_reset,
+        "step_mode": "m",
+    }
+    x = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(0)) * 1.5
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for node in (neuron.LIFNode(**arguments), LIFNode(**arguments, backend="torch")):
+        leaf = x.clone().requires_grad_()
+        spikes = node(leaf)
+        (spikes * weight).sum().backward()
+        results.append((spikes.detach(), node.v.detach(), leaf.grad))
+    (s1, v1, g1), (s2, v2, g2) = results
+    assert 0.05 < s1.mean() < 0.95
+    assert torch.equal(s1, s2)
+    torch.testing.assert_close(v1, v2, atol=1e-6, rtol=0)
+    torch.testing.assert_close(g1, g2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_single_steps_equal_the_multi_step_execution(preset, T):
+    x = torch.randn(T, 4, 8, generator=torch.Generator().manual_seed(T))
+    together, apart = PRESETS[preset].make("torch"), PRESETS[preset].make("torch")
+    functional.set_step_mode(apart, "s")
+    spikes = together(x)
+    assert torch.equal(spikes, torch.stack([apart(frame) for frame in x]))
+    torch.testing.assert_close(together.v, apart.v, atol=1e-6, rtol=0)
+
+
+def test_state_continues_until_reset_and_carries_gradient():
+    node = LIFNode(backend="torch")
+    first, second = torch.full((1, 1), 0.75, requires_grad=True), torch.full((1, 1), 0.75)
+    assert node(first).item() == 0
+    assert node(second).item() == 1
+    node.v.sum().backward()
+    assert first.grad.abs().item() > 0
+    functional.reset_net(node)
+    assert node(second).item() == 0
+
+
+def test_another_input_shape_starts_afresh():
+    node = LIFNode(backend="torch")
+    node(torch.full((1, 2), 0.75))
+    assert node(torch.full((1, 3), 0.75)).sum() == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_channels_last_frames_stay_channels_last(preset):
+    frames = torch.randn(8, 3, 4, 5).to(memory_format=torch.channels_last)
+    spikes = PRESETS[preset].make("torch")(frames.unflatten(0, (4, 2)))
+    assert spikes.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_spikingjelly_monitors_see_the_spikes():
+    net = nn.Sequential(LIFNode(backend="torch"), LIFNode(backend="torch"))
+    with monitor.OutputMonitor(net, neuron.LIFNode) as spikes:
+        out = net(torch.randn(4, 2, 3).abs() * 2)
+        assert spikes.monitored_layers == ["0", "1"]
+        assert torch.equal(spikes["1"][0], out)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, math.nan, "2"])
+def test_a_time_constant_that_does_not_decay_is_refused(tau):
+    with pytest.raises(ValueError, match="tau must be a number > 1"):
+        LIFNode(tau=tau)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be"):
+        LIFNode(backend="triton")
+
+
+def test_cupy_for_a_tensor_on_the_cpu_is_an_error():
+    with pytest.raises(ValueError, match="CUDA device"):
+        LIFNode(backend="cupy")(torch.zeros(2, 3))
