@@ -127,17 +127,24 @@ class LIFNode(neuron.LIFNode):
         # Read at every call: SpikingJelly users change tau and v_threshold on a live module.
         return lif.LIFParameters.from_tau(self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset)
 
+    def _runs_kernels(self, x_seq: Tensor) -> bool:
+        unsupported = lif.unsupported_reason(self.surrogate_function)
+        return runtime.choose_backend(self.backend, x_seq, unsupported) == "cupy"
+
     def materialize_states(self, inputs: tuple, states: tuple, step_mode: str) -> tuple:
-        """Return the membrane potential as a float32 (float64 for float64 input) tensor of one frame's shape."""
+        """Return the membrane potential as a float32 (float64 for float64 input) tensor of one frame's shape.
+
+        For the kernels a fresh state stays the number that all neurons start from: nothing to write and read.
+        """
         frame = inputs[0][0] if step_mode == "m" else inputs[0]
         dtype = torch.float64 if frame.dtype == torch.float64 else torch.float32
         v = states[0]
         if isinstance(v, Tensor) and v.shape == frame.shape:
-            v = v.to(device=frame.device, dtype=dtype)
-        else:
-            start = v if isinstance(v, float) else self.v_reset or 0.0
-            v = torch.full_like(frame, start, dtype=dtype, requires_grad=False)
-        return (v, *states[1:])
+            return (v.to(device=frame.device, dtype=dtype),)
+        start = v if isinstance(v, float) else self.v_reset or 0.0
+        if step_mode == "m" and not self.store_v_seq and self._runs_kernels(inputs[0]):
+            return (start,)
+        return (torch.full_like(frame, start, dtype=dtype, requires_grad=False),)
 
     def single_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
         """Advance one time step: ((spikes,), (membrane potential,))."""
@@ -147,17 +154,11 @@ class LIFNode(neuron.LIFNode):
     def multi_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
         """Advance all time steps: ((spikes [T, ...],), (final membrane potential,))."""
         x_seq, v = inputs[0], states[0]
-        if runtime.choose_backend(self.backend, x_seq) == "cupy" and self._kernels_cover_surrogate():
+        if self._runs_kernels(x_seq):
             spikes, v = lif.lif(x_seq, v, self._parameters_of_dynamics(), self.surrogate_function)
         else:
             spikes, v = self._multi_step_torch(x_seq, v)
         return (spikes,), (v,)
-
-    def _kernels_cover_surrogate(self) -> bool:
-        reason = lif.unsupported_reason(self.surrogate_function)
-        if reason is not None and self.backend == "cupy":
-            raise InputError(f"{reason}; use another surrogate or backend='torch'")
-        return reason is None
 
     def _multi_step_torch(self, x_seq: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if (

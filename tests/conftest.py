@@ -32,3 +32,12 @@ def kernels_on_cpu(compiled_kernels: KernelsOnCpu) -> Iterator[KernelsOnCpu]:
         yield compiled_kernels
         torch.use_deterministic_algorithms(False)
         runtime.set_cpu_launcher(None)
+
+
+@pytest.fixture
+def neurons_on_kernels(kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let neurons choose the CUDA kernels for tensors on the CPU."""
+    runtime._log_choice.cache_clear()
+    monkeypatch.setattr(runtime, "cupy_status", lambda device: runtime.CupyStatus(True, "compiled for the CPU"))
+    yield
+    runtime._log_choice.cache_clear()

@@ -174,3 +174,35 @@ def test_an_unknown_backend_is_refused():
 def test_cupy_for_a_tensor_on_the_cpu_is_an_error():
     with pytest.raises(ValueError, match="CUDA device"):
         LIFNode(backend="cupy")(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_kernels_equal_the_torch_backend_call_after_call(neurons_on_kernels, preset, dtype, channels_last):
+    frames = torch.randn(2 * 3 * 2, 4, 5, 3, generator=torch.Generator().manual_seed(0)) * 1.5
+    if channels_last:
+        frames = frames.to(memory_format=torch.channels_last)
+    first, second = frames.to(dtype).unflatten(0, (2, 3, 2))
+    results = []
+    for backend in ("torch", "cupy"):
+        node = PRESETS[preset].make(backend)
+        leaves = [x.clone().requires_grad_() for x in (first, second)]
+        spikes = torch.cat([node(x) for x in leaves])  # the state and its gradient pass from call to call
+        spikes.float().cumsum(0).square().sum().backward()
+        results.append((spikes.detach(), node.v.detach(), *(x.grad for x in leaves)))
+    assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
+    assert torch.equal(results[0][0], results[1][0])
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for torchs, kernels in zip(results[0][1:], results[1][1:], strict=True):
+        scale = torchs.abs().max().item()
+        torch.testing.assert_close(kernels, torchs, atol=tolerance * scale, rtol=0)
+
+
+def test_a_surrogate_that_the_kernels_lack(neurons_on_kernels, caplog):
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="not Erf"):
+        LIFNode(surrogate_function=surrogate.Erf(), backend="cupy")(x)
+    with caplog.at_level("INFO", "gac"):
+        LIFNode(surrogate_function=surrogate.Erf(), backend="auto")(x)
+    assert "torch (the LIF kernels have the surrogates" in caplog.text

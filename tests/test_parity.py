@@ -61,12 +61,13 @@ def check_stages(recorder: Recorder, gold: dict, mode: str, tolerance: float) ->
     np.testing.assert_allclose(samples / unit[:, None], expected / unit[:, None], atol=tolerance, rtol=0)
 
 
-def check_case(case: dict, dtype: torch.dtype, tolerance: dict[str, float]) -> None:
+def check_case(case: dict, dtype: torch.dtype, tolerance: dict[str, float], backend: str = "torch") -> None:
     precision = "f64" if dtype == torch.float64 else "f32"
     gold = parity.load(case["file"], case["case"])
     gold |= {k.removeprefix(f"{precision}."): v for k, v in gold.items() if k.startswith(f"{precision}.")}
 
     net, images = parity.network(case, dtype)
+    net.set_backend(backend)
     recorder = Recorder(net.eval())
     with torch.no_grad():
         logits = net(images)
@@ -120,10 +121,19 @@ def test_float64_equals_the_original(case):
     check_case(case, torch.float64, tolerance)
 
 
+FLOAT32 = {"logits": 1e-5, "loss": 1e-5, "stages": 2e-5, "statistics": 1e-5, "gradients": 2e-4}
+
+
 @pytest.mark.parametrize("case", QUIET, ids=name)
 def test_float32_equals_the_original_where_no_spike_is_a_matter_of_rounding(case):
-    tolerance = {"logits": 1e-5, "loss": 1e-5, "stages": 2e-5, "statistics": 1e-5, "gradients": 2e-4}
-    check_case(case, torch.float32, tolerance)
+    check_case(case, torch.float32, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in QUIET if name(c) in ("cifar-quiet_gac_T6", "imagenet18-quiet_T4_32")], ids=name
+)
+def test_the_cuda_kernels_equal_the_original_in_whole_networks(case, neurons_on_kernels):
+    check_case(case, torch.float32, FLOAT32, backend="cupy")
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=name)

@@ -1,0 +1,412 @@
+"""The leaky integrate-and-fire neuron over T time steps: specification, CUDA operator and public function.
+
+``reference`` is the specification and the CPU path. ``lif`` runs the same neuron as one CUDA kernel each way
+(``kernels/lif.cu``), registered as ``gac::lif_forward`` and ``gac::lif_backward``.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
+
+from gac.errors import InputError
+from gac.ops import runtime
+
+
+@dataclass(frozen=True)
+class LIFParameters:
+    """The neuron's constants, with the charge as an affine map h_t = decay v_{t-1} + gain x_t + bias.
+
+    It fires on h_t > threshold (strict, as the paper's code; SpikingJelly fires on >=). After a spike
+    v_t = v_reset (hard reset), or v_t = h_t - threshold where v_reset is None (soft reset).
+    """
+
+    decay: float
+    gain: float
+    bias: float
+    threshold: float
+    v_reset: float | None
+    detach_reset: bool
+    """Treat the spike inside the reset as a constant in the backward pass."""
+
+    @classmethod
+    def from_tau(
+        cls, tau: float, decay_input: bool, v_threshold: float, v_reset: float | None, detach_reset: bool
+    ) -> "LIFParameters":
+        """Return the constants for SpikingJelly's arguments; ``tau`` is in time steps.
+
+        Raises:
+            InputError: For tau <= 1.
+        """
+        if not (math.isfinite(tau) and tau > 1):
+            raise InputError(f"tau must be a number > 1 (time steps), got {tau!r}")
+        return cls(
+            decay=1.0 - 1.0 / tau,
+            gain=1.0 / tau if decay_input else 1.0,
+            bias=(v_reset or 0.0) / tau,
+            threshold=v_threshold,
+            v_reset=v_reset,
+            detach_reset=detach_reset,
+        )
+
+
+def step(
+    x: Tensor, v: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase
+) -> tuple[Tensor, Tensor]:
+    """Advance the neuron one time step.
+
+    Args:
+        x: Input [...] of any floating-point dtype.
+        v: Membrane potential [...], float32 (float64 for float64 ``x``).
+        parameters: The neuron's constants.
+        surrogate_function: SpikingJelly surrogate, whose gradient stands for that of the step function.
+
+    Returns:
+        Spikes [...] in the dtype of ``x``, and the next membrane potential [...] in that of ``v``.
+    """
+    h = parameters.decay * v + parameters.gain * x.to(v.dtype) + parameters.bias
+    # SpikingJelly fires on >=; taking the ties away again leaves its gradient as it is.
+    s = surrogate_function(h - parameters.threshold) - (h == parameters.threshold).to(h.dtype)
+    s_reset = s.detach() if parameters.detach_reset else s
+    if parameters.v_reset is None:
+        v = h - s_reset * parameters.threshold
+    else:
+        v = (1.0 - s_reset) * h + s_reset * parameters.v_reset
+    return s.to(x.dtype), v
+
+
+def reference(
+    x_seq: Tensor,
+    v: Tensor | float,
+    parameters: LIFParameters,
+    surrogate_function: surrogate.SurrogateFunctionBase,
+) -> tuple[Tensor, Tensor]:
+    """Run the neuron over T time steps in plain torch, differentiable by autograd, on any device.
+
+    Args:
+        x_seq: Input [T, B, ...] of any floating-point dtype.
+        v: Membrane potential before the first step: [B, ...] in float32 (float64 for float64 input), or one
+            number for all neurons.
+        parameters: The neuron's constants.
+        surrogate_function: SpikingJelly surrogate.
+
+    Returns:
+        Spikes [T, B, ...] in the dtype of ``x_seq``, and the membrane potential after the last step [B, ...].
+
+    Raises:
+        InputError: For empty, integer or scalar input, and for a ``v`` that does not fit it.
+    """
+    _check_input(x_seq, v)
+    if not isinstance(v, Tensor):
+        v = torch.full_like(x_seq[0], v, dtype=_state_dtype(x_seq), requires_grad=False)
+    spikes = []
+    for x in x_seq:
+        s, v = step(x, v, parameters, surrogate_function)
+        spikes.append(s)
+    return torch.stack(spikes), v
+
+
+def lif(
+    x_seq: Tensor,
+    v: Tensor | float,
+    parameters: LIFParameters,
+    surrogate_function: surrogate.SurrogateFunctionBase,
+) -> tuple[Tensor, Tensor]:
+    """Run the neuron over T time steps in one CUDA kernel each way; spikes are bit-equal to ``reference``.
+
+    For the backward pass only ``x_seq`` is kept, and ``v`` where it is a tensor; membrane potentials are computed
+    again. The memory layout of frames (contiguous, channels_last) is that of ``x_seq`` in all results. Nothing is
+    cast under autocast. There is no second derivative.
+
+    Args:
+        x_seq: Input [T, B, ...], float32, float16 or bfloat16. T <= 16 runs in registers; longer sequences in
+            chunks of 16 steps, whose backward pass reads the input twice.
+        v: Membrane potential before the first step: float32 [B, ...] (it gets a gradient), or one number.
+        parameters: The neuron's constants.
+        surrogate_function: One of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+
+    Returns:
+        Spikes [T, B, ...] in the dtype of ``x_seq``, and the float32 membrane potential after the last step
+        [B, ...].
+
+    Raises:
+        InputError: For an unsupported surrogate or dtype, empty input, and a ``v`` that does not fit the input.
+    """
+    _check_input(x_seq, v)
+    if x_seq.dtype not in runtime.KERNEL_DTYPES:
+        raise InputError(
+            f"the LIF kernels take float32, float16 or bfloat16 input, got {x_seq.dtype}; use backend='torch'"
+        )
+    reason = unsupported_reason(surrogate_function)
+    if reason is not None:
+        raise InputError(f"{reason}; use another surrogate or backend='torch'")
+    return torch.ops.gac.lif_forward(
+        x_seq,
+        v if isinstance(v, Tensor) else None,
+        0.0 if isinstance(v, Tensor) else float(v),
+        parameters.decay,
+        parameters.gain,
+        parameters.bias,
+        parameters.threshold,
+        parameters.v_reset,
+        parameters.detach_reset,
+        type(surrogate_function).__name__,
+        float(surrogate_function.alpha),
+    )
+
+
+_KERNEL_SURROGATES = (surrogate.PiecewiseQuadratic, surrogate.Rect, surrogate.Sigmoid, surrogate.ATan)
+
+
+def unsupported_reason(surrogate_function: surrogate.SurrogateFunctionBase) -> str | None:
+    """Return why the kernels do not have this surrogate function, in one line, or None if they do."""
+    # Exact types: a subclass may have another gradient.
+    if type(surrogate_function) not in _KERNEL_SURROGATES:
+        names = ", ".join(kind.__name__ for kind in _KERNEL_SURROGATES)
+        return f"the LIF kernels have the surrogates {names}, not {type(surrogate_function).__name__}"
+    if not surrogate_function.spiking:
+        return "the LIF kernels need a surrogate with spiking=True"
+    alpha = surrogate_function.alpha
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+        return f"the LIF kernels need a surrogate whose alpha is a positive number, got {alpha!r}"
+    return None
+
+
+def _state_dtype(x_seq: Tensor) -> torch.dtype:
+    return torch.float64 if x_seq.dtype == torch.float64 else torch.float32
+
+
+def _check_input(x_seq: Tensor, v: Tensor | float) -> None:
+    if x_seq.ndim < 1 or x_seq.numel() == 0:
+        raise InputError(f"LIF input must be a non-empty [T, B, ...], got shape {list(x_seq.shape)}")
+    if not x_seq.is_floating_point():
+        raise InputError(f"LIF input must be floating point, got {x_seq.dtype}; convert it with .float()")
+    if isinstance(v, Tensor):
+        wanted = (x_seq.shape[1:], _state_dtype(x_seq), x_seq.device)
+        if (v.shape, v.dtype, v.device) != wanted:
+            raise InputError(
+                f"membrane potential must be {list(wanted[0])}, {wanted[1]}, on {wanted[2]} for this input, "
+                f"got {list(v.shape)}, {v.dtype}, on {v.device}"
+            )
+
+
+# The kernels see every tensor as flat [T, N]; all tensors of a call share the order of the N neurons.
+def _flat_strides(x_seq: Tensor) -> tuple[int, ...]:
+    """Return the strides of a dense tensor like ``x_seq``: time outermost, its frames' order of dimensions kept."""
+    shape, strides = x_seq.shape[1:], x_seq.stride()[1:]
+    # Outermost first; an expanded dimension (stride 0) has no place in memory and goes outside.
+    order = sorted(range(len(shape)), key=lambda dim: (strides[dim] != 0, -strides[dim], dim))
+    dense = [0] * len(shape)
+    size = 1
+    for dim in reversed(order):
+        dense[dim] = size
+        size *= shape[dim]
+    return (size, *dense)
+
+
+def _with_strides(tensor: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:
+    if tensor is None or _same_strides(tensor, strides):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
+
+
+_THREADS = 128  # kThreads in kernels/lif.cu
+_CHUNK = 16  # time steps whose membrane potentials fit into registers
+_ELEMENTS = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
+_DYNAMICS = ("float",) * 5  # decay, gain, bias, threshold, v_reset
+
+
+@cache
+def forward_kernel(dtype: torch.dtype, T: int, width: int, soft_reset: bool) -> runtime.Kernel:
+    """Return the forward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread."""
+    element = _ELEMENTS[dtype]
+    instance = f"lif_forward<{_template_arguments(element, T, width, soft_reset)}>"
+    state = ("const float*?", "float", *_DYNAMICS)
+    return runtime.Kernel(
+        "lif.cu", instance, (f"const {element}*", *state, f"{element}*", "float*?", "long long", "int")
+    )
+
+
+@cache
+def backward_kernel(
+    dtype: torch.dtype, T: int, width: int, soft_reset: bool, detach_reset: bool, surrogate_name: str
+) -> runtime.Kernel:
+    """Return the backward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread."""
+    element = _ELEMENTS[dtype]
+    arguments = _template_arguments(element, T, width, soft_reset)
+    instance = f"lif_backward<{arguments}, {str(detach_reset).lower()}, {surrogate_name}>"
+    incoming = (f"const {element}*?", "const float*?", f"const {element}*", "const float*?", "float")
+    outgoing = (f"{element}*?", "float*?", "float*?")
+    return runtime.Kernel("lif.cu", instance, (*incoming, *_DYNAMICS, "float", "float", *outgoing, "long long", "int"))
+
+
+def _template_arguments(element: str, T: int, width: int, soft_reset: bool) -> str:
+    whole_sequence = T <= _CHUNK
+    reset = "Reset::soft" if soft_reset else "Reset::hard"
+    return f"{element}, {T if whole_sequence else _CHUNK}, {str(whole_sequence).lower()}, {width}, {reset}"
+
+
+def vector_width(dtype: torch.dtype, T: int) -> int:
+    """Return how many neurons a thread takes where all addresses are multiples of 16 bytes."""
+    # A backward thread holds min(T, 16) x width potentials in registers beside as many inputs and gradients;
+    # with more than these widths the compiler spills.
+    if dtype == torch.float32:
+        return 4 if T <= _CHUNK else 2
+    return 8 if T <= 8 else 4
+
+
+def _width(T: int, neurons: int, sequence: Tensor, *others: Tensor | None) -> int:
+    width = vector_width(sequence.dtype, T)
+    pointers = [tensor.data_ptr() for tensor in (sequence, *others) if tensor is not None]
+    aligned = neurons % width == 0 and all(pointer % 16 == 0 for pointer in pointers)
+    return width if aligned else 1
+
+
+def _launch(kernel: runtime.Kernel, neurons: int, width: int, arguments: tuple[Tensor | float | None, ...]) -> None:
+    blocks = -(-neurons // (_THREADS * width))
+    runtime.launch(kernel, (blocks,), (_THREADS,), arguments)
+
+
+def _surrogate_constants(name: str, alpha: float) -> tuple[float, float]:
+    """Return a and b of ``kernels/surrogate.cuh``."""
+    return {
+        "PiecewiseQuadratic": (alpha, alpha**2),
+        "Rect": (alpha, 0.5 / alpha),
+        "Sigmoid": (alpha, 0.0),
+        "ATan": (alpha / 2, math.pi * (alpha / 2)),
+    }[name]
+
+
+_STATE = "Tensor? v_init, float v_start"
+_CONSTANTS = (
+    "float decay, float gain, float bias, float threshold, float? v_reset, "
+    "bool detach_reset, str surrogate_name, float alpha"
+)
+torch.library.define(
+    "gac::lif_forward",
+    f"(Tensor x_seq, {_STATE}, {_CONSTANTS}) -> (Tensor spikes, Tensor v_final)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "gac::lif_backward",
+    f"(Tensor? grad_spikes, Tensor? grad_v_final, Tensor x_seq, {_STATE}, {_CONSTANTS}, "
+    "bool need_grad_x, bool need_grad_v) -> (Tensor grad_x, Tensor grad_v_init)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("gac::lif_forward")
+def _forward_outputs(x_seq: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    strides = _flat_strides(x_seq)
+    spikes = torch.empty_strided(x_seq.shape, strides, dtype=x_seq.dtype, device=x_seq.device)
+    v_final = torch.empty_strided(x_seq.shape[1:], strides[1:], dtype=torch.float32, device=x_seq.device)
+    return spikes, v_final
+
+
+@torch.library.register_fake("gac::lif_backward")
+def _backward_outputs(
+    grad_spikes: Tensor | None, grad_v_final: Tensor | None, x_seq: Tensor, *others: object
+) -> tuple[Tensor, Tensor]:
+    *_, need_grad_x, need_grad_v = others
+    grad_x, grad_v_init = _forward_outputs(x_seq)
+    # An operator returns a fixed number of tensors: a gradient that nobody asked for is an empty one.
+    return grad_x if need_grad_x else grad_x.new_empty(0), grad_v_init if need_grad_v else grad_v_init.new_empty(0)
+
+
+def forward_on_device(
+    x_seq: Tensor,
+    v_init: Tensor | None,
+    v_start: float,
+    decay: float,
+    gain: float,
+    bias: float,
+    threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate_name: str,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """Run ``gac::lif_forward``; the tests register it for the CPU as well."""
+    T, neurons = x_seq.shape[0], x_seq[0].numel()
+    strides = _flat_strides(x_seq)
+    x_seq, v_init = _with_strides(x_seq, strides), _with_strides(v_init, strides[1:])
+    spikes, v_final = _forward_outputs(x_seq)
+    width = _width(T, neurons, x_seq, v_init, spikes, v_final)
+    dynamics = (decay, gain, bias, threshold, v_reset or 0.0)
+    kernel = forward_kernel(x_seq.dtype, T, width, v_reset is None)
+    _launch(kernel, neurons, width, (x_seq, v_init, v_start, *dynamics, spikes, v_final, neurons, T))
+    return spikes, v_final
+
+
+def backward_on_device(
+    grad_spikes: Tensor | None,
+    grad_v_final: Tensor | None,
+    x_seq: Tensor,
+    v_init: Tensor | None,
+    v_start: float,
+    decay: float,
+    gain: float,
+    bias: float,
+    threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate_name: str,
+    alpha: float,
+    need_grad_x: bool,
+    need_grad_v: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run ``gac::lif_backward``; the tests register it for the CPU as well."""
+    T, neurons = x_seq.shape[0], x_seq[0].numel()
+    strides = _flat_strides(x_seq)
+    x_seq, grad_spikes = _with_strides(x_seq, strides), _with_strides(grad_spikes, strides)
+    v_init, grad_v_final = _with_strides(v_init, strides[1:]), _with_strides(grad_v_final, strides[1:])
+    grad_x, grad_v_init = _backward_outputs(None, None, x_seq, need_grad_x, need_grad_v)
+    v_boundary = None
+    if T > _CHUNK:
+        boundaries = (T - 1) // _CHUNK
+        v_boundary = torch.empty(boundaries, neurons, dtype=torch.float32, device=x_seq.device)
+    outgoing = (grad_x if need_grad_x else None, grad_v_init if need_grad_v else None, v_boundary)
+    width = _width(T, neurons, x_seq, grad_spikes, grad_v_final, v_init, *outgoing)
+    dynamics = (decay, gain, bias, threshold, v_reset or 0.0, *_surrogate_constants(surrogate_name, alpha))
+    kernel = backward_kernel(x_seq.dtype, T, width, v_reset is None, detach_reset, surrogate_name)
+    incoming = (grad_spikes, grad_v_final, x_seq, v_init, v_start)
+    _launch(kernel, neurons, width, (*incoming, *dynamics, *outgoing, neurons, T))
+    return grad_x, grad_v_init
+
+
+torch.library.impl("gac::lif_forward", "cuda", forward_on_device)
+torch.library.impl("gac::lif_backward", "cuda", backward_on_device)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x_seq, v_init, *ctx.constants = inputs
+    ctx.save_for_backward(x_seq, v_init)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor | None, grad_v_final: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x_seq, v_init = ctx.saved_tensors
+    need_grad_x, need_grad_v, *others = ctx.needs_input_grad
+    grad_x, grad_v_init = torch.ops.gac.lif_backward(
+        grad_spikes, grad_v_final, x_seq, v_init, *ctx.constants, need_grad_x, need_grad_v
+    )
+    return grad_x if need_grad_x else None, grad_v_init if need_grad_v else None, *(None for _ in others)
+
+
+torch.library.register_autograd("gac::lif_forward", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:
+    raise NotImplementedError("the LIF kernels have no second derivative; use backend='torch'")
+
+
+torch.library.register_autograd("gac::lif_backward", _no_second_derivative)

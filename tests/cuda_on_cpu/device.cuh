@@ -1,0 +1,15 @@
+// The CPU's version of gac/ops/kernels/device.cuh.
+#pragma once
+
+inline float float_from_half_bits(unsigned short bits) {
+    _Float16 half;
+    memcpy(&half, &bits, sizeof half);
+    return static_cast<float>(half);
+}
+
+inline unsigned short half_bits_from_float(float value) {
+    const _Float16 half = static_cast<_Float16>(value);  // to nearest, ties to even
+    unsigned short bits;
+    memcpy(&bits, &half, sizeof bits);
+    return bits;
+}

@@ -1,0 +1,102 @@
+"""The CPU launcher that tests put in place of CUDA: compiles a kernel with g++ and calls it."""
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gac.ops import runtime
+
+HERE = Path(__file__).parent
+ORDERS = ("ascending", "descending", "shuffled")
+
+_POISON = r"\1 cuda_on_cpu::poison_once_per_block(&\2, sizeof(\2));"
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Return the environment variables of a Python process that runs kernels compiled with ``sanitize``."""
+    # The sanitizer wants to be first, and the C++ library right behind it: it wraps functions of that.
+    find = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    libraries = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in find]
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+class _Dim3(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
+
+
+class KernelsOnCpu:
+    """Compiles each kernel at its first launch and runs its threads in one of three orders.
+
+    Args:
+        folder: Where the compiled libraries go.
+        sanitize: Compile with the address and undefined-behaviour sanitizers; only in a process that was started
+            with ``sanitizer_environment()``.
+        kernel_folder: Where to look for kernel sources before the package's own.
+    """
+
+    def __init__(self, folder: Path, sanitize: bool = False, kernel_folder: Path = runtime.KERNEL_FOLDER) -> None:
+        self.order: Literal["ascending", "descending", "shuffled"] = "shuffled"
+        self._folder = folder
+        self._kernel_folder = kernel_folder
+        self._flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
+        if sanitize:
+            self._flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        self._functions: dict[runtime.Kernel, ctypes._CFuncPtr] = {}
+        self._scheduler = self._compile((HERE / "cuda_on_cpu.cpp").read_text(), "the scheduler")
+
+    def __call__(
+        self,
+        kernel: runtime.Kernel,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: Sequence[np.generic],
+    ) -> None:
+        """Run a kernel; raises RuntimeError for a compiler error or a barrier that not all threads reach."""
+        if kernel not in self._functions:
+            library = self._compile(self._translation_unit(kernel), kernel.instance, self._scheduler)
+            self._functions[kernel] = ctypes.CDLL(str(library)).run
+            self._functions[kernel].restype = ctypes.c_char_p
+        values = [np.array(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        sizes = (_Dim3(*(*size, 1, 1)[:3]) for size in (grid, block))
+        error = self._functions[kernel](*sizes, ORDERS.index(self.order), addresses)
+        if error is not None:
+            raise RuntimeError(f"{kernel.instance}: {error.decode()}")
+
+    def _compile(self, text: str, name: str, *libraries: Path) -> Path:
+        digest = hashlib.sha256("\0".join([text, *self._flags]).encode()).hexdigest()[:16]
+        output = self._folder / f"{digest}.so"
+        if not output.exists():
+            command = ["g++", *self._flags, f"-I{HERE}", "-x", "c++", "-", "-x", "none", *map(str, libraries)]
+            compiler = subprocess.run([*command, "-o", str(output)], input=text, text=True, capture_output=True)
+            if compiler.returncode != 0:
+                raise RuntimeError(f"{name} does not compile:\n{compiler.stderr}")
+        return output
+
+    def _translation_unit(self, kernel: runtime.Kernel) -> str:
+        types = [declared.rstrip("?") for declared in kernel.parameters]
+        values = ", ".join(f"*static_cast<{kind}*>(arguments[{i}])" for i, kind in enumerate(types))
+        return f"""#include "cuda_on_cpu.h"
+{_poison_shared_memory(runtime.source_text(kernel.file, (HERE, self._kernel_folder, runtime.KERNEL_FOLDER)))}
+// Compiles only if the parameters that Python declares are exactly the kernel's.
+constexpr void (*kernel)({", ".join(types)}) = {kernel.instance};
+
+static void call_kernel(void** arguments) {{ kernel({values}); }}
+
+extern "C" const char* run(dim3 grid, dim3 block, cuda_on_cpu::Order order, void** arguments) {{
+    return cuda_on_cpu::launch(grid, block, order, call_kernel, arguments);
+}}
+"""
+
+
+def _poison_shared_memory(source: str) -> str:
+    poisoned, count = re.subn(r"(__shared__ [\w:<>, ]+? (\w+)(?:\[[^\]]*\])*;)", _POISON, source)
+    if count != source.count("__shared__"):
+        raise RuntimeError("a __shared__ declaration is not of the form '__shared__ type name[size];'")
+    return poisoned
