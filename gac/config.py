@@ -2,10 +2,16 @@
 
 YAML files, command-line overrides, ``--help`` and the configuration stored in a checkpoint are all read off
 them (:mod:`gac.cli`). Every default that is not the authors' says so.
+
+A value outside its range raises InputError as soon as the dataclass is made.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from gac.errors import InputError
 
 Coding = Literal["gac", "direct", "rate", "latency", "phase"]
 
@@ -15,20 +21,23 @@ class DataConfig:
     """The data set and its augmentation."""
 
     name: Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"] = "cifar10"
-    """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train, y_train,
-    x_test, y_test), imagefolder (train/ and val/ with one folder per class) or synthetic (random pixels)."""
+    """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train,
+    y_train, x_test, y_test), imagefolder (train/ and val/ with one folder per class) or synthetic (random
+    pixels)."""
     root: str = "data"
     """Folder of the data set; for npz the file itself. Not used by digits and synthetic."""
     download: bool = False
     """Let torchvision download CIFAR into root when it is not there."""
     crop_padding: int = 4
-    """Random crop: pixels of black padding on each side before cropping back to the image size; 0 turns it off."""
+    """Random crop: pixels of black padding on each side before cropping back to the image size; 0 turns it
+    off."""
     horizontal_flip: bool = True
     """Flip each training image left to right with probability 1/2."""
     image_size: int = 224
     """Side of the images in pixels that imagefolder crops to and synthetic makes."""
     resize: int = 256
-    """imagefolder: length in pixels that the shorter side of a test image is resized to before the centre crop."""
+    """imagefolder: length in pixels that the shorter side of a test image is resized to before the centre
+    crop."""
     auto_augment: bool = False
     """imagefolder: apply torchvision's AutoAugment (ImageNet policy) to training images."""
     workers: int = 8
@@ -37,6 +46,22 @@ class DataConfig:
     """synthetic: number of classes."""
     synthetic_images: int = 512
     """synthetic: number of training images; the test set has a quarter of them."""
+
+    def __post_init__(self) -> None:
+        _check_choices("data", self)
+        _check_ranges(
+            "data",
+            self,
+            crop_padding=(self.crop_padding >= 0, "at least 0"),
+            image_size=(self.image_size >= 1, "at least 1"),
+            resize=(
+                self.resize >= self.image_size or self.name != "imagefolder",
+                f"at least data.image_size ({self.image_size}), which is cropped from it",
+            ),
+            workers=(self.workers >= 0, "at least 0"),
+            synthetic_classes=(self.synthetic_classes >= 2, "at least 2"),
+            synthetic_images=(self.synthetic_images >= 4, "at least 4"),
+        )
 
 
 @dataclass
@@ -62,11 +87,34 @@ class ModelConfig:
     reduction: int = 2
     """Gated attention: the temporal branch has max(1, T // reduction) hidden units."""
     temporal_init: Literal["default", "alive"] = "default"
-    """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit starts
-    dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
+    """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit
+    starts dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
     backend: Literal["auto", "cupy", "torch"] = "auto"
-    """What runs the neurons: cupy (CUDA kernels of this package), torch (SpikingJelly's own execution) or auto
-    (cupy on a CUDA device where CuPy works, else torch)."""
+    """What runs the neurons: cupy (CUDA kernels of this package), torch (SpikingJelly's own execution) or
+    auto (cupy on a CUDA device where CuPy works, else torch)."""
+
+    def __post_init__(self) -> None:
+        _check_choices("model", self)
+        _check_ranges(
+            "model",
+            self,
+            T=(self.T >= 1, "at least 1"),
+            width=(self.width >= 1, "at least 1"),
+            depth=(
+                self.depth is None or (len(self.depth) > 0 and min(self.depth) >= 1),
+                "a list with at least one block in each stage, for example [3, 3, 2]",
+            ),
+            kernel_size=(self.kernel_size >= 1, "at least 1"),
+            reduction=(self.reduction >= 1, "at least 1"),
+        )
+
+    @property
+    def takes_normalized_images(self) -> bool:
+        """Whether the network wants images of mean 0 and standard deviation 1.
+
+        Rate, latency and phase coding turn intensities in [0, 1] into spikes instead.
+        """
+        return self.coding in (None, "gac", "direct")
 
 
 @dataclass
@@ -109,6 +157,30 @@ class TrainConfig:
     eval_batch_size: int = 256
     """Images per batch in evaluation."""
 
+    def __post_init__(self) -> None:
+        _check_choices("train", self)
+        _check_ranges(
+            "train",
+            self,
+            epochs=(self.epochs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            learning_rate=(0 < self.learning_rate < math.inf, "greater than 0"),
+            momentum=(
+                self.momentum < 1 and (self.momentum > 0 or (self.momentum == 0 and not self.nesterov)),
+                "in [0, 1), and not 0 with train.nesterov",
+            ),
+            weight_decay=(0 <= self.weight_decay < math.inf, "at least 0"),
+            warmup_epochs=(
+                0 <= self.warmup_epochs < self.epochs,
+                f"at least 0 and below train.epochs ({self.epochs})",
+            ),
+            label_smoothing=(0 <= self.label_smoothing < 1, "in [0, 1)"),
+            cutmix_probability=(0 <= self.cutmix_probability <= 1, "in [0, 1]"),
+            cutmix_beta=(0 < self.cutmix_beta < math.inf, "greater than 0"),
+            seed=(0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
+            eval_batch_size=(self.eval_batch_size >= 1, "at least 1"),
+        )
+
 
 @dataclass
 class Config:
@@ -122,3 +194,61 @@ class Config:
     """Optimiser, schedule, loss and numerics."""
     device: str = "auto"
     """Device to run on: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as nested dictionaries of plain values, as in YAML and checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Return the configuration that :meth:`to_dict` gave.
+
+        A field that is absent has its default. Raises InputError for a field that does not exist.
+        """
+        known = _known_fields(cls, values, "")
+        sections = {
+            name: section(**_known_fields(section, known[name], f"{name}."))
+            for name, section in SECTIONS.items()
+            if name in known
+        }
+        return cls(**{**known, **sections})
+
+    def flat(self) -> dict[str, Any]:
+        """Return every value under its full name, such as "train.epochs"."""
+        values: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name in SECTIONS:
+                values |= {f"{name}.{key}": item for key, item in value.items()}
+            else:
+                values[name] = value
+        return values
+
+
+SECTIONS: dict[str, type] = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+
+
+def _known_fields(section: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """Return ``values`` if each of them is a field of ``section``."""
+    if unknown := sorted(set(values) - {f.name for f in fields(section)}):
+        raise InputError(
+            f"unknown configuration field {prefix}{unknown[0]}: "
+            "it was written by another version of gac, which can read it"
+        )
+    return values
+
+
+def _check_choices(prefix: str, section: object) -> None:
+    """Raise InputError if a field that allows only a few values has another one."""
+    for name, hint in get_type_hints(type(section)).items():
+        alternatives = [hint, *get_args(hint)]
+        choices = [choice for part in alternatives if get_origin(part) is Literal for choice in get_args(part)]
+        value = getattr(section, name)
+        if choices and value not in choices and not (value is None and type(None) in alternatives):
+            raise InputError(f"{prefix}.{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_ranges(prefix: str, section: object, **rules: tuple[bool, str]) -> None:
+    """Raise InputError for the first field whose rule (whether it holds, what is allowed) is broken."""
+    for name, (holds, allowed) in rules.items():
+        if not holds:
+            raise InputError(f"{prefix}.{name} must be {allowed}; got {getattr(section, name)!r}")

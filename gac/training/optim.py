@@ -1,0 +1,64 @@
+"""Optimiser, learning rate and loss."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gac.config import TrainConfig
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.SGD:
+    """Return SGD with the same weight decay on all parameters, BatchNorm's included, as the authors' code has it."""
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        # The fused update skips overflowed half-precision steps on the device; the others ask the host.
+        fused=device.type == "cuda",
+    )
+
+
+def learning_rate_at(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
+    """Return the learning rate of one step: a function of the position alone, so that resuming needs no state.
+
+    A cosine from ``learning_rate`` to 0 over the epochs, lowered every epoch or every batch. During
+    ``warmup_epochs`` before it, the rate rises linearly with every batch and the cosine has the epochs that
+    remain.
+
+    Args:
+        config: The schedule.
+        epoch: Number of the epoch, from 0.
+        batch: Number of the batch in the epoch, from 0.
+        batches: Batches in an epoch.
+    """
+    now = epoch + batch / batches
+    if now < config.warmup_epochs:
+        return config.learning_rate * min(1.0, (now + 1 / batches) / config.warmup_epochs)
+    if config.schedule_step == "epoch":
+        now = max(epoch, config.warmup_epochs)
+    progress = (now - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def classification_loss(logits: Tensor, targets: Tensor, kind: str, label_smoothing: float = 0.0) -> Tensor:
+    """Return the loss of outputs over time, a scalar.
+
+    "mean" is the cross entropy of the outputs' mean over time. "tet" (temporal efficient training, Deng et
+    al., ICLR 2022, without its regulariser) is the mean over time of the cross entropies; unlike
+    SpikingJelly's function it also takes the soft targets that CutMix makes.
+
+    Args:
+        logits: Outputs [T, B, K].
+        targets: Labels, int64 [B], or probabilities [B, K].
+        kind: "mean" or "tet".
+        label_smoothing: Share of the target spread evenly over all classes.
+    """
+    if kind == "mean":
+        return F.cross_entropy(logits.mean(0), targets, label_smoothing=label_smoothing)
+    repeated = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
+    return F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=label_smoothing)

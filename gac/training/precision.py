@@ -1,0 +1,18 @@
+"""Automatic mixed precision."""
+
+import torch
+
+from gac.errors import InputError
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Return the context in which a network runs for ``amp`` off, fp16 or bf16."""
+    return torch.autocast(device.type, dtype=DTYPES.get(amp), enabled=amp != "off")
+
+
+def check_precision(device: torch.device, amp: str) -> None:
+    """Raise InputError if ``device`` cannot train in this precision."""
+    if amp == "fp16" and device.type != "cuda":
+        raise InputError(f"train.amp fp16 needs a CUDA device, got {device.type}; use bf16 or off")

@@ -1,0 +1,133 @@
+"""What eval.py measures and prints."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gac.checkpoint import build_network, is_ours
+from gac.config import Config
+from gac.data import DataInfo, build_data
+from gac.errors import InputError
+from gac.models.ms_resnet import MSResNet
+from gac.neuron import LIFNode
+from gac.published import PublishedResult, find_published
+from gac.training.device import select_device
+from gac.training.evaluate import Evaluation, evaluate
+from gac.training.versions import versions
+
+
+@dataclass(frozen=True)
+class Report:
+    """The scores of a checkpoint's network and what they were measured on."""
+
+    checkpoint: str
+    epoch: int | None
+    T: int
+    num_classes: int
+    parameters: int
+    coding: str
+    data: str
+    device: str
+    precision: str
+    scores: Evaluation
+    published: PublishedResult | None
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+
+def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config) -> Report:
+    """Score the network of a checkpoint on a test set.
+
+    Precision is the training run's where the device has it; the CPU evaluates in float32 what was trained in
+    fp16.
+
+    Args:
+        path: The checkpoint, for messages.
+        payload: Its content, from ``read_checkpoint``.
+        config: The data set and the device; for our checkpoints the training run's with overrides applied.
+
+    Raises:
+        InputError: If the network does not fit the data set, or one of them cannot be used.
+    """
+    device = select_device(config.device)
+    try:
+        network = build_network(payload)
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
+    for module in network.modules():
+        if isinstance(module, LIFNode):
+            module.backend = config.model.backend
+    data = build_data(
+        config.data,
+        device=device,
+        batch_size=config.train.batch_size,
+        eval_batch_size=config.train.eval_batch_size,
+        seed=config.train.seed,
+        normalize=config.model.takes_normalized_images,
+        splits=("test",),
+    )
+    _check_fit(path, network, data.info)
+    ours = is_ours(payload)
+    amp = config.train.amp if ours else "off"
+    if amp == "fp16" and device.type != "cuda":
+        amp = "off"
+    scores = evaluate(network.to(device), data.test.epoch(0), device, amp)
+    return Report(
+        checkpoint=str(path),
+        epoch=payload.get("epoch") if ours else None,
+        T=network.T,
+        num_classes=network.num_classes,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        coding=network.coding_name,
+        data=data.info.name,
+        device=str(device),
+        precision="float32" if amp == "off" else amp,
+        scores=scores,
+        published=find_published(network, _published_name(data.info)),
+        # The authors' files do not hold the configuration that they were trained with.
+        config=config.to_dict() if ours else {"data": asdict(config.data), "device": config.device},
+        versions=versions(),
+    )
+
+
+def format_report(report: Report) -> str:
+    """Return the report as a small table."""
+    scores = report.scores
+    epoch = "" if report.epoch is None else f" (after epoch {report.epoch})"
+    rows = [
+        ("checkpoint", f"{report.checkpoint}{epoch}"),
+        ("network", f"{report.parameters / 1e6:.3f} M parameters, {report.coding} coding, T={report.T}"),
+        ("data", f"{report.data}, {scores.images} test images, {report.num_classes} classes"),
+        ("run", f"{report.precision} on {report.device}, {scores.images_per_second:.0f} images/s"),
+        ("top-1", f"{scores.top1:6.2f} %  ({scores.correct} of {scores.images} right)"),
+        *((f"  t = 1..{t}", f"{top1:6.2f} %") for t, top1 in enumerate(scores.top1_by_time, 1)),
+        (f"top-{min(5, report.num_classes)}", f"{scores.top5:6.2f} %"),
+        ("loss", f"{scores.loss:.4f}"),
+    ]
+    if report.published is not None:
+        difference = scores.top1 - report.published.top1
+        rows.append(
+            (
+                "published",
+                f"{report.published.top1:6.2f} %  ({difference:+.2f}; {report.published.source})",
+            )
+        )
+    return "\n".join(f"{name:<12}{value}" for name, value in rows)
+
+
+def _check_fit(path: Path, network: MSResNet, info: DataInfo) -> None:
+    for what, has, needs in (
+        ("classes", network.num_classes, info.num_classes),
+        ("image channels", network.in_channels, info.channels),
+    ):
+        if has != needs:
+            raise InputError(
+                f"checkpoint {path} is for {has} {what}, data set {info.name} has {needs}:"
+                " name the data set it was trained on with --data.name and --data.root"
+            )
+
+
+def _published_name(info: DataInfo) -> str:
+    # Folders do not say what they hold; ImageNet's validation set has this size.
+    is_imagenet = (info.name, info.num_classes, info.test_size) == ("imagefolder", 1000, 50_000)
+    return "imagenet" if is_imagenet else info.name

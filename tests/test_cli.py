@@ -1,0 +1,198 @@
+"""Command lines: what they mean, and one clear line for what they cannot mean."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gac.cli import FIELDS, eval_main, parse_eval, parse_train, train_main
+from gac.config import SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
+from gac.errors import InputError
+from gac.models import list_models
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def error_of(*arguments: str) -> str:
+    with pytest.raises(InputError) as error:
+        parse_train(arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    parsed = parse_train(["--config", str(path)])
+    assert parsed.config.model.name in list_models()
+    assert parsed.output == Path("runs") / path.stem
+    assert parsed.resume is None
+
+
+def test_cifar10_is_the_authors_recipe() -> None:
+    assert parse_train(["--config", str(ROOT / "configs/cifar10.yaml")]).config == Config(
+        data=DataConfig(), model=ModelConfig(neuron="cifar"), train=TrainConfig()
+    )
+
+
+def test_a_file_and_the_options_above_it(yaml_file) -> None:
+    path = yaml_file("train: {epochs: 3, learning_rate: 1e-3, amp: off, cutmix: off}\nmodel:\n  depth: [1, 2]\n")
+    parsed = parse_train(
+        ["--train.epochs=5", "--config", path, "--model.width", "8", "--output", "out", "--resume", "auto"]
+    )
+    assert parsed.config == Config(
+        model=ModelConfig(depth=[1, 2], width=8),
+        train=TrainConfig(epochs=5, learning_rate=1e-3, cutmix="off"),
+    )
+    assert (parsed.output, parsed.resume) == (Path("out"), "auto")
+
+
+def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file) -> None:
+    config = Config(
+        data=DataConfig("npz", "12", True, 1, False, 32, 40, True, 0, 3, 9),
+        model=ModelConfig("msresnet18", "rate", 3, 8, [2, 1], "cifar", 2, 1, "alive", "torch"),
+        train=TrainConfig(7, 3, 1e-5, 0.5, True, 0.0, "batch", 1.5, "tet", 0.1, "off", 0.25, 2.0, "bf16", False, 0, 9),
+        device="cuda:1",
+    )
+    changed = [name for name, value in config.flat().items() if value != Config().flat()[name]]
+    assert set(changed) == set(FIELDS)
+    from_file = parse_train(["--config", yaml_file(yaml.safe_dump(config.to_dict()))])
+    assert from_file.config == config
+    options = [f"--{name}={value}" for name, value in config.flat().items()]
+    assert parse_train(["--config", yaml_file("{}"), *options]).config == config
+
+
+def test_null_is_a_value_of_optional_fields_only(yaml_file) -> None:
+    path = yaml_file("model: {depth: null, coding: ~, neuron: }")
+    assert parse_train(["--config", path]).config == Config()
+    assert error_of("--config", yaml_file("train:\n  epochs:\n")).endswith(
+        "run.yaml line 2: train.epochs must be a whole number; got null"
+    )
+    assert "data.root must be a text" in error_of("--config", yaml_file("data: {root: null}"))
+
+
+def test_config_is_required() -> None:
+    assert error_of("--train.epochs", "3").startswith("--config is required: name a YAML file")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--train.epoch=3", "unknown option --train.epoch; did you mean --train.epochs?"),
+        ("--epochs=3", "unknown option --epochs; did you mean --train.epochs?"),
+        ("--batch_size=3", "unknown option --batch_size; did you mean --train.batch_size?"),
+        ("--outputs=3", "unknown option --outputs; did you mean --output?"),
+        ("--lr=3", "unknown option --lr; --help lists all of them"),
+        ("--data={}", "unknown option --data; "),
+        ("--train.epochs=1.5", "train.epochs must be a whole number; got 1.5"),
+        ("--train.epochs=many", "train.epochs must be a whole number; got many"),
+        ("--train.epochs=null", "train.epochs must be a whole number; got null"),
+        ("--train.learning_rate=fast", "train.learning_rate must be a number; got fast"),
+        ("--train.nesterov=1", "train.nesterov must be true or false; got 1"),
+        ("--train.amp=fp8", "train.amp must be one of off, fp16, bf16; got fp8"),
+        ("--model.coding=tempo", "model.coding must be one of gac, direct, rate, latency, phase or null; got tempo"),
+        ("--model.depth=3", "model.depth must be a list of whole numbers such as [3, 3, 2] or null; got 3"),
+        ("--train.epochs=0", "train.epochs must be at least 1; got 0"),
+        ("--config=other.yaml", "--config was given twice"),
+        ("--train.epochs", "argument --train.epochs: expected one argument"),
+        ("stray", "unrecognized arguments: stray"),
+    ],
+)
+def test_a_wrong_option_is_one_line(option: str, message: str, yaml_file) -> None:
+    assert message in error_of("--config", yaml_file("{}"), option)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  epochz: 3\n", "run.yaml line 2: unknown field train.epochz; did you mean train.epochs?"),
+        ("trian:\n  epochs: 3\n", "run.yaml line 1: unknown field trian; did you mean train?"),
+        ("epochs: 3\n", "run.yaml line 1: unknown field epochs; did you mean train.epochs?"),
+        ("train:\n\n  epochs: x\n", "run.yaml line 3: train.epochs must be a whole number; got x"),
+        ("train:\n  epochs: [3]\n", "run.yaml line 2: train.epochs must be a whole number"),
+        ("train:\n  epochs: {a: 3}\n", "run.yaml line 2: train.epochs must be a whole number"),
+        ("train:\n  epochs: 3\ntrain:\n  seed: 1\n", "run.yaml line 3: train is there twice"),
+        ("train:\n  seed: 3\n  seed: 1\n", "run.yaml line 3: seed is there twice"),
+        ("train: 3\n", "run.yaml line 1: train is a section"),
+        ("train:\n", "run.yaml line 1: train is a section"),
+        ("train:\n  epochs: 1\n   seed: 3\n", "run.yaml line 3 is not YAML: mapping values are not allowed here"),
+        ("- a\n", "run.yaml must hold the sections data, model, train"),
+        ("", "run.yaml must hold the sections data, model, train"),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_its_place(text: str, message: str, yaml_file) -> None:
+    assert message in error_of("--config", yaml_file(text))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert "missing.yaml: No such file" in error_of("--config", str(tmp_path / "missing.yaml"))
+    assert "Is a directory" in error_of("--config", str(tmp_path))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "is not a text file" in error_of("--config", str(tmp_path / "binary.yaml"))
+
+
+def test_a_place_is_not_blamed_for_an_override(yaml_file) -> None:
+    path = yaml_file("train:\n  epochs: 3\n")
+    assert error_of("--config", path, "--train.epochs=x") == "train.epochs must be a whole number; got x"
+
+
+@pytest.mark.parametrize("main", [train_main, eval_main])
+def test_bad_input_is_one_line_on_stderr_and_status_2(main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--nonsense", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: unknown option --nonsense")
+
+
+def test_help_explains_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train_main(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in FIELDS:
+        assert f"--{name} " in text
+    assert "SGD learning rate at the start; a cosine takes it to 0 over the epochs. (type: float, default: 0.1)" in text
+    assert "Path to a configuration file" not in text
+
+
+def test_every_field_is_documented() -> None:
+    for section in (Config, *SECTIONS.values()):
+        source = Path(ROOT / "gac/config.py").read_text()
+        for field in fields(section):
+            assert f"    {field.name}: " in source.split(f"class {section.__name__}")[1].split("\n\n\n")[0]
+
+
+def test_eval_help_lists_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        eval_main(["--help"])
+    text = capsys.readouterr().out
+    assert "--model.backend" in text
+    assert "--train.eval_batch_size" in text
+    assert "--train.epochs" not in text
+
+
+def test_eval_needs_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--checkpoint is required"):
+        parse_eval([])
+    with pytest.raises(InputError, match="no such file"):
+        parse_eval(["--checkpoint", str(tmp_path / "none.pt")])
+    with pytest.raises(InputError, match=r"--train.epochs is fixed by the checkpoint"):
+        parse_eval(["--checkpoint", "x.pt", "--train.epochs", "3"])
+
+
+def test_replace_keeps_the_checks() -> None:
+    with pytest.raises(InputError):
+        replace(TrainConfig(), epochs=0)

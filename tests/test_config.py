@@ -1,0 +1,79 @@
+"""The configuration dataclasses refuse what no run can use."""
+
+import pytest
+
+from gac.config import Config, DataConfig, ModelConfig, TrainConfig
+from gac.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        (DataConfig, "name", "mnist"),
+        (DataConfig, "crop_padding", -1),
+        (DataConfig, "workers", -1),
+        (DataConfig, "synthetic_classes", 1),
+        (ModelConfig, "T", 0),
+        (ModelConfig, "depth", []),
+        (ModelConfig, "depth", [3, 0]),
+        (ModelConfig, "coding", "temporal"),
+        (TrainConfig, "epochs", 0),
+        (TrainConfig, "batch_size", 0),
+        (TrainConfig, "learning_rate", 0.0),
+        (TrainConfig, "learning_rate", float("nan")),
+        (TrainConfig, "learning_rate", float("inf")),
+        (TrainConfig, "momentum", 1.0),
+        (TrainConfig, "weight_decay", -1e-5),
+        (TrainConfig, "warmup_epochs", 250),
+        (TrainConfig, "label_smoothing", 1.0),
+        (TrainConfig, "cutmix_probability", 1.5),
+        (TrainConfig, "cutmix_beta", 0.0),
+        (TrainConfig, "amp", "fp8"),
+        (TrainConfig, "seed", -1),
+    ],
+)
+def test_a_value_out_of_range_is_named_in_one_line(section: type, field: str, value: object) -> None:
+    with pytest.raises(InputError) as error:
+        section(**{field: value})
+    assert f".{field} must be " in str(error.value)
+    assert repr(value) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(InputError, match="momentum must be"):
+        TrainConfig(nesterov=True, momentum=0.0)
+
+
+def test_test_images_are_at_least_as_large_as_their_crop() -> None:
+    with pytest.raises(InputError, match="resize must be at least"):
+        DataConfig(name="imagefolder", image_size=224, resize=200)
+    DataConfig(name="synthetic", image_size=300, resize=256)
+
+
+def test_to_dict_and_from_dict_are_inverse() -> None:
+    config = Config(
+        data=DataConfig(name="digits"), model=ModelConfig(depth=[1, 2]), train=TrainConfig(epochs=3), device="cpu"
+    )
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_an_absent_field_has_its_default_and_an_unknown_one_is_refused() -> None:
+    assert Config.from_dict({"train": {"epochs": 7}}) == Config(train=TrainConfig(epochs=7))
+    with pytest.raises(InputError, match=r"train\.epoch"):
+        Config.from_dict({"train": {"epoch": 7}})
+
+
+def test_flat_names_every_value() -> None:
+    flat = Config().flat()
+    assert flat["train.epochs"] == 250
+    assert flat["device"] == "auto"
+    assert "train" not in flat
+
+
+@pytest.mark.parametrize(
+    ("coding", "normalized"),
+    [(None, True), ("gac", True), ("direct", True), ("rate", False), ("latency", False), ("phase", False)],
+)
+def test_codings_of_intensities_get_images_that_are_not_normalized(coding: str, normalized: bool) -> None:
+    assert ModelConfig(coding=coding).takes_normalized_images is normalized

@@ -1,0 +1,124 @@
+"""eval.py on checkpoints of both kinds."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gac import create_model
+from gac.cli import eval_main, parse_eval
+from gac.config import Config, DataConfig, ModelConfig, TrainConfig
+from gac.data import build_data
+from gac.training.engine import train
+
+ROOT = Path(__file__).parents[1]
+CONFIG = Config(
+    data=DataConfig(name="synthetic", image_size=8, synthetic_images=40, synthetic_classes=3),
+    model=ModelConfig(T=2, width=4, depth=[1, 1, 1]),
+    train=TrainConfig(epochs=1, batch_size=16),
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    train(CONFIG, folder)
+    return folder
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert eval_main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_the_scores_are_those_of_the_training_run(run: Path, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "eval.py", "--checkpoint", str(run / "best.pt"), "--json", str(tmp_path / "scores.json")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    line = json.loads((run / "metrics.jsonl").read_text())
+    assert scores["scores"]["top1"] == line["test_top1"]
+    assert scores["scores"]["top5"] == line["test_top5"]
+    assert scores["scores"]["loss"] == pytest.approx(line["test_loss"])
+    assert len(scores["scores"]["top1_by_time"]) == 2
+    assert Config.from_dict(scores["config"]) == CONFIG
+    assert scores["versions"]["torch"] == torch.__version__
+    rows = dict(row.split(maxsplit=1) for row in process.stdout.splitlines() if not row.startswith("  "))
+    assert f"{line['test_top1']:.2f} %" in rows["top-1"]
+    assert process.stdout.count("t = 1..") == 2
+    assert "published" not in rows
+
+
+def test_overrides_apply_to_data_and_execution(run: Path) -> None:
+    arguments = ["--data.root", "elsewhere", "--train.eval_batch_size", "7", "--model.backend=torch"]
+    parsed = parse_eval(["--checkpoint", str(run / "best.pt"), *arguments])
+    assert parsed.config == replace(
+        CONFIG,
+        data=replace(CONFIG.data, root="elsewhere"),
+        model=replace(CONFIG.model, backend="torch"),
+        train=replace(CONFIG.train, eval_batch_size=7),
+    )
+
+
+def test_a_data_set_with_other_classes_or_channels_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = ["--checkpoint", str(run / "best.pt")]
+    assert "is for 3 classes, data set synthetic has 4" in error_of(capsys, *checkpoint, "--data.synthetic_classes=4")
+    assert "is for 3 classes, data set digits has 10" in error_of(capsys, *checkpoint, "--data.name=digits")
+
+
+def test_a_wrong_value_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = ["--checkpoint", str(run / "best.pt")]
+    assert "eval_batch_size must be at least 1" in error_of(capsys, *checkpoint, "--train.eval_batch_size=0")
+    assert "data.name must be one of digits" in error_of(capsys, *checkpoint, "--data.name=cifar")
+    assert "expected a file in a folder that exists" in error_of(capsys, *checkpoint, "--json", str(run / "no" / "x"))
+
+
+@pytest.fixture
+def cifar_shaped(tmp_path: Path) -> list[str]:
+    """A state dict without configuration, as the authors' files are, and a data set it fits."""
+    torch.manual_seed(0)
+    torch.save(create_model("gac_msresnet18_cifar", 10, T=4, width=8).state_dict(), tmp_path / "weights.pt")
+    return ["--checkpoint", str(tmp_path / "weights.pt"), "--data.image_size=8", "--data.synthetic_images=40"]
+
+
+def test_a_file_without_configuration_needs_the_data_sets_name(
+    cifar_shaped: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "name it with --data.name" in error_of(capsys, *cifar_shaped)
+
+
+def test_a_file_without_configuration_is_scored(
+    cifar_shaped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_file = tmp_path / "scores.json"
+    assert eval_main([*cifar_shaped, "--data.name=synthetic", "--device=cpu", "--json", str(json_file)]) == 0
+    scores = json.loads(json_file.read_text())
+    assert (scores["T"], scores["coding"], scores["scores"]["images"]) == (4, "gac", 10)
+    assert set(scores["config"]) == {"data", "device"}
+    assert "T=4" in capsys.readouterr().out
+
+
+def test_the_published_number_stands_beside_the_published_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    torch.save(create_model("gac_msresnet18_cifar", 10, T=2).state_dict(), tmp_path / "weights.pt")
+
+    def small_cifar10(config: DataConfig, **options: object):
+        data = build_data(replace(config, name="synthetic", image_size=8, synthetic_images=8), **options)
+        return replace(data, info=replace(data.info, name="cifar10"))
+
+    monkeypatch.setattr("gac.training.report.build_data", small_cifar10)
+    assert eval_main(["--checkpoint", str(tmp_path / "weights.pt"), "--data.name=cifar10", "--device=cpu"]) == 0
+    published = capsys.readouterr().out.splitlines()[-1]
+    assert published.startswith("published")
+    assert "96.18 %" in published

@@ -1,0 +1,26 @@
+"""Device names."""
+
+import pytest
+import torch
+
+from gac.errors import InputError
+from gac.training.device import select_device
+
+
+def test_cpu() -> None:
+    assert select_device("cpu") == torch.device("cpu")
+
+
+def test_auto_is_cuda_where_there_is_one() -> None:
+    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "cpu:0"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="device must be auto, cpu, cuda or cuda:N"):
+        select_device(name)
+
+
+def test_a_cuda_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match="device cuda:99 is not there"):
+        select_device("cuda:99")

@@ -1,0 +1,333 @@
+"""The training loop on small real runs."""
+
+import logging
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gac.checkpoint import load_checkpoint, read_checkpoint
+from gac.config import Config, DataConfig, ModelConfig, TrainConfig
+from gac.errors import InputError
+from gac.training import engine
+from gac.training.engine import Trainer, TrainingDiverged, train
+from gac.training.metrics_file import read_metrics
+from gac.training.signals import Interrupted
+
+TINY = Config(
+    data=DataConfig(name="synthetic", image_size=8, synthetic_images=40, synthetic_classes=3, crop_padding=1),
+    model=ModelConfig(T=2, width=4, depth=[1, 1, 1]),
+    train=TrainConfig(epochs=3, batch_size=16, learning_rate=0.05, cutmix="epoch"),
+    device="cpu",
+)
+BATCHES = 3
+# Random numbers in every place that draws some: the encoder, in evaluation too, and CutMix.
+RANDOM = replace(TINY, model=replace(TINY.model, coding="rate"), train=replace(TINY.train, cutmix="batch", loss="tet"))
+TIMES = {"images_per_second", "seconds"}
+
+
+def result_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """What a run came to: its last checkpoint without times, and its metrics without them."""
+    payload = read_checkpoint(folder / "last.pt")
+    payload["training"]["position"].pop("seconds")
+    payload["metrics"] = without_times(payload["metrics"])
+    return payload, [without_times(line) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def without_times(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name not in TIMES}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key in expected:
+            assert_same(actual[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        for each, other in zip(actual, expected, strict=True):
+            assert_same(each, other)
+    else:
+        assert actual == expected
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sharing out work as small as this takes longer than doing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(TINY, folder)
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
+    metrics = read_metrics(finished / "metrics.jsonl")
+    assert [line["epoch"] for line in metrics] == [1, 2, 3]
+    assert [line["step"] for line in metrics] == [BATCHES, 2 * BATCHES, 3 * BATCHES]
+    cosine = [0.05 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+    assert [line["learning_rate"] for line in metrics] == pytest.approx(cosine)
+    for line in metrics:
+        assert set(line) == TIMES | {
+            "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate"
+        }  # fmt: skip
+        assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
+    last = read_checkpoint(finished / "last.pt")
+    assert (last["epoch"], last["step"], last["num_classes"], last["in_channels"]) == (3, 9, 3, 3)
+    assert last["metrics"] == metrics[-1]
+    assert Config.from_dict(last["config"]) == TINY
+    assert last["versions"]["torch"] == torch.__version__
+    assert not list(finished.glob(".*"))
+
+
+def test_best_is_the_first_epoch_with_the_highest_accuracy(finished: Path) -> None:
+    metrics = read_metrics(finished / "metrics.jsonl")
+    best = read_checkpoint(finished / "best.pt")
+    assert best["metrics"] == max(metrics, key=lambda line: line["test_top1"])
+    assert "training" not in best
+    assert load_checkpoint(finished / "best.pt").T == 2
+
+
+def test_tensorboard_shows_the_metrics(finished: Path) -> None:
+    events = EventAccumulator(str(finished)).Reload()
+    metrics = read_metrics(finished / "metrics.jsonl")
+    assert set(events.Tags()["scalars"]) == set(metrics[0]) - {"epoch"}
+    for name in events.Tags()["scalars"]:
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in metrics])
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    config = replace(
+        TINY,
+        model=replace(TINY.model, width=16),
+        train=replace(TINY.train, epochs=15, cutmix="off"),
+        data=replace(TINY.data, crop_padding=0),
+    )
+    train(config, tmp_path)
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert metrics[-1]["train_loss"] < 0.5 * metrics[0]["train_loss"]
+
+
+def test_the_seed_decides_the_run(finished: Path, tmp_path: Path) -> None:
+    train(TINY, tmp_path / "again")
+    assert_same(result_of(tmp_path / "again"), result_of(finished))
+    train(replace(TINY, train=replace(TINY.train, seed=1)), tmp_path / "other")
+    assert result_of(tmp_path / "other")[1] != result_of(finished)[1]
+
+
+@pytest.mark.parametrize("stop_after", [1, BATCHES, BATCHES + 2], ids=["first epoch", "epoch's end", "second epoch"])
+@pytest.mark.parametrize("config", [TINY, RANDOM], ids=["tiny", "random"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    config: Config, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, train=replace(config.train, epochs=2))
+    train(config, tmp_path / "whole")
+    train_step = Trainer._train_step
+
+    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
+        train_step(trainer, *batch)
+        if trainer.position.step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", step_and_signal)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "parts")
+    assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_after
+    # What runs the neurons may change when a run resumes.
+    train(replace(config, model=replace(config.model, backend="torch")), tmp_path / "parts", resume="auto")
+    parts, whole = result_of(tmp_path / "parts"), result_of(tmp_path / "whole")
+    parts[0]["config"]["model"]["backend"] = "auto"
+    assert_same(parts, whole)
+
+
+def test_an_evaluation_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small batches, so that some are evaluated before the signal counts.
+    config = replace(RANDOM, train=replace(RANDOM.train, epochs=2, eval_batch_size=2))
+    train(config, tmp_path / "whole")
+    forward = engine.create_model("gac_msresnet18_cifar", 3).__class__.forward
+    evaluated = []
+
+    def forward_and_signal(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        if not network.training:
+            evaluated.append(len(images))
+            if len(evaluated) == 7:  # the second batch of the second evaluation of five
+                os.kill(os.getpid(), signal.SIGINT)
+        return forward(network, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gac.models.ms_resnet.MSResNet.forward", forward_and_signal)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "parts")
+    assert len(evaluated) == 7
+    position = read_checkpoint(tmp_path / "parts" / "last.pt")["training"]["position"]
+    assert (position["epoch"], position["batch"]) == (1, BATCHES)
+    train(config, tmp_path / "parts", resume="auto")
+    assert_same(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
+
+
+def test_resuming_after_a_crash_repeats_no_epoch(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "crashed"
+    # A crash between metrics.jsonl and last.pt of epoch 3: the file is an epoch ahead of the checkpoint.
+    written = []
+    write_last = Trainer._write_last
+
+    def crash_at_the_third(trainer: Trainer) -> None:
+        written.append(trainer.position.epoch)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_last(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_write_last", crash_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, folder)
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
+    train(TINY, folder, resume="auto")
+    assert_same(result_of(folder), result_of(finished))
+    scalars = EventAccumulator(str(folder)).Reload().Scalars("test_loss")
+    assert [scalar.step for scalar in scalars] == [1, 2, 3]
+
+
+def test_a_finished_run_has_nothing_to_resume(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = (finished / "last.pt").read_bytes()
+    with caplog.at_level(logging.INFO, "gac"):
+        train(TINY, finished, resume="auto")
+    assert "all 3 epochs are done" in caplog.text
+    assert (finished / "last.pt").read_bytes() == before
+    assert len(read_metrics(finished / "metrics.jsonl")) == 3
+
+
+def test_auto_in_a_fresh_folder_says_that_it_starts_afresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "gac"):
+        train(replace(TINY, train=replace(TINY.train, epochs=1)), tmp_path, resume="auto")
+    assert "starting afresh" in caplog.text
+
+
+def test_a_run_can_continue_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, train=replace(TINY.train, epochs=2))
+    train(config, tmp_path / "whole")
+    train_step = Trainer._train_step
+
+    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
+        train_step(trainer, *batch)
+        if trainer.position.step == BATCHES + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", step_and_signal)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "first")
+    train(config, tmp_path / "second", resume=str(tmp_path / "first" / "last.pt"))
+    second, whole = result_of(tmp_path / "second"), result_of(tmp_path / "whole")
+    assert_same(second[0]["model"], whole[0]["model"])
+    assert second[1] == whole[1][1:]
+    assert read_checkpoint(tmp_path / "second" / "best.pt")["epoch"] == 2
+
+
+def test_another_run_is_not_resumed(finished: Path, tmp_path: Path) -> None:
+    longer = replace(TINY, train=replace(TINY.train, epochs=4))
+    with pytest.raises(InputError, match=r"train\.epochs 3 -> 4"):
+        train(longer, tmp_path / "new", resume=str(finished / "last.pt"))
+    with pytest.raises(InputError, match=r"use the run's last\.pt"):
+        train(TINY, tmp_path / "new", resume=str(finished / "best.pt"))
+    with pytest.raises(InputError, match="no such file"):
+        train(TINY, tmp_path / "new", resume=str(tmp_path / "missing.pt"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_divergence_stops_the_run_and_spares_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step = Trainer._train_step
+
+    def step_and_break(trainer: Trainer, *batch: torch.Tensor) -> None:
+        train_step(trainer, *batch)
+        if trainer.position.epoch == 1:
+            next(trainer.network.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(Trainer, "_train_step", step_and_break)
+    with pytest.raises(TrainingDiverged, match=r"not finite in epoch 2 after step 6 at learning rate 0\.0375") as error:
+        train(TINY, tmp_path)
+    assert "\n" not in str(error.value)
+    last = read_checkpoint(tmp_path / "last.pt")
+    assert last["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in last["model"].values())
+
+
+def test_an_interruption_never_saves_weights_that_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = Trainer._train_step
+
+    def step_and_break(trainer: Trainer, *batch: torch.Tensor) -> None:
+        train_step(trainer, *batch)
+        next(trainer.network.parameters()).data.fill_(math.inf)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_train_step", step_and_break)
+    with pytest.raises(TrainingDiverged, match="weights are not finite"):
+        train(TINY, tmp_path)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_bf16_trains_on_the_cpu(tmp_path: Path) -> None:
+    train(replace(TINY, train=replace(TINY.train, epochs=1, amp="bf16")), tmp_path)
+    assert math.isfinite(read_metrics(tmp_path / "metrics.jsonl")[0]["test_loss"])
+
+
+def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp16 needs a CUDA device"):
+        train(replace(TINY, train=replace(TINY.train, amp="fp16")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp16_on_cuda_resumes_with_its_loss_scale(tmp_path: Path) -> None:
+    config = replace(TINY, device="cuda", train=replace(TINY.train, amp="fp16"))
+    train(config, tmp_path)
+    last = read_checkpoint(tmp_path / "last.pt")
+    assert last["training"]["scaler"]["scale"] > 0
+    train(config, tmp_path, resume="auto")
+
+
+@pytest.mark.parametrize(("probability", "mixed"), [(0.0, 0), (1.0, 3 * BATCHES)])
+@pytest.mark.parametrize("per", ["epoch", "batch"])
+def test_cutmix_probability_is_that_of_the_coin(
+    per: str, probability: float, mixed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = []
+    loss = engine.classification_loss
+
+    def record(logits: torch.Tensor, target: torch.Tensor, *options: object) -> torch.Tensor:
+        targets.append(target)
+        return loss(logits, target, *options)
+
+    monkeypatch.setattr(engine, "classification_loss", record)
+    train(replace(TINY, train=replace(TINY.train, cutmix=per, cutmix_probability=probability)), tmp_path)
+    assert sum(target.is_floating_point() for target in targets) == mixed
+    assert all(target.sum(-1).allclose(torch.ones(len(target))) for target in targets if target.dim() == 2)
+
+
+def test_the_coin_is_tossed_once_an_epoch_or_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tosses = []
+    monkeypatch.setattr(Trainer, "_toss_cutmix_coin", lambda trainer: bool(tosses.append(trainer.position.step)))
+    train(TINY, tmp_path / "epoch")
+    assert tosses == [0, BATCHES, 2 * BATCHES]
+    tosses.clear()
+    train(replace(TINY, train=replace(TINY.train, cutmix="batch")), tmp_path / "batch")
+    assert tosses == list(range(3 * BATCHES))

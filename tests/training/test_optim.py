@@ -1,0 +1,89 @@
+"""Learning rate, optimiser and loss against PyTorch's and SpikingJelly's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based.functional import temporal_efficient_training_cross_entropy
+from torch import nn
+
+from gac.config import TrainConfig
+from gac.training.optim import classification_loss, learning_rate_at, make_optimizer
+
+BATCHES = 7
+
+
+def test_cosine_per_epoch_is_pytorchs() -> None:
+    config = TrainConfig(epochs=9, learning_rate=0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9)
+    for epoch in range(9):
+        for batch in (0, BATCHES - 1):
+            rate = learning_rate_at(config, epoch, batch, BATCHES)
+            assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_cosine_per_batch_is_pytorchs() -> None:
+    config = TrainConfig(epochs=3, learning_rate=0.2, schedule_step="batch")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3 * BATCHES)
+    for step in range(3 * BATCHES):
+        rate = learning_rate_at(config, *divmod(step, BATCHES), BATCHES)
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("schedule_step", ["epoch", "batch"])
+def test_warmup_rises_linearly_to_the_full_rate(schedule_step: str) -> None:
+    config = TrainConfig(epochs=5, learning_rate=0.1, warmup_epochs=2, schedule_step=schedule_step)
+    rates = [learning_rate_at(config, *divmod(step, BATCHES), BATCHES) for step in range(5 * BATCHES)]
+    for step in range(2 * BATCHES):
+        assert rates[step] == pytest.approx(0.1 * (step + 1) / (2 * BATCHES))
+    assert rates[2 * BATCHES] == pytest.approx(0.1)
+    assert rates[3 * BATCHES] == pytest.approx(0.075)  # a third of the cosine
+    assert rates[-1] > 0
+
+
+def test_weight_decay_is_on_all_parameters_alike() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    config = TrainConfig(weight_decay=5e-5, momentum=0.8)
+    optimizer = make_optimizer(network.parameters(), config, torch.device("cpu"))
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == 4
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (5e-5, 0.8, False)
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+LABELS = torch.tensor([3, 0, 1])
+
+
+def test_tet_of_labels_is_spikingjellys(logits: torch.Tensor) -> None:
+    expected = temporal_efficient_training_cross_entropy(logits, LABELS)
+    torch.testing.assert_close(classification_loss(logits, LABELS, "tet"), expected)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_tet_of_soft_targets_is_the_mean_over_time(logits: torch.Tensor, label_smoothing: float) -> None:
+    targets = torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).softmax(-1)
+    losses = [F.cross_entropy(step, targets, label_smoothing=label_smoothing) for step in logits]
+    loss = classification_loss(logits, targets, "tet", label_smoothing)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("kind", ["mean", "tet"])
+def test_one_hot_targets_mean_what_labels_mean(logits: torch.Tensor, kind: str) -> None:
+    one_hot = F.one_hot(LABELS, 4).double()
+    torch.testing.assert_close(
+        classification_loss(logits, one_hot, kind, 0.1), classification_loss(logits, LABELS, kind, 0.1)
+    )
+
+
+def test_mean_is_the_cross_entropy_of_the_time_mean(logits: torch.Tensor) -> None:
+    expected = -logits.mean(0).log_softmax(-1)[torch.arange(3), LABELS].mean()
+    torch.testing.assert_close(classification_loss(logits, LABELS, "mean"), expected)
