@@ -16,10 +16,9 @@ from gac.training.precision import autocast
 class Evaluation:
     """What a network scores on a test set; accuracies in percent.
 
-    The class of an image is the one with the largest output, averaged over time. ``top1_by_time[t - 1]`` is
-    the top-1 accuracy of the average over the first t steps alone, so its last entry is ``top1``. ``top5``
-    counts the min(5, classes) largest outputs. ``loss`` is the mean cross entropy of the outputs' mean over
-    time.
+    The class of an image is the one with the largest output, averaged over time. ``top1_by_time[t - 1]`` is the
+    top-1 accuracy of the average over the first t steps alone, so its last entry is ``top1``. ``top5`` counts the
+    min(5, classes) largest outputs. ``loss`` is the mean cross entropy of the outputs' mean over time.
     """
 
     images: int

@@ -27,8 +27,7 @@ def learning_rate_at(config: TrainConfig, epoch: int, batch: int, batches: int) 
     """Return the learning rate of one step: a function of the position alone, so that resuming needs no state.
 
     A cosine from ``learning_rate`` to 0 over the epochs, lowered every epoch or every batch. During
-    ``warmup_epochs`` before it, the rate rises linearly with every batch and the cosine has the epochs that
-    remain.
+    ``warmup_epochs`` before it, the rate rises linearly with every batch; the cosine has the epochs that remain.
 
     Args:
         config: The schedule.
