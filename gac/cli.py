@@ -39,6 +39,7 @@ EVALUATION_FIELDS = [
     "device",
     "train.eval_batch_size",
     "model.backend",
+    "model.T",
 ]
 
 
@@ -53,11 +54,15 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """The command line of eval.py: ``payload`` is the checkpoint's content, ``config`` its own with overrides."""
+    """The command line of eval.py.
+
+    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``T`` the override of model.T, if any.
+    """
 
     checkpoint: Path
     payload: dict[str, Any]
     config: Config
+    T: int | None
     json: Path | None
 
 
@@ -76,7 +81,7 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
 
     def run(arguments: Sequence[str]) -> None:
         parsed = parse_eval(arguments)
-        report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config)
+        report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.T)
         print(format_report(report))
         if parsed.json is not None:
             with atomic_write(parsed.json) as file:
@@ -151,7 +156,9 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     json_path = None if values["json"] is None else Path(values["json"])
     if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
         raise InputError(f"--json {json_path}: expected a file in a folder that exists")
-    return EvalArguments(Path(checkpoint), payload, _make_config({**stored, **values}), json_path)
+    config = _make_config({**stored, **values})
+    T = config.model.T if "model.T" in given else None
+    return EvalArguments(Path(checkpoint), payload, config, T, json_path)
 
 
 def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:

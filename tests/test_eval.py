@@ -1,6 +1,7 @@
 """eval.py on checkpoints of both kinds."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -41,7 +42,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_scores_are_those_of_the_training_run(run: Path, tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "eval.py", "--checkpoint", str(run / "best.pt"), "--json", str(tmp_path / "scores.json")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -122,3 +123,16 @@ def test_the_published_number_stands_beside_the_published_network(
     published = capsys.readouterr().out.splitlines()[-1]
     assert published.startswith("published")
     assert "96.18 %" in published
+
+
+def test_the_number_of_time_steps_is_free_without_gated_attention_only(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "T=3 was asked for, but its gated attention is made for T=2" in error_of(
+        capsys, "--checkpoint", str(run / "best.pt"), "--model.T=3"
+    )
+    torch.save(create_model("msresnet18_cifar", 10, T=1, width=8).state_dict(), tmp_path / "weights.pt")
+    plain = ["--checkpoint", str(tmp_path / "weights.pt"), "--data.name=synthetic", "--data.image_size=8"]
+    for options, T in (([], 6), (["--model.T=3"], 3)):
+        assert eval_main([*plain, *options, "--device=cpu"]) == 0
+        assert capsys.readouterr().out.count("t = 1..") == T

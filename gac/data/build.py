@@ -74,9 +74,7 @@ def build_data(
         if config.name == "imagefolder":
             transform = train_transform(config) if training else evaluation_transform(config)
             return ImageFolderLoader(folders[split], transform, workers=config.workers, **options)
-        return ArrayLoader(
-            arrays.splits[split], augment=_augmentation(config) if training else None, **options
-        )
+        return ArrayLoader(arrays.splits[split], augment=_augmentation(config) if training else None, **options)
 
     return Data(train=loader("train"), test=loader("test"), info=info)
 

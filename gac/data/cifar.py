@@ -26,9 +26,7 @@ def load_cifar(dataset: type[CIFAR10], root: str, *, download: bool, splits: Col
     loaded = {split: _open(dataset, root, split == "train", download) for split in splits}
     mean, std = _STATISTICS[dataset]
     arrays = {
-        split: Split(
-            torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets)
-        )
+        split: Split(torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets))
         for split, files in loaded.items()
     }
     class_names = tuple(next(iter(loaded.values())).classes)

@@ -20,9 +20,7 @@ def load_digits() -> ArraySet:
     bunch = sklearn_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / _WHITE)).astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(bunch.target.astype(np.int64))
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=bunch.target, random_state=0
-    )
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=bunch.target, random_state=0)
     mean, std = pixel_statistics(images[train])
     return ArraySet(
         splits={"train": Split(images[train], labels[train]), "test": Split(images[test], labels[test])},

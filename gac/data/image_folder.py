@@ -90,9 +90,7 @@ class _Images(Dataset):
         image = default_loader(path)
         # The transforms draw from torch's global generator; without workers that is the training's own.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                derive_seed(self.seed, Stream.SAMPLE_AUGMENTATION, epoch, number)
-            )
+            torch.default_generator.manual_seed(derive_seed(self.seed, Stream.SAMPLE_AUGMENTATION, epoch, number))
             return self.transform(image), label
 
 

@@ -63,9 +63,7 @@ class _Archive:
         try:
             opened = np.load(self.path, allow_pickle=False)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{self.path} is not a readable .npz file ({error}); write it with numpy.savez"
-            ) from error
+            raise InputError(f"{self.path} is not a readable .npz file ({error}); write it with numpy.savez") from error
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise InputError(
                 f"{self.path} holds a single array (.npy); write an .npz file with numpy.savez ({_LAYOUT})"
@@ -86,9 +84,7 @@ class _Archive:
         try:
             return self._file[name]
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(
-                f"{self.path}: array {name} cannot be read ({error}); write the file again"
-            ) from error
+            raise InputError(f"{self.path}: array {name} cannot be read ({error}); write the file again") from error
 
 
 def _read_split(archive: _Archive, split: str) -> Split:
@@ -127,15 +123,12 @@ def _read_images(archive: _Archive, name: str) -> torch.Tensor:
 def _read_labels(archive: _Archive, name: str) -> torch.Tensor:
     array = archive.read(name)
     if array.dtype.kind not in "iu":
-        raise InputError(
-            f"{archive.path}: {name} is {array.dtype}; labels must be whole numbers of an integer type"
-        )
+        raise InputError(f"{archive.path}: {name} is {array.dtype}; labels must be whole numbers of an integer type")
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
         raise InputError(
-            f"{archive.path}: {name} has shape {list(array.shape)}; labels are [N] or [N, 1], one class "
-            "number an image"
+            f"{archive.path}: {name} has shape {list(array.shape)}; labels are [N] or [N, 1], one class number an image"
         )
     if (array < 0).any():
         raise InputError(f"{archive.path}: {name} has the label {array.min()}; the first class is 0")
@@ -177,9 +170,7 @@ def _check_labels(archive: _Archive, name: str, labels: torch.Tensor, num_classe
         )
 
 
-def _read_statistics(
-    archive: _Archive, arrays: dict[str, Split]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _read_statistics(archive: _Archive, arrays: dict[str, Split]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     channels = next(iter(arrays.values())).images.shape[1]
     if "mean" in archive or "std" in archive:
         return _read_numbers(archive, "mean", channels), _read_numbers(archive, "std", channels)

@@ -204,8 +204,7 @@ class Trainer:
 
     def _evaluate(self) -> Evaluation:
         batches = self.interruption.watch(self.data.test.epoch(0))
-        # Rate coding draws random numbers: an abandoned evaluation must leave none drawn, as resuming repeats
-        # it.
+        # Rate coding draws random numbers: an abandoned evaluation must leave none drawn, as resuming repeats it.
         before = random_state.capture()
         try:
             return evaluate(self.network, batches, self.device, self.config.train.amp)

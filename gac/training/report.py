@@ -9,7 +9,6 @@ from gac.config import Config
 from gac.data import DataInfo, build_data
 from gac.errors import InputError
 from gac.models.ms_resnet import MSResNet
-from gac.neuron import LIFNode
 from gac.published import PublishedResult, find_published
 from gac.training.device import select_device
 from gac.training.evaluate import Evaluation, evaluate
@@ -35,7 +34,7 @@ class Report:
     versions: dict[str, str]
 
 
-def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config) -> Report:
+def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config, T: int | None = None) -> Report:
     """Score the network of a checkpoint on a test set.
 
     Precision is the training run's where the device has it; the CPU evaluates in float32 what was trained in
@@ -45,18 +44,17 @@ def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config) -> 
         path: The checkpoint, for messages.
         payload: Its content, from ``read_checkpoint``.
         config: The data set and the device; for our checkpoints the training run's with overrides applied.
+        T: Number of time steps for networks without gated attention; by default the one they were trained with.
 
     Raises:
         InputError: If the network does not fit the data set, or one of them cannot be used.
     """
     device = select_device(config.device)
     try:
-        network = build_network(payload)
+        network = build_network(payload, T)
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from error
-    for module in network.modules():
-        if isinstance(module, LIFNode):
-            module.backend = config.model.backend
+    network.set_backend(config.model.backend)
     data = build_data(
         config.data,
         device=device,

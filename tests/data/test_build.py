@@ -8,9 +8,7 @@ from gac.errors import InputError
 
 
 def build(config, **options):
-    return build_data(
-        config, **{"device": "cpu", "batch_size": 100, "eval_batch_size": 150, "seed": 1, **options}
-    )
+    return build_data(config, **{"device": "cpu", "batch_size": 100, "eval_batch_size": 150, "seed": 1, **options})
 
 
 def test_digits():
@@ -34,9 +32,7 @@ def test_intensities_are_what_info_says_was_normalised():
     config = DataConfig(name="synthetic", image_size=8)
     normalised, plain = build(config), build(config, normalize=False)
     assert (plain.info.mean, plain.info.std) == ((0.0,) * 3, (1.0,) * 3)
-    mean, std = (
-        torch.tensor(numbers).view(-1, 1, 1) for numbers in (normalised.info.mean, normalised.info.std)
-    )
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (normalised.info.mean, normalised.info.std))
     for (images, _), (intensities, _) in zip(normalised.train.epoch(0), plain.train.epoch(0), strict=True):
         assert 0 <= intensities.min() < intensities.max() <= 1
         assert torch.allclose(images * std + mean, intensities, atol=1e-6)

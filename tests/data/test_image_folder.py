@@ -36,9 +36,7 @@ def root(tmp_path):
 
 
 def build(root, *, splits=("train", "test"), seed=3, workers=0, normalize=True, **options):
-    config = DataConfig(
-        name="imagefolder", root=str(root), image_size=24, resize=28, workers=workers, **options
-    )
+    config = DataConfig(name="imagefolder", root=str(root), image_size=24, resize=28, workers=workers, **options)
     return build_data(
         config,
         device="cpu",
@@ -101,9 +99,7 @@ def test_every_training_image_comes_once(tmp_path):
             path = tmp_path / folder / str(number) / "image.png"
             path.parent.mkdir(parents=True)
             Image.new("RGB", (40, 30), (20 * number, 0, 0)).save(path)
-    images, labels = (
-        torch.cat(parts) for parts in zip(*build(tmp_path, normalize=False).train.epoch(0), strict=True)
-    )
+    images, labels = (torch.cat(parts) for parts in zip(*build(tmp_path, normalize=False).train.epoch(0), strict=True))
     assert labels.sort().values.tolist() == list(range(9))
     assert torch.equal((images * 255).round()[:, 0], (20.0 * labels).view(-1, 1, 1).expand(-1, 24, 24))
 

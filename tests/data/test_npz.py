@@ -181,9 +181,7 @@ def test_test_split_alone_needs_the_number_of_classes(save):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(
-        InputError, match=r"there is no file .*absent.npz; name an .npz file with --data.root"
-    ):
+    with pytest.raises(InputError, match=r"there is no file .*absent.npz; name an .npz file with --data.root"):
         load_npz(str(tmp_path / "absent.npz"), BOTH)
 
 
@@ -232,9 +230,7 @@ def test_real_images_can_be_learnt_from(tmp_path):
         y_test=labels["test"][2000:2500],
         classes=labels["classes"],
     )
-    data = build_data(
-        DataConfig(name="npz", root=str(path)), device="cpu", batch_size=64, eval_batch_size=250, seed=0
-    )
+    data = build_data(DataConfig(name="npz", root=str(path)), device="cpu", batch_size=64, eval_batch_size=250, seed=0)
     assert data.info.class_names[:2] == ("airplane", "automobile")
     assert (data.info.channels, data.info.height, data.info.width) == (3, 32, 32)
     # 2,000 natural images are enough to see that these are CIFAR-10's pixels.

@@ -1,0 +1,51 @@
+"""Progress on a real terminal and without one."""
+
+import io
+import logging
+import os
+import sys
+import termios
+
+import pytest
+
+from gac.training.progress import EpochProgress
+
+
+def test_a_terminal_gets_a_bar_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    os.set_blocking(controller, False)  # a bar that is not there is an error, not a long wait
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(EpochProgress, "BAR_SECONDS", 0.0)
+        with EpochProgress("epoch 1/2", batches=4, done=2, read=lambda: (1.25, 62.5)) as progress:
+            progress.update(8)
+            progress._bar.refresh()
+        stderr.flush()
+        shown = os.read(controller, 65536).decode()
+    os.close(controller)
+    assert "epoch 1/2:  75%" in shown
+    assert "3/4" in shown
+    assert "loss 1.2500, top-1 62.50 %" in shown
+    assert "images/s" in shown
+
+
+def test_elsewhere_there_are_lines_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reads = []
+
+    def read() -> tuple[float, float]:
+        reads.append(progress.done)
+        return 0.5, 75.0
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO, "gac"), EpochProgress("epoch 2/2", batches=3, done=0, read=read) as progress:
+        progress.update(8)
+        # The figures wait for the device; they are read when a line is due and at no other step.
+        assert reads == []
+        monkeypatch.setattr(EpochProgress, "LINE_SECONDS", 0.0)
+        progress.update(8)
+        assert reads == [2]
+    assert caplog.messages[0].startswith("epoch 2/2: batch 2 of 3, loss 0.5000, top-1 75.00 %, ")
+    assert sys.stderr.getvalue() == ""
