@@ -4,6 +4,8 @@ PYTHON ?= python3
 EXTRAS ?= cuda13,dev
 VENV := .venv
 RUN := $(VENV)/bin/python
+comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: help install demo test lint format clean
 
@@ -14,16 +16,16 @@ help:
 	@echo "make clean    remove .venv and the demo's run folder"
 	@echo "EXTRAS=cuda12,dev picks CuPy for CUDA 12, EXTRAS=dev leaves CuPy out; PYTHON=python3.12 picks the interpreter"
 
-install: $(VENV)/.installed
+install: $(INSTALLED)
 
-$(VENV)/.installed: setup.cfg pyproject.toml gac/version.py
+$(INSTALLED): setup.cfg pyproject.toml gac/version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gac needs Python >= 3.11, $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
-	@echo '$(EXTRAS)' > $@
+	@touch $@
 
 demo: install
-	$(RUN) train.py --config configs/digits.yaml --output runs/digits
+	$(RUN) train.py --config configs/digits.yaml --output runs/digits --resume auto
 	$(RUN) eval.py --checkpoint runs/digits/best.pt
 
 test: install lint
