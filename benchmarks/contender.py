@@ -1,0 +1,66 @@
+"""A network in training, as every benchmark runs it."""
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional
+from torch import Tensor
+
+from benchmarks.implementations import Implementation, NetworkSize
+from gac.training.precision import autocast
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""float32, and autocast to half precision."""
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+"""Memory orders of images and weights."""
+
+
+class Contender:
+    """A network with what it needs to be trained, on random images and labels."""
+
+    def __init__(
+        self,
+        implementation: Implementation,
+        size: NetworkSize,
+        T: int,
+        batch: int,
+        precision: str,
+        layout: str,
+        weights: dict[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        network = implementation.build(size, T)
+        network.load_state_dict(implementation.translate(weights))
+        self.network = network.to(device, memory_format=LAYOUTS[layout])
+        shape = (batch, 3, size.image_size, size.image_size)
+        self.images = torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout])
+        self.labels = torch.randint(size.num_classes, (batch,), device=device)
+        self.optimizer = torch.optim.SGD(
+            network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5, fused=device.type == "cuda"
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.loss: Tensor | None = None
+        self._time_dimension = 1 if implementation.batch_first else 0
+        self._device = device
+        self._amp = "off" if precision == "fp32" else precision
+
+    def train_step(self) -> None:
+        """Train on the batch."""
+        self.optimizer.zero_grad()
+        with autocast(self._device, self._amp):
+            logits = self.network(self.images)
+            loss = F.cross_entropy(logits.float().mean(self._time_dimension), self.labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.loss = loss.detach()
+
+    def rest(self) -> None:
+        """Free what the last step left behind: gradients, and membrane potentials that hold a graph."""
+        self.optimizer.zero_grad()
+        functional.reset_net(self.network)
+
+    @torch.inference_mode()
+    def eval_step(self) -> None:
+        """Compute the logits of the batch."""
+        with autocast(self._device, self._amp):
+            self.network(self.images)

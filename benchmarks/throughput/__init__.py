@@ -1,0 +1,1 @@
+"""Throughput of training and evaluation over time steps, batch, precision and implementation."""
