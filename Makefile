@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The CuPy wheel that fits torch's CUDA version (cuda12 or cuda13) and the test tools.
 EXTRAS ?= cuda13,dev
+# Processes that run the tests; each keeps one core busy.
+WORKERS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 comma := ,
@@ -29,7 +31,7 @@ demo: install
 	$(RUN) eval.py --checkpoint runs/digits/best.pt
 
 test: install lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS)
 
 lint: install
 	$(RUN) -m ruff check .
