@@ -1,6 +1,6 @@
 # Everything runs in .venv, made with the first Python >= 3.11 found; PYTHON=... picks another.
 PYTHON ?= python3
-# The CuPy wheel that fits torch's CUDA version (cuda12 or cuda13) and the test tools.
+# CuPy for PyPI's torch, which is built for CUDA 13, and the test tools.
 EXTRAS ?= cuda13,dev
 # Processes that run the tests; each keeps one core busy.
 WORKERS ?= 2
@@ -16,7 +16,7 @@ help:
 	@echo "make test     install into .venv, lint, run all tests"
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make clean    remove .venv and the demo's run folder"
-	@echo "EXTRAS=cuda12,dev picks CuPy for CUDA 12, EXTRAS=dev leaves CuPy out; PYTHON=python3.12 picks the interpreter"
+	@echo "EXTRAS=dev leaves CuPy out (machines without CUDA wheels); PYTHON=python3.12 picks the interpreter"
 
 install: $(INSTALLED)
 
@@ -27,8 +27,9 @@ $(INSTALLED): setup.cfg pyproject.toml gac/version.py
 	@touch $@
 
 demo: install
-	$(RUN) train.py --config configs/digits.yaml --output runs/digits --resume auto
-	$(RUN) eval.py --checkpoint runs/digits/best.pt
+	rm -rf runs/demo
+	$(RUN) train.py --config configs/digits.yaml --output runs/demo
+	$(RUN) eval.py --checkpoint runs/demo/best.pt
 
 test: install lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS)
@@ -42,4 +43,4 @@ format: install
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs/digits
+	rm -rf $(VENV) runs/demo

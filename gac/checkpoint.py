@@ -3,12 +3,14 @@
 import os
 import pickle
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gac import authors_format
+from gac.config import Config
 from gac.errors import InputError
 from gac.files import atomic_write
 from gac.models import create_model
@@ -53,8 +55,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
                 " loaded; save model.state_dict() instead"
             ) from error
         raise InputError(f"checkpoint {path}: damaged or not a PyTorch file") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        # What torch.load raises for truncated and foreign files depends on where they end.
+    except Exception as error:
+        # torch.load's unpickler raises nearly every kind of exception on damaged bytes.
         raise InputError(f"checkpoint {path}: damaged or not a PyTorch file") from error
     if not isinstance(payload, dict):
         raise InputError(f"checkpoint {path}: holds a {type(payload).__name__}, expected a dict")
@@ -95,9 +97,7 @@ def is_ours(payload: dict) -> bool:
 def build_network(payload: dict, T: int | None = None) -> MSResNet:
     """Return the network that the content of a checkpoint describes, with its weights, on the CPU."""
     if is_ours(payload):
-        state = payload["model"]
-        arguments = dict(payload["config"]["model"])
-        arguments.update(num_classes=payload["num_classes"], in_channels=payload["in_channels"])
+        state, arguments = _our_parts(payload)
         if T is not None:
             arguments["T"] = T
     else:
@@ -106,34 +106,61 @@ def build_network(payload: dict, T: int | None = None) -> MSResNet:
         arguments.setdefault("T", DEFAULT_T if T is None else T)
     # What ran the neurons elsewhere does not matter here.
     arguments["backend"] = "auto"
-    squeeze = state.get("coding.gate.temporal.squeeze.weight")
-    if squeeze is not None and T is not None and squeeze.shape[1] != T:
-        raise InputError(f"T={T} was asked for, but its gated attention is made for T={squeeze.shape[1]}")
+    if _SQUEEZE in state and T is not None and _shape(state, _SQUEEZE, 2)[1] != T:
+        raise InputError(f"T={T} was asked for, but its gated attention is made for T={state[_SQUEEZE].shape[1]}")
     net = create_model(**arguments)
     _load_weights(net, state)
     return net
 
 
+_SQUEEZE = "coding.gate.temporal.squeeze.weight"
+_SPATIAL = "coding.gate.spatial_channel.conv1.weight"
+
+
+def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict]:
+    """Return the state dict and the arguments of create_model that a checkpoint of our format holds."""
+    for key, kind in (("model", dict), ("config", dict), ("num_classes", int), ("in_channels", int)):
+        if not isinstance(payload.get(key), kind):
+            raise InputError(f"its entry {key} is missing or damaged")
+    try:
+        model = Config.from_dict(payload["config"]).model
+    except (TypeError, AttributeError) as error:
+        raise InputError("its entry config is damaged") from error
+    sizes = {key: payload[key] for key in ("num_classes", "in_channels")}
+    return _checked_state(payload["model"]), asdict(model) | sizes
+
+
 def _bare_state(payload: dict) -> dict[str, Tensor]:
-    state = payload.get("state_dict", payload)
-    not_tensors = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
-    if not state or not_tensors:
-        raise InputError(
-            f"expected a file of train.py or a state dict of tensors, got other entries: {', '.join(not_tensors)}"
-            if state
-            else "holds nothing"
-        )
+    state = _checked_state(payload.get("state_dict", payload))
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state) if "stem.conv.weight" in state else authors_format.convert(state)
+    return state if "stem.conv.weight" in state else authors_format.convert(state)
+
+
+def _checked_state(state: object) -> dict[str, Tensor]:
+    if not isinstance(state, dict) or not state:
+        raise InputError("holds no state dict" if state else "holds nothing")
+    others = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if others:
+        raise InputError(
+            f"expected a file of train.py or a state dict of tensors, got other entries: {', '.join(others)}"
+        )
+    return dict(state)
+
+
+def _shape(state: dict[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    if key not in state:
+        raise InputError(f"not a checkpoint of these networks, missing keys: {key}")
+    shape = tuple(state[key].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise InputError(f"wrong shapes: {key} {list(shape)}, expected {dimensions} dimensions, none of them 0")
+    return shape
 
 
 def _infer_arguments(state: dict[str, Tensor]) -> dict:
     """Return the arguments of create_model that the names and shapes of our state dict imply."""
-    missing = [key for key in ("stem.conv.weight", "head.weight") if key not in state]
-    if missing:
-        raise InputError(f"not a checkpoint of these networks, missing keys: {', '.join(missing)}")
-    width, in_channels, kernel, _ = state["stem.conv.weight"].shape
+    width, in_channels, kernel, _ = _shape(state, "stem.conv.weight", 4)
+    num_classes, _ = _shape(state, "head.weight", 2)
     blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
     stages = sorted({int(stage) for stage, _ in blocks})
     depth = [sum(int(s) == stage for s, _ in blocks) for stage in stages]
@@ -145,18 +172,18 @@ def _infer_arguments(state: dict[str, Tensor]) -> dict:
         )
     arguments = {
         "name": names[kernel, len(depth)],
-        "num_classes": state["head.weight"].shape[0],
+        "num_classes": num_classes,
         "in_channels": in_channels,
         "width": width,
         "depth": depth,
         "coding": "direct",
     }
-    if "coding.gate.temporal.squeeze.weight" in state:
-        hidden, T = state["coding.gate.temporal.squeeze.weight"].shape
-        arguments.update(coding="gac", T=T, reduction=T // hidden)
+    if _SQUEEZE in state:
+        hidden, T = _shape(state, _SQUEEZE, 2)
+        kernel_size = _shape(state, _SPATIAL, 4)[-1]
+        # A reduction beyond T leaves one hidden unit, as T does.
+        arguments.update(coding="gac", T=T, reduction=max(1, T // hidden), kernel_size=kernel_size)
         arguments["name"] = f"gac_{arguments['name']}"
-        if "coding.gate.spatial_channel.conv1.weight" in state:
-            arguments["kernel_size"] = state["coding.gate.spatial_channel.conv1.weight"].shape[-1]
     return arguments
 
 

@@ -76,8 +76,9 @@ class LIFNode(neuron.LIFNode):
         detach_reset: Treat the reset as constant in the backward pass.
         step_mode: "m" for sequences, "s" for single time steps.
         store_v_seq: Keep the membrane potential of every time step in ``v_seq`` (runs step by step).
-        backend: "cupy" (this package's CUDA kernels), "torch" (SpikingJelly's own multi-step execution) or "auto"
-            (cupy on a CUDA device where CuPy works, else torch).
+        backend: "cupy" (this package's CUDA kernels), "torch" (SpikingJelly's own multi-step execution; where that
+            cannot fire strictly, the step-by-step reference) or "auto" (cupy on a CUDA device where CuPy works, else
+            torch).
 
     Raises:
         InputError: For tau <= 1 or an unknown backend; in forward, for backend "cupy" where it cannot run.
@@ -95,8 +96,8 @@ class LIFNode(neuron.LIFNode):
         store_v_seq: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        if not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 1):
-            raise InputError(f"tau must be a number > 1 (time steps), got {tau!r}")
+        # SpikingJelly asserts without a message; this raises InputError.
+        lif.LIFParameters.from_tau(tau, decay_input, v_threshold, v_reset, detach_reset)
         super().__init__(
             tau=float(tau),
             decay_input=decay_input,
@@ -179,6 +180,6 @@ class LIFNode(neuron.LIFNode):
                 self.detach_reset,
             )
             return spikes, v
-        # Where SpikingJelly has no fused operation, or the shifted threshold would show (soft reset subtracts it,
-        # the ends of Rect's window are sharp), its step-by-step execution runs with the exact strict step.
+        # SpikingJelly has no fused operation for the other surrogates and for float64 and would go step by step too;
+        # a soft reset would subtract the shifted threshold.
         return lif.reference(x_seq, v, self._parameters_of_dynamics(), self.surrogate_function)

@@ -1,5 +1,6 @@
 import os
 import pickle
+import random
 from dataclasses import asdict
 
 import parity
@@ -9,6 +10,7 @@ import torch
 import gac
 from gac import checkpoint
 from gac.config import ModelConfig
+from gac.errors import InputError
 from gac.models import create_model
 
 CASES = {case["case"]: case for case in parity.CASES["nets"] if case["file"] == "cifar_net.npz"}
@@ -182,6 +184,64 @@ def test_foreign_content_is_one_clear_line(tmp_path):
     for name, message in expected.items():
         with pytest.raises(ValueError, match=message):
             gac.load_checkpoint(tmp_path / name)
+
+
+def ours_but(**changes):
+    def content(folder):
+        path, _ = our_file(folder)
+        return torch.load(path, weights_only=True) | changes
+
+    return content
+
+
+def bare_but(**changes):
+    def content(folder):
+        state = create_model("gac_msresnet18_cifar", 4, 2, width=4, depth=[1, 1, 1]).state_dict()
+        return dict(state) | {key.replace("__", "."): value for key, value in changes.items()}
+
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda folder: {"format": "gac-checkpoint-1"}, "entry model is missing or damaged"),
+        (ours_but(num_classes=None), "entry num_classes is missing or damaged"),
+        (ours_but(config="x"), "entry config is missing or damaged"),
+        (ours_but(config={"model": 3}), "entry config is damaged"),
+        (ours_but(config={"model": {"T": "six"}}), "config"),
+        (ours_but(config={"model": {"colour": 3}}), "colour"),
+        (ours_but(model={"stem.conv.weight": 3}), r"other entries: stem\.conv\.weight"),
+        (lambda folder: {"state_dict": 3}, "holds no state dict"),
+        (lambda folder: {1: torch.zeros(3)}, "other entries: 1"),
+        (bare_but(stem__conv__weight=torch.zeros(3)), "expected 4 dimensions"),
+        (bare_but(head__weight=torch.zeros(())), "expected 2 dimensions"),
+        (bare_but(coding__gate__temporal__squeeze__weight=torch.zeros(0, 3)), "none of them 0"),
+    ],
+)
+def test_damaged_content_is_one_clear_line(tmp_path, content, message):
+    torch.save(content(tmp_path), tmp_path / "damaged.pt")
+    with pytest.raises(InputError, match=message) as raised:
+        gac.load_checkpoint(tmp_path / "damaged.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_flipped_bytes_never_give_anything_but_one_clear_line(tmp_path):
+    path, _ = our_file(tmp_path)
+    content = bytearray(path.read_bytes())
+    generator = random.Random(0)
+    messages = []
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(20):
+            damaged[generator.randrange(2000)] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            gac.load_checkpoint(path)
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 30
+    assert not any("\n" in message for message in messages)
 
 
 def test_a_format_of_the_future_is_refused(tmp_path):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -31,3 +32,9 @@ def test_logits_equal_those_of_the_time_first_network():
     net = create_model("gac_msresnet18_cifar", 5, 3, width=4, depth=[1, 1, 1], backend="torch").eval()
     x = torch.randn(2, 3, 3, 8, 8)
     assert torch.equal(BatchFirst(net)(x).transpose(0, 1), net(x.transpose(0, 1)))
+
+
+def test_a_wrong_T_is_refused_in_the_callers_layout():
+    net = BatchFirst(create_model("gac_msresnet18_cifar", 5, 3, width=4, depth=[1, 1, 1]))
+    with pytest.raises(ValueError, match=r"expected a sequence \[B, T=3, C, H, W\], got \[2, 5, 3, 8, 8\]"):
+        net(torch.zeros(2, 5, 3, 8, 8))

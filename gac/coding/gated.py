@@ -46,13 +46,15 @@ class TemporalAttention(nn.Module):
         return int((self.squeeze.weight.detach().sum(dim=1) <= 0).sum())
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.flatten(-3)
+        # A view in both memory formats.
+        values = (x if x.is_contiguous() else x.movedim(-3, -1)).flatten(-3)
         average, maximum = values.mean(-1), values.max(-1).values  # [T, B] or [B]
         if x.dim() == 4:
             T = self.squeeze.in_features
             average, maximum = average.expand(T, -1), maximum.expand(T, -1)
         pooled = torch.stack((average, maximum)).transpose(1, 2)  # [2, B, T]
-        return self.expand(self.squeeze(pooled).relu()).sum(0).t()
+        # In time-first memory order, which the gate's output takes from it.
+        return self.expand(self.squeeze(pooled).relu()).sum(0).t().contiguous()
 
 
 class SpatialChannelAttention(nn.Module):
@@ -107,7 +109,8 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
 
     Give it the output of a convolution with BatchNorm. Input [T, B, C, H, W], or one frame [B, C, H, W] that
     stands for T equal ones: the attention is then computed once, with the same result. Output [T, B, C, H, W],
-    real values in [0, 1). The attention sees the whole sequence, so only step mode "m" exists.
+    real values in [0, 1). The attention sees the whole sequence, so only step mode "m" exists, and every call is a
+    fresh sequence: the spiking layer is reset before it.
 
     Args:
         T: Number of time steps; the temporal attention's weights are made for it.
@@ -156,4 +159,5 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
                 f"[B, C={self.channels}, H, W], got {list(x.shape)}"
             )
         x_seq = x if x.dim() == 5 else x.expand(self.T, *x.shape)
+        self.lif.reset()
         return self.gate(x, self.lif(x_seq))

@@ -1,5 +1,5 @@
 """The networks and their registry."""
 
-from gac.models.registry import create_model, default_depth, describe, list_models, resolve_coding
+from gac.models.registry import create_model, describe, list_models, resolve_coding
 
-__all__ = ["create_model", "default_depth", "describe", "list_models", "resolve_coding"]
+__all__ = ["create_model", "describe", "list_models", "resolve_coding"]

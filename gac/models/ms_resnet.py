@@ -119,7 +119,7 @@ class MSResNet(nn.Module, base.StepModule):
 
     Raises:
         InputError: For sizes below 1, a depth that does not have one number per stage, unknown names; in forward
-            for an input of another rank, T or channel count.
+            for an input of another rank, T, channel count or of whole numbers.
     """
 
     def __init__(
@@ -143,10 +143,10 @@ class MSResNet(nn.Module, base.StepModule):
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be an integer >= 1, got {value!r}")
-        if len(depth) != len(family.widths) or min(depth) < 1:
-            raise InputError(
-                f"depth must be {len(family.widths)} numbers >= 1, the blocks of each stage, got {list(depth)}"
-            )
+        stages = len(family.widths)
+        blocks_fit = isinstance(depth, Sequence) and all(isinstance(n, int) and n >= 1 for n in depth)
+        if not blocks_fit or len(depth) != stages:
+            raise InputError(f"depth must be {stages} integers >= 1, the blocks of each stage, got {depth!r}")
         neuron = neuron or family.neuron
         if neuron not in PRESETS:
             raise InputError(f"neuron must be one of {', '.join(PRESETS)}, got {neuron!r}")
@@ -205,7 +205,7 @@ class MSResNet(nn.Module, base.StepModule):
         return f"T={self.T}, num_classes={self.num_classes}, coding={self.coding_name}"
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_shape(x)
+        self._check_input(x)
         if self.step_mode == "m":
             functional.reset_net(self)
         x = self._encode(x)
@@ -219,9 +219,12 @@ class MSResNet(nn.Module, base.StepModule):
         if self.step_mode == "s" or x.dim() == 5:
             return self.coding(self.stem(x))
         frame = self.coding(self.stem(x, repeats=self.T))
-        return frame if frame.dim() == 5 else frame.expand(self.T, *frame.shape)
+        # Repeated by torch.cat, which keeps channels_last; flattening an expanded frame would not.
+        return frame if frame.dim() == 5 else torch.cat([frame] * self.T).unflatten(0, (self.T, -1))
 
-    def _check_shape(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise InputError(f"expected floating-point images, got {x.dtype}: divide bytes by 255 and normalise them")
         if x.dim() == 4 and x.shape[1] == self.in_channels:
             return
         takes_sequence = self.step_mode == "m" and self.coding_name in ("gac", "direct")

@@ -30,11 +30,6 @@ def resolve_coding(name: str, coding: Coding | None) -> Coding:
     return coding
 
 
-def default_depth(name: str) -> tuple[int, ...]:
-    """Return the published number of blocks in each stage of a network."""
-    return _lookup(name)[1]
-
-
 def create_model(
     name: str,
     num_classes: int,

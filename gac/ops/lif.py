@@ -41,7 +41,7 @@ class LIFParameters:
         Raises:
             InputError: For tau <= 1.
         """
-        if not (math.isfinite(tau) and tau > 1):
+        if not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 1):
             raise InputError(f"tau must be a number > 1 (time steps), got {tau!r}")
         return cls(
             decay=1.0 - 1.0 / tau,

@@ -98,7 +98,11 @@ def compile_kernel(kernel: Kernel, capability: int, options: Sequence[str] = ())
     if capability in supported:
         target, read_binary = f"-arch=sm_{capability}", nvrtc.getCUBIN
     else:
-        known = max(arch for arch in supported if arch <= capability)
+        known = max((arch for arch in supported if arch <= capability), default=None)
+        if known is None:
+            raise RuntimeError(
+                f"NVRTC compiles for compute capability {min(supported) / 10} and above, not {capability / 10}"
+            )
         target, read_binary = f"-arch=compute_{known}", nvrtc.getPTX
     # Not cupy.RawModule: it always adds -ftz=true, which flushes subnormal numbers to zero.
     program = nvrtc.createProgram(source_text(kernel.file), kernel.file, [], [])
@@ -248,7 +252,24 @@ def cupy_status(device: torch.device) -> CupyStatus:
 
     if not cupy.cuda.is_available():
         return CupyStatus(False, "CuPy cannot use the CUDA driver", "update the NVIDIA driver")
+    try:
+        probe(device)
+    except (RuntimeError, OSError) as error:
+        hint = "python -m gac.doctor shows the whole error"
+        return CupyStatus(False, f"a kernel does not run on {device}: {_first_line(error)}", hint)
     return toolchain
+
+
+def probe(device: torch.device) -> None:
+    """Compile, load and launch the smallest kernel on a device; waits for it.
+
+    Raises:
+        RuntimeError: Where one of these fails.
+    """
+    answer = torch.zeros(1, device=device)
+    launch(Kernel("probe.cu", "probe", ("float*",)), (1,), (1,), (answer,))
+    if answer.item() != 42.0:
+        raise RuntimeError("it was launched but left no result")
 
 
 def _first_line(error: Exception) -> str:

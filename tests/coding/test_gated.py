@@ -152,3 +152,13 @@ def test_sizes_below_one_are_refused(arguments):
 def test_an_unknown_initialisation_is_refused():
     with pytest.raises(ValueError, match="temporal_init must be one of default, alive"):
         GatedAttentionCoding(4, 8, temporal_init="dead")
+
+
+def test_every_call_is_a_fresh_sequence():
+    coding = GatedAttentionCoding(3, 4)
+    frame = torch.rand(2, 4, 5, 5)
+    first = coding(frame)
+    first.sum().backward()
+    second = coding(frame)
+    assert torch.equal(first, second)
+    second.sum().backward()

@@ -196,8 +196,10 @@ def test_encoders_take_images_only():
         ({"T": 0}, "T must be an integer >= 1"),
         ({"T": 2.5}, "T must be an integer >= 1"),
         ({"width": 0}, "width must be"),
-        ({"depth": [1, 1]}, "depth must be 3 numbers >= 1"),
-        ({"depth": [1, 0, 1]}, "depth must be 3 numbers >= 1"),
+        ({"depth": [1, 1]}, "depth must be 3 integers >= 1"),
+        ({"depth": [1, 0, 1]}, "depth must be 3 integers >= 1"),
+        ({"depth": [1.5, 1, 1]}, "depth must be 3 integers >= 1"),
+        ({"depth": 3}, "depth must be 3 integers >= 1"),
         ({"neuron": "mnist"}, "neuron must be one of cifar, imagenet"),
         ({"backend": "triton"}, "backend must be one of"),
     ],
@@ -205,3 +207,30 @@ def test_encoders_take_images_only():
 def test_impossible_networks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+@pytest.mark.parametrize("coding", ["gac", "direct"])
+@pytest.mark.parametrize("name", ["msresnet18_cifar", "msresnet18"])
+@pytest.mark.parametrize("as_sequence", [False, True])
+def test_channels_last_reaches_every_convolution(name, coding, as_sequence):
+    net = small(name, coding=coding, depth=depth_of_one(name)).to(memory_format=torch.channels_last)
+    wrong = []
+
+    def check(conv_name):
+        def hook(_module, inputs):
+            if not inputs[0].is_contiguous(memory_format=torch.channels_last):
+                wrong.append(conv_name)
+
+        return hook
+
+    for conv_name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(check(conv_name))
+    frames = torch.randn(3 * 2, 3, 64, 64).to(memory_format=torch.channels_last)
+    net(frames.unflatten(0, (3, 2)) if as_sequence else frames[:2])
+    assert wrong == []
+
+
+def test_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"expected floating-point images, got torch\.uint8"):
+        small()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -197,6 +197,30 @@ class TestStatus:
         pretend_cuda(monkeypatch, torch.version.cuda)
         assert runtime.cupy_status(CUDA).reason == "CuPy cannot use the CUDA driver"
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_kernels_do_not_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = pytest.importorskip("cupy", reason="CuPy is not installed").cuda
+        pretend_cuda(monkeypatch, torch.version.cuda)
+        monkeypatch.setattr(cuda, "is_available", lambda: True)
+        # torch itself then fails to make a tensor there, as it does with a broken driver.
+        status = runtime.cupy_status(CUDA)
+        assert not status.ok
+        assert status.reason.startswith("a kernel does not run on cuda")
+        assert "gac.doctor" in status.hint
+
+
+def test_the_probe_runs_where_kernels_do(kernels_on_cpu: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.probe(torch.device("cpu"))
+    monkeypatch.setattr(runtime, "launch", lambda *_: None)
+    with pytest.raises(RuntimeError, match="left no result"):
+        runtime.probe(torch.device("cpu"))
+
+
+def test_a_gpu_older_than_nvrtc_supports_is_named() -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    with pytest.raises(RuntimeError, match=r"not 3\.5"):
+        runtime.compile_kernel(runtime.Kernel("probe.cu", "probe", ("float*",)), 35)
+
 
 # --- Choice of backend
 
