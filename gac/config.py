@@ -90,8 +90,8 @@ class ModelConfig:
     """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit
     starts dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
     backend: Literal["auto", "cupy", "torch"] = "auto"
-    """What runs the neurons: cupy (CUDA kernels of this package), torch (SpikingJelly's own execution) or
-    auto (cupy on a CUDA device where CuPy works, else torch)."""
+    """What runs the neurons: cupy (CUDA kernels of this package), torch (SpikingJelly's execution; the reference
+    loop where SpikingJelly has no fused one) or auto (cupy on a CUDA device where CuPy works, else torch)."""
 
     def __post_init__(self) -> None:
         _check_choices("model", self)
@@ -149,7 +149,8 @@ class TrainConfig:
     cutmix_beta: float = 1.0
     """Parameter of the Beta(beta, beta) distribution that the mixing ratio is drawn from."""
     amp: Literal["off", "fp16", "bf16"] = "off"
-    """Automatic mixed precision: off (float32), fp16 (with loss scaling) or bf16."""
+    """Automatic mixed precision: fp16 (with loss scaling), bf16 or off (float32; convolutions in TF32 on a GPU that
+    has it, as PyTorch does by default)."""
     channels_last: bool = True
     """Keep activations in channels_last memory order on a CUDA device."""
     seed: int = 1000

@@ -12,6 +12,7 @@ from gac.models.ms_resnet import MSResNet
 from gac.published import PublishedResult, find_published
 from gac.training.device import select_device
 from gac.training.evaluate import Evaluation, evaluate
+from gac.training.precision import describe_precision
 from gac.training.versions import versions
 
 
@@ -79,7 +80,7 @@ def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config, T: 
         coding=network.coding_name,
         data=data.info.name,
         device=str(device),
-        precision="float32" if amp == "off" else amp,
+        precision=describe_precision(device, amp),
         scores=scores,
         published=find_published(network, _published_name(data.info)),
         # The authors' files do not hold the configuration that they were trained with.
