@@ -9,12 +9,14 @@ import json
 import logging
 import re
 import sys
+import tempfile
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -25,6 +27,7 @@ from gac.files import atomic_write
 from gac.training.engine import TrainingDiverged, train
 from gac.training.report import evaluate_checkpoint, format_report
 from gac.training.signals import Interrupted
+from gac.training.writing import ResultsNotWritten, writing
 
 # The help of an option is the docstring below its field.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -84,7 +87,7 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
         report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.T)
         print(format_report(report))
         if parsed.json is not None:
-            with atomic_write(parsed.json) as file:
+            with writing(parsed.json), atomic_write(parsed.json) as file:
                 file.write(f"{json.dumps(asdict(report), indent=2)}\n".encode())
 
     return _run(run, arguments)
@@ -156,6 +159,12 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     json_path = None if values["json"] is None else Path(values["json"])
     if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
         raise InputError(f"--json {json_path}: expected a file in a folder that exists")
+    if json_path is not None:
+        # Now, as the evaluation may take an hour.
+        try:
+            tempfile.TemporaryFile(dir=json_path.absolute().parent).close()
+        except OSError as error:
+            raise InputError(f"--json {json_path}: its folder cannot be written: {error.strerror}") from error
     config = _make_config({**stored, **values})
     T = config.model.T if "model.T" in given else None
     return EvalArguments(Path(checkpoint), payload, config, T, json_path)
@@ -169,8 +178,12 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except TrainingDiverged as error:
+    except (TrainingDiverged, ResultsNotWritten) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(f"error: {reason}; lower train.batch_size or train.eval_batch_size", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
         return interrupted.exit_status
@@ -219,8 +232,16 @@ def _check_names(arguments: Sequence[str], known: Collection[str]) -> set[str]:
 
 
 def _suggest(name: str, known: Collection[str], prefix: str = "") -> str:
-    same_field = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = same_field or difflib.get_close_matches(name, known, n=1)
+    section, _, field = name.rpartition(".")
+    near = [each for each in known if each.rpartition(".")[0] == section] if section else known
+    keys = {each: each.rpartition(".")[2] for each in near if len(field) > 1}
+    close = (
+        [each for each in known if each.rpartition(".")[2] == field]
+        # lr for learning_rate
+        or [each for each, key in keys.items() if "".join(word[:1] for word in key.split("_")) == field]
+        or [each for each, key in keys.items() if key.startswith(field)]
+        or difflib.get_close_matches(name, known, n=1)
+    )
     return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists all of them"
 
 

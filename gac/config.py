@@ -29,10 +29,10 @@ class DataConfig:
     download: bool = False
     """Let torchvision download CIFAR into root when it is not there."""
     crop_padding: int = 4
-    """Random crop: pixels of black padding on each side before cropping back to the image size; 0 turns it
-    off."""
+    """All but imagefolder: pixels of black padding on each side of a training image before a random crop back
+    to the image size; 0 turns the crop off."""
     horizontal_flip: bool = True
-    """Flip each training image left to right with probability 1/2."""
+    """All data sets: flip each training image left to right with probability 1/2."""
     image_size: int = 224
     """Side of the images in pixels that imagefolder crops to and synthetic makes."""
     resize: int = 256

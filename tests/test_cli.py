@@ -1,11 +1,18 @@
 """Command lines: what they mean, and one clear line for what they cannot mean."""
 
+import ast
+import os
+import subprocess
+import sys
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from gac import cli
 from gac.cli import FIELDS, eval_main, parse_eval, parse_train, train_main
 from gac.config import SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
@@ -94,7 +101,11 @@ def test_config_is_required() -> None:
         ("--epochs=3", "unknown option --epochs; did you mean --train.epochs?"),
         ("--batch_size=3", "unknown option --batch_size; did you mean --train.batch_size?"),
         ("--outputs=3", "unknown option --outputs; did you mean --output?"),
-        ("--lr=3", "unknown option --lr; --help lists all of them"),
+        ("--lr=3", "unknown option --lr; did you mean --train.learning_rate?"),
+        ("--train.lr=3", "unknown option --train.lr; did you mean --train.learning_rate?"),
+        ("--train.wd=3", "unknown option --train.wd; did you mean --train.weight_decay?"),
+        ("--train.learn=3", "unknown option --train.learn; did you mean --train.learning_rate?"),
+        ("--zzz=3", "unknown option --zzz; --help lists all of them"),
         ("--data={}", "unknown option --data; "),
         ("--train.epochs=1.5", "train.epochs must be a whole number; got 1.5"),
         ("--train.epochs=many", "train.epochs must be a whole number; got many"),
@@ -104,6 +115,8 @@ def test_config_is_required() -> None:
         ("--train.amp=fp8", "train.amp must be one of off, fp16, bf16; got fp8"),
         ("--model.coding=tempo", "model.coding must be one of gac, direct, rate, latency, phase or null; got tempo"),
         ("--model.depth=3", "model.depth must be a list of whole numbers such as [3, 3, 2] or null; got 3"),
+        ("--model.depth=[1.5]", "model.depth must be a list of whole numbers such as [3, 3, 2] or null; got [1.5]"),
+        ("--model.depth=[]", "model.depth must be a list with at least one block in each stage"),
         ("--train.epochs=0", "train.epochs must be at least 1; got 0"),
         ("--config=other.yaml", "--config was given twice"),
         ("--train.epochs", "argument --train.epochs: expected one argument"),
@@ -169,10 +182,68 @@ def test_help_explains_every_field_with_its_default(capsys: pytest.CaptureFixtur
 
 
 def test_every_field_is_documented() -> None:
-    for section in (Config, *SECTIONS.values()):
-        source = Path(ROOT / "gac/config.py").read_text()
-        for field in fields(section):
-            assert f"    {field.name}: " in source.split(f"class {section.__name__}")[1].split("\n\n\n")[0]
+    tree = ast.parse((ROOT / "gac/config.py").read_text())
+    sections = {section.__name__ for section in (Config, *SECTIONS.values())}
+    documented = set()
+    for section in tree.body:
+        if isinstance(section, ast.ClassDef) and section.name in sections:
+            for field, text in pairwise(section.body):
+                if isinstance(field, ast.AnnAssign):
+                    where = f"{section.name}.{field.target.id}"
+                    assert isinstance(text, ast.Expr), where
+                    assert isinstance(text.value, ast.Constant), where
+                    assert isinstance(text.value.value, str), where
+                    documented.add(where)
+    assert documented == {f"{kind.__name__}.{f.name}" for kind in (Config, *SECTIONS.values()) for f in fields(kind)}
+
+
+def test_running_out_of_memory_names_what_to_lower(
+    yaml_file, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.5 GiB.\nSee docs")
+
+    monkeypatch.setattr(cli, "train", run_out)
+    assert train_main(["--config", yaml_file("{}")]) == 1
+    assert capsys.readouterr().err == ("error: CUDA out of memory; lower train.batch_size or train.eval_batch_size\n")
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+def test_results_that_cannot_be_written_are_one_line(size: int, yaml_file, tmp_path: Path) -> None:
+    # A limit on the size of files fails as a full disk does, and for the superuser as well.
+    text = "data: {name: synthetic, image_size: 8, synthetic_images: 8}\nmodel: {T: 1, width: 4, depth: [1, 1, 1]}\n"
+    path = yaml_file(f"{text}train: {{epochs: 1, batch_size: 8}}\ndevice: cpu\n")
+    program = f"""
+import resource, sys
+from gac.cli import train_main
+from gac.training.engine import Trainer
+evaluate = Trainer._evaluate
+def limit_and_evaluate(trainer):
+    scores = evaluate(trainer)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+    return scores
+Trainer._evaluate = limit_and_evaluate
+sys.exit(train_main(["--config", {path!r}, "--output", {str(tmp_path / "run")!r}]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    name = "metrics.jsonl" if size == 0 else "best.pt"
+    assert run.stderr.splitlines()[-1] == f"error: cannot write {tmp_path / 'run' / name}: File too large"
+
+
+def test_a_report_that_cannot_be_written_fails_before_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "read_checkpoint", lambda path: {"stem": torch.zeros(1)})
+    arguments = ["--checkpoint", "x.pt", "--data.name", "digits", "--json"]
+    assert parse_eval([*arguments, str(tmp_path / "report.json")]).json == tmp_path / "report.json"
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=r"--json /proc/report\.json: its folder cannot be written: \w"):
+        parse_eval([*arguments, "/proc/report.json"])
 
 
 def test_eval_help_lists_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:

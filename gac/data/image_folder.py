@@ -1,11 +1,16 @@
 """Image sets too large for the device: files in one folder per class, decoded by worker processes."""
 
+import os
+import signal
+import threading
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
@@ -70,8 +75,18 @@ def evaluation_transform(config: DataConfig) -> v2.Transform:
     return v2.Compose([v2.Resize(config.resize), v2.CenterCrop(config.image_size), v2.PILToTensor()])
 
 
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for an image that could not be decoded.
+
+    A value, as DataLoader would raise a worker's exception again with the worker's traceback as its message.
+    """
+
+    message: str
+
+
 class _Images(Dataset):
-    """Decoded images; the key is (epoch, image number).
+    """Decoded images with their labels, or :class:`_Unreadable`; the key is (epoch, image number).
 
     The epoch comes with the key because workers that outlive an epoch hold a copy of this object.
     """
@@ -84,14 +99,44 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | _Unreadable:
         epoch, number = key
         path, label = self.samples[number]
-        image = default_loader(path)
+        try:
+            image = default_loader(path)
+        except UnidentifiedImageError:
+            return _Unreadable(f"{path} is not an image of a known format")
+        # Which of these damage comes as depends on the format.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            return _Unreadable(f"the image {path} cannot be read: {reason}")
         # The transforms draw from torch's global generator; without workers that is the training's own.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, Stream.SAMPLE_AUGMENTATION, epoch, number))
             return self.transform(image), label
+
+
+def _collate(items: Sequence[tuple[Tensor, int] | _Unreadable]) -> list[Tensor] | _Unreadable:
+    """Return the batch of the items, or the first of them that could not be decoded."""
+    return next((item for item in items if isinstance(item, _Unreadable)), None) or default_collate(items)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker outlive the Ctrl-C or SIGTERM that its whole process group gets.
+
+    The training process needs it for the batch in hand. A SIGTERM of that process itself still ends the worker:
+    DataLoader and multiprocessing fall back on it, and multiprocessing would wait for ever at exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    # A handler would not learn who sent the signal.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
@@ -146,6 +191,8 @@ class ImageFolderLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
+            collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
             # Its own, as DataLoader otherwise draws a number from the global generator at every epoch.
             generator=torch.Generator(),
         )
@@ -160,7 +207,10 @@ class ImageFolderLoader:
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.start = epoch, start
-        for images, labels in self._loader:
+        for batch in self._loader:
+            if isinstance(batch, _Unreadable):
+                raise InputError(f"{batch.message}; replace or delete it")
+            images, labels = batch
             yield (
                 self.normalization(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),

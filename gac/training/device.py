@@ -8,7 +8,7 @@ from gac.errors import InputError
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device that a ``device`` setting means: auto, cpu, cuda or cuda:N.
+    """Return the device that a ``device`` setting means: auto, cpu, cuda or cuda:N. A CUDA device becomes current.
 
     Raises InputError for another name and for a CUDA device that is not there.
     """
@@ -25,4 +25,7 @@ def select_device(name: str) -> torch.device:
             f"device {name} is not there, PyTorch sees {torch.cuda.device_count()} CUDA devices: use --device auto"
             " or cpu, or see to the driver and CUDA_VISIBLE_DEVICES"
         )
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    # Libraries that know only the current device would otherwise open a context, and allocate, on device 0.
+    torch.cuda.set_device(device)
+    return device

@@ -24,12 +24,13 @@ from gac.training import random_state
 from gac.training.device import select_device
 from gac.training.evaluate import Evaluation, evaluate
 from gac.training.metrics_file import append_metrics, drop_metrics_after
-from gac.training.optim import classification_loss, learning_rate_at, make_optimizer
-from gac.training.precision import autocast, check_precision
+from gac.training.optim import classification_loss, learning_rate_at, load_optimizer, make_optimizer
+from gac.training.precision import autocast, check_precision, describe_precision
 from gac.training.progress import EpochProgress
 from gac.training.run_folder import RunFolder, check_same_run
 from gac.training.signals import Interrupted, Interruption
 from gac.training.versions import versions
+from gac.training.writing import writing
 
 logger = logging.getLogger("gac")
 
@@ -75,6 +76,7 @@ def train(config: Config, output: str | Path, resume: str | None = None) -> None
         InputError: For input that cannot be used, and for an output folder that holds another run.
         Interrupted: After SIGINT or SIGTERM, once last.pt is written.
         TrainingDiverged: When the loss or a weight is no longer finite; the checkpoints stay as they were.
+        ResultsNotWritten: When the disk is full or the folder can no longer be written.
     """
     with Interruption() as interruption:
         Trainer(config, RunFolder(Path(output)), resume, interruption).run()
@@ -137,7 +139,8 @@ class Trainer:
             )
         elif resume is not None:
             logger.info("there is no %s: starting afresh", folder.last)
-        drop_metrics_after(folder.metrics, self.position.epoch)
+        with writing(folder.metrics):
+            drop_metrics_after(folder.metrics, self.position.epoch)
 
     def run(self) -> None:
         """Train the epochs that are left; see :func:`train`."""
@@ -145,7 +148,9 @@ class Trainer:
         if self.position.epoch == epochs:
             logger.info("all %d epochs are done: nothing to do", epochs)
             return
-        with SummaryWriter(self.folder.path, purge_step=self.position.epoch + 1) as writer:
+        with writing(self.folder.path):
+            writer = SummaryWriter(self.folder.path, purge_step=self.position.epoch + 1)
+        with writer:
             try:
                 while self.position.epoch < epochs:
                     self._train_epoch()
@@ -190,7 +195,7 @@ class Trainer:
 
         self.optimizer.zero_grad()
         with autocast(self.device, train.amp):
-            logits = self.network(images)  # [T, B, K]
+            logits = self._forward(images)  # [T, B, K]
             loss = classification_loss(logits.float(), targets, train.loss, train.label_smoothing)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -202,14 +207,27 @@ class Trainer:
         position.step += 1
         position.images += len(labels)
 
+    def _forward(self, images: Tensor) -> Tensor:
+        try:
+            return self.network(images)
+        except ValueError as error:
+            if not str(error).startswith("Expected more than 1 value per channel when training"):
+                raise
+            height, width = images.shape[-2:]
+            raise InputError(
+                f"BatchNorm cannot train on a single value per channel, which a batch of {len(images)} image of"
+                f" {height} x {width} pixels leaves at model.T {self.config.model.T}: choose a train.batch_size that"
+                f" leaves no single image at the end of {self.data.info.train_size}, or larger images"
+            ) from error
+
     def _evaluate(self) -> Evaluation:
         batches = self.interruption.watch(self.data.test.epoch(0))
         # Rate coding draws random numbers: an abandoned evaluation must leave none drawn, as resuming repeats it.
-        before = random_state.capture()
+        before = random_state.capture(self.device)
         try:
             return evaluate(self.network, batches, self.device, self.config.train.amp)
         except Interrupted:
-            random_state.restore(before)
+            random_state.restore(before, self.device)
             raise
 
     def _finish_epoch(self, writer: SummaryWriter, test: Evaluation) -> None:
@@ -236,13 +254,16 @@ class Trainer:
         self.loss_sum.zero_()
         self.correct.zero_()
         # In this order: whatever a crash leaves behind, last.pt is never ahead of the other files.
-        append_metrics(self.folder.metrics, metrics)
-        for name, value in metrics.items():
-            if name != "epoch":
-                writer.add_scalar(name, value, metrics["epoch"])
-        writer.flush()
+        with writing(self.folder.metrics):
+            append_metrics(self.folder.metrics, metrics)
+        with writing(self.folder.path):
+            for name, value in metrics.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, metrics["epoch"])
+            writer.flush()
         if improved:
-            write_checkpoint(self.folder.best, self._payload())
+            with writing(self.folder.best):
+                write_checkpoint(self.folder.best, self._payload())
         self._write_last()
         self._log_epoch(improved, position.seconds + test.images / test.images_per_second)
 
@@ -297,9 +318,10 @@ class Trainer:
             "correct": self.correct,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random_state": random_state.capture(),
+            "random_state": random_state.capture(self.device),
         }
-        write_checkpoint(self.folder.last, {**self._payload(), "training": training})
+        with writing(self.folder.last):
+            write_checkpoint(self.folder.last, {**self._payload(), "training": training})
 
     def _restore(self, payload: dict[str, Any]) -> None:
         training = payload["training"]
@@ -308,9 +330,9 @@ class Trainer:
         self.position = Position(**training["position"])
         self.loss_sum.copy_(training["loss_sum"])
         self.correct.copy_(training["correct"])
-        self.optimizer.load_state_dict(training["optimizer"])
+        load_optimizer(self.optimizer, training["optimizer"], self.device)
         self.scaler.load_state_dict(training["scaler"])
-        random_state.restore(training["random_state"])
+        random_state.restore(training["random_state"], self.device)
 
     def _log_start(self) -> None:
         info, train = self.data.info, self.config.train
@@ -331,7 +353,7 @@ class Trainer:
             train.epochs,
             len(self.data.train),
             self.device,
-            "float32" if train.amp == "off" else train.amp,
+            describe_precision(self.device, train.amp),
             self.folder.path,
         )
 

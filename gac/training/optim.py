@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from gac.config import TrainConfig
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.SGD:
     """Return SGD with the same weight decay on all parameters, BatchNorm's included, as the authors' code has it."""
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters,
         lr=config.learning_rate,
         momentum=config.momentum,
@@ -21,6 +22,25 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig, devi
         # The fused update skips overflowed half-precision steps on the device; the others ask the host.
         fused=device.type == "cuda",
     )
+    if config.momentum > 0:
+        # The fused update otherwise allocates them in the first step without writing to them if it overflows, and
+        # the second step would read that memory. Zeros mean the same: the first step makes them the gradients.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any], device: torch.device) -> None:
+    """Load ``optimizer.state_dict()`` of a run that may have been on another kind of device."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        # The state brings the other device's choice and memory order, which the fused update of this one ignores.
+        group["fused"] = device.type == "cuda"
+        for parameter in group["params"]:
+            values = optimizer.state[parameter]
+            if "momentum_buffer" in values:
+                values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
 
 
 def learning_rate_at(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:

@@ -14,25 +14,29 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def capture() -> dict[str, Any]:
-    """Return the state of those generators as plain containers and tensors, which a checkpoint may hold."""
+def capture(device: torch.device) -> dict[str, Any]:
+    """Return the state of those generators as plain containers and tensors, which a checkpoint may hold.
+
+    Of the CUDA generators it is the one of ``device``, if that is a CUDA device: asking the others would open a
+    context on every device.
+    """
     algorithm, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (algorithm, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def restore(state: dict[str, Any]) -> None:
-    """Set those generators to what :func:`capture` returned.
+def restore(state: dict[str, Any], device: torch.device) -> None:
+    """Set those generators to what :func:`capture` returned, be it for another device.
 
-    Generators of CUDA devices that only one of the two machines has are left alone.
+    A CUDA generator is left alone unless both devices are CUDA devices.
     """
     random.setstate(state["python"])
     algorithm, keys, *rest = state["numpy"]
     np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    for device, generator_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(generator_state, device)
+    if device.type == "cuda" and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0], device)

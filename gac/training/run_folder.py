@@ -29,15 +29,28 @@ class RunFolder:
 
         Raises InputError if a run is in the folder that would not be continued but overwritten.
         """
-        if resume == "auto":
-            return self.last if self.last.exists() else None
-        checkpoint = None if resume is None else Path(resume)
+        if resume == "auto" and self.last.exists():
+            return self.last
+        if resume == "auto" and self._crashed_in_the_first_epoch():
+            return None
+        checkpoint = None if resume in (None, "auto") else Path(resume)
         continues_here = checkpoint is not None and checkpoint.resolve().parent == self.path.resolve()
         if self.last.exists() and not continues_here:
             raise InputError(
                 f"{self.path} holds a run already: continue it with --resume auto or choose another --output"
             )
+        results = [path.name for path in (self.best, self.metrics) if path.exists() and path.stat().st_size > 0]
+        if results and not continues_here:
+            raise InputError(
+                f"{self.path} holds the {' and '.join(results)} of a run that cannot be continued, as its last.pt is"
+                " not there, and that would be overwritten: choose another --output or move them away"
+            )
         return checkpoint
+
+    def _crashed_in_the_first_epoch(self) -> bool:
+        # An epoch writes its line, then best.pt, then last.pt. Starting afresh writes the same again.
+        epochs = len(self.metrics.read_bytes().splitlines()) if self.metrics.exists() else 0
+        return epochs == 1 or (epochs == 0 and not self.best.exists())
 
     def create(self, config: Config) -> None:
         """Make the folder and write config.yaml. Raises InputError if the folder cannot be made or written."""

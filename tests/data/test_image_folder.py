@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +212,45 @@ def test_bad_tree(root, damage, message):
     with pytest.raises(InputError, match=message) as caught:
         open_folders(str(root), ("train", "test"))
     assert "\n" not in str(caught.value)
+
+
+def truncate(path: Path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def replace_by_text(path: Path):
+    path.write_text("not an image")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "the image {} cannot be read: image file is truncated"),
+        (replace_by_text, "{} is not an image of a known format"),
+        (Path.unlink, "the image {} cannot be read: No such file or directory"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named_in_one_line(root, damage, message, workers):
+    path = root / "val" / "cat" / "1.jpeg"
+    loader = build(root, workers=workers).test
+    damage(path)
+    batches = loader.epoch(0)
+    next(batches)  # the other images are in this batch
+    with pytest.raises(InputError) as caught:
+        next(batches)
+    assert str(caught.value).startswith(message.format(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_iteration_that_is_never_finished_does_not_keep_python_from_ending(root):
+    # At exit multiprocessing ends workers by SIGTERM, and waits for them.
+    program = f"""
+from test_image_folder import build
+batches = build({str(root)!r}, workers=1).train.epoch(0)
+next(batches)
+batches.gi_frame.f_locals['self']._loader._iterator._shutdown = True  # DataLoader forgets them
+"""
+    here = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{here.parents[1]}"}
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=True)

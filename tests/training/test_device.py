@@ -24,3 +24,12 @@ def test_other_names_are_refused(name: str) -> None:
 def test_a_cuda_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match="device cuda:99 is not there"):
         select_device("cuda:99")
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_cuda_device_becomes_the_current_one(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert select_device(name) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]

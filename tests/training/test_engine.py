@@ -296,13 +296,61 @@ def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_fp16_on_cuda_resumes_with_its_loss_scale(tmp_path: Path) -> None:
+def test_fp16_on_cuda_resumes_with_its_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(TINY, device="cuda", train=replace(TINY.train, amp="fp16"))
-    train(config, tmp_path)
-    last = read_checkpoint(tmp_path / "last.pt")
-    assert last["training"]["scaler"]["scale"] > 0
-    train(config, tmp_path, resume="auto")
+    train_step = Trainer._train_step
+    scales: dict[str, list[float]] = {"whole": [], "parts": []}
+
+    def run(name: str, stop_after: int | None, resume: str | None = None) -> None:
+        def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
+            if trainer.position.step == 0:
+                # Not the scale that a new scaler begins with, and one that grows during the run.
+                state = trainer.scaler.state_dict()
+                trainer.scaler.load_state_dict({**state, "scale": 2.0**10, "growth_interval": 3})
+            train_step(trainer, *batch)
+            scales[name].append(trainer.scaler.get_scale())
+            if trainer.position.step == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_train_step", step_and_signal)
+            train(config, tmp_path / name, resume)
+
+    run("whole", None)
+    with pytest.raises(Interrupted):
+        run("parts", BATCHES + 1)
+    assert read_checkpoint(tmp_path / "parts" / "last.pt")["training"]["position"]["batch"] == 1
+    run("parts", None, resume="auto")
+    assert scales["parts"] == scales["whole"]
+    assert len(set(scales["whole"])) > 1
+    parts, whole = (read_checkpoint(tmp_path / name / "last.pt") for name in ("parts", "whole"))
+    assert parts["training"]["scaler"] == whole["training"]["scaler"]
+    # cuDNN may sum in another order the second time.
+    for key, expected in whole["model"].items():
+        torch.testing.assert_close(parts["model"][key], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_single_value_for_batchnorm_is_explained_in_one_line(tmp_path: Path) -> None:
+    config = replace(
+        TINY,
+        data=replace(TINY.data, image_size=4, synthetic_images=17),
+        model=replace(TINY.model, T=1),
+    )
+    with pytest.raises(InputError, match=r"batch of 1 image of 4 x 4 pixels .* choose a train\.batch_size") as error:
+        train(config, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_errors_of_the_network_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(network: torch.nn.Module, images: torch.Tensor) -> None:
+        raise ValueError("something else")
+
+    monkeypatch.setattr("gac.models.ms_resnet.MSResNet.forward", fail)
+    with pytest.raises(ValueError, match="something else") as error:
+        train(TINY, tmp_path)
+    assert not isinstance(error.value, InputError)
 
 
 @pytest.mark.parametrize(("probability", "mixed"), [(0.0, 0), (1.0, 3 * BATCHES)])

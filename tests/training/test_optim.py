@@ -7,7 +7,7 @@ from spikingjelly.activation_based.functional import temporal_efficient_training
 from torch import nn
 
 from gac.config import TrainConfig
-from gac.training.optim import classification_loss, learning_rate_at, make_optimizer
+from gac.training.optim import classification_loss, learning_rate_at, load_optimizer, make_optimizer
 
 BATCHES = 7
 
@@ -53,6 +53,79 @@ def test_weight_decay_is_on_all_parameters_alike() -> None:
     (group,) = optimizer.param_groups
     assert len(group["params"]) == 4
     assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (5e-5, 0.8, False)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_three_steps_are_those_of_plain_sgd(nesterov: bool, fused: bool) -> None:
+    config = TrainConfig(nesterov=nesterov, weight_decay=0.01)
+    weights = [nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+    plain = torch.optim.SGD(weights[:1], lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
+    ours = make_optimizer(weights[1:], config, CPU)
+    ours.param_groups[0]["fused"] = fused
+    for step in range(3):
+        for weight, optimizer in zip(weights, (plain, ours), strict=True):
+            weight.grad = torch.arange(5.0) - step
+            optimizer.step()
+        torch.testing.assert_close(weights[1], weights[0])
+        torch.testing.assert_close(
+            ours.state[weights[1]]["momentum_buffer"], plain.state[weights[0]]["momentum_buffer"]
+        )
+    assert not weights[0].equal(torch.linspace(-1, 1, 5))
+
+
+def test_the_step_after_an_overflowed_first_one_is_a_first_step() -> None:
+    weight = nn.Parameter(torch.ones(1000))
+    optimizer = make_optimizer([weight], TrainConfig(weight_decay=0.0), CPU)
+    optimizer.param_groups[0]["fused"] = True
+    weight.grad = torch.full_like(weight, torch.inf)
+    # What GradScaler sets when it found an overflow, and when it did not.
+    optimizer.found_inf = torch.ones(())
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # memory from torch.empty is NaN
+    try:
+        optimizer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weight.equal(torch.ones(1000))
+    optimizer.found_inf = torch.zeros(())
+    weight.grad = torch.full_like(weight, 2.0)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((1000,), 1 - 0.1 * 2.0))
+
+
+def test_without_momentum_there_is_no_buffer() -> None:
+    optimizer = make_optimizer([nn.Parameter(torch.ones(3))], TrainConfig(momentum=0.0), CPU)
+    assert not optimizer.state
+
+
+def test_the_state_of_a_run_on_cuda_is_that_of_this_device() -> None:
+    def gradient(step: int) -> torch.Tensor:
+        return torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+
+    weights = [nn.Parameter(torch.zeros(8, 4, 3, 3)) for _ in range(2)]
+    source, target = (make_optimizer([weight], TrainConfig(), CPU) for weight in weights)
+    weights[0].grad = gradient(0)
+    source.step()
+    state = source.state_dict()
+    state["param_groups"][0]["fused"] = True
+    state["state"][0]["momentum_buffer"] = gradient(0).contiguous(memory_format=torch.channels_last)
+
+    load_optimizer(target, state, CPU)
+    assert target.param_groups[0]["fused"] is False
+    buffer = target.state[weights[1]]["momentum_buffer"]
+    assert buffer.equal(gradient(0))
+    assert buffer.stride() == weights[1].stride()
+    # Also under the fused update, which takes the buffer's memory in the order of the weights.
+    weights[1].data.copy_(weights[0].data)
+    target.param_groups[0]["fused"] = True
+    for weight, optimizer in zip(weights, (source, target), strict=True):
+        weight.grad = gradient(1)
+        optimizer.step()
+    torch.testing.assert_close(weights[1], weights[0])
 
 
 @pytest.fixture

@@ -37,6 +37,34 @@ def test_a_fresh_folder_accepts_everything(tmp_path: Path) -> None:
     assert fresh.checkpoint_to_resume("elsewhere/last.pt") == Path("elsewhere/last.pt")
 
 
+@pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl"])
+@pytest.mark.parametrize("resume", [None, "auto", "elsewhere/last.pt"])
+def test_results_without_their_last_pt_are_not_overwritten(name: str, resume: str | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}\n{}\n")
+    with pytest.raises(InputError, match=f"holds the {name} of a run that cannot be continued") as error:
+        RunFolder(tmp_path).checkpoint_to_resume(resume)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_crash_in_the_first_epoch_left_does_not_stop_resume_auto(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert RunFolder(tmp_path).checkpoint_to_resume("auto") is None
+    (tmp_path / "best.pt").touch()
+    assert RunFolder(tmp_path).checkpoint_to_resume("auto") is None
+    with pytest.raises(InputError, match="cannot be continued"):
+        RunFolder(tmp_path).checkpoint_to_resume(None)
+
+
+def test_empty_metrics_are_no_results(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert RunFolder(tmp_path).checkpoint_to_resume("auto") is None
+
+
+def test_a_checkpoint_under_another_name_is_continued_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").write_text("{}")
+    assert RunFolder(tmp_path).checkpoint_to_resume(str(tmp_path / "kept.pt")) == tmp_path / "kept.pt"
+
+
 def test_create_writes_the_whole_configuration(tmp_path: Path) -> None:
     config = Config(train=TrainConfig(learning_rate=1e-5, amp="off"), model=ModelConfig(depth=[1, 2, 3]))
     folder = RunFolder(tmp_path / "a" / "b")
