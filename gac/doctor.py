@@ -76,14 +76,11 @@ def toolchain() -> Iterator[Check]:
         targets, where = [80, 90], "no GPU here, so compiled only, not run"
     for capability in targets:
         count = 0
-        for parameters, surrogate_function in NEURONS.values():
+        for neuron in NEURONS.values():
             for dtype in runtime.KERNEL_DTYPES:
-                width = lif.vector_width(dtype, T)
-                kind = type(surrogate_function).__name__
-                runtime.compile_kernel(lif.forward_kernel(dtype, T, width, False), capability)
-                runtime.compile_kernel(
-                    lif.backward_kernel(dtype, T, width, False, parameters.detach_reset, kind), capability
-                )
+                width, constants = lif.vector_width(dtype, T), lif.Constants.of(dtype, *neuron)
+                runtime.compile_kernel(lif.forward_kernel(dtype, T, width, constants.forward_template), capability)
+                runtime.compile_kernel(lif.backward_kernel(dtype, T, width, constants.backward_template), capability)
                 count += 2
         yield Check(True, f"NVRTC compiles {count} LIF kernels for compute capability {capability / 10} ({where})")
 

@@ -124,11 +124,13 @@ class LIFNode(neuron.LIFNode):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.backend}"
 
-    def _parameters_of_dynamics(self) -> lif.LIFParameters:
+    def dynamics(self) -> lif.LIFParameters:
+        """Return the neuron's constants as they are now."""
         # Read at every call: SpikingJelly users change tau and v_threshold on a live module.
         return lif.LIFParameters.from_tau(self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset)
 
-    def _runs_kernels(self, x_seq: Tensor) -> bool:
+    def runs_kernels(self, x_seq: Tensor) -> bool:
+        """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable."""
         unsupported = lif.unsupported_reason(self.surrogate_function)
         return runtime.choose_backend(self.backend, x_seq, unsupported) == "cupy"
 
@@ -143,20 +145,20 @@ class LIFNode(neuron.LIFNode):
         if isinstance(v, Tensor) and v.shape == frame.shape:
             return (v.to(device=frame.device, dtype=dtype),)
         start = v if isinstance(v, float) else self.v_reset or 0.0
-        if step_mode == "m" and not self.store_v_seq and self._runs_kernels(inputs[0]):
+        if step_mode == "m" and not self.store_v_seq and self.runs_kernels(inputs[0]):
             return (start,)
         return (torch.full_like(frame, start, dtype=dtype, requires_grad=False),)
 
     def single_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
         """Advance one time step: ((spikes,), (membrane potential,))."""
-        spike, v = lif.step(inputs[0], states[0], self._parameters_of_dynamics(), self.surrogate_function)
+        spike, v = lif.step(inputs[0], states[0], self.dynamics(), self.surrogate_function)
         return (spike,), (v,)
 
     def multi_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
         """Advance all time steps: ((spikes [T, ...],), (final membrane potential,))."""
         x_seq, v = inputs[0], states[0]
-        if self._runs_kernels(x_seq):
-            spikes, v = lif.lif(x_seq, v, self._parameters_of_dynamics(), self.surrogate_function)
+        if self.runs_kernels(x_seq):
+            spikes, v = lif.lif(x_seq, v, self.dynamics(), self.surrogate_function)
         else:
             spikes, v = self._multi_step_torch(x_seq, v)
         return (spikes,), (v,)
@@ -182,4 +184,4 @@ class LIFNode(neuron.LIFNode):
             return spikes, v
         # SpikingJelly has no fused operation for the other surrogates and for float64 and would go step by step too;
         # a soft reset would subtract the shifted threshold.
-        return lif.reference(x_seq, v, self._parameters_of_dynamics(), self.surrogate_function)
+        return lif.reference(x_seq, v, self.dynamics(), self.surrogate_function)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_on_cpu.launcher import KernelsOnCpu
 
-from gac.ops import lif, runtime
+from gac.ops import runtime
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +24,8 @@ def kernels_on_cpu(compiled_kernels: KernelsOnCpu) -> Iterator[KernelsOnCpu]:
     """Let the CUDA operators run on CPU tensors; memory that torch.empty returns is NaN meanwhile."""
     compiled_kernels.order = "shuffled"
     with torch.library._scoped_library("gac", "FRAGMENT") as library:
-        library.impl("lif_forward", lif.forward_on_device, "CPU")
-        library.impl("lif_backward", lif.backward_on_device, "CPU")
+        for name, implementation in runtime.OPERATORS.items():
+            library.impl(name.removeprefix("gac::"), implementation, "CPU")
         runtime.set_cpu_launcher(compiled_kernels)
         torch.use_deterministic_algorithms(True)
         assert torch.empty(1).isnan()

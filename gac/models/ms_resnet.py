@@ -6,7 +6,6 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
@@ -14,6 +13,8 @@ from gac.coding.baselines import BaselineCoding
 from gac.coding.gated import GatedAttentionCoding, TemporalInit
 from gac.config import Coding
 from gac.errors import InputError
+from gac.models import fused
+from gac.models.batch_norm import BatchNorm2d
 from gac.neuron import PRESETS, Backend, LIFNode
 
 
@@ -31,27 +32,6 @@ class Family:
 
 CIFAR = Family(3, 1, widths=(2, 4, 8), strides=(1, 2, 2), neuron="cifar")
 IMAGENET = Family(7, 2, widths=(1, 2, 4, 8), strides=(2, 2, 2, 2), neuron="imagenet")
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that can take one frame for T equal ones.
-
-    Mean and variance of T equal frames are those of one; only the factor n / (n - 1) of the running variance
-    differs, and ``repeats=T`` gives it the n of T frames. Input and output [B, C, H, W].
-    """
-
-    def forward(self, x: Tensor, repeats: int = 1) -> Tensor:
-        if repeats == 1 or not self.training:
-            return super().forward(x)
-        n = x.numel() // x.shape[1]
-        mean, unbiased = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
-        y = F.batch_norm(x, mean, unbiased, self.weight, self.bias, True, 1.0, self.eps)
-        with torch.no_grad():
-            of_all_frames = unbiased * ((n - 1) * repeats / (n * repeats - 1))
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(of_all_frames, self.momentum)
-            self.num_batches_tracked += 1
-        return y
 
 
 class ConvNorm(nn.Module):
@@ -115,7 +95,11 @@ class MSResNet(nn.Module, base.StepModule):
         kernel_size: Gated attention: side of the spatial-channel convolutions in pixels.
         reduction: Gated attention: bottleneck factor of the temporal branch.
         temporal_init: Gated attention: initialisation of the temporal branch.
-        backend: What runs the neurons.
+        backend: What runs the network: "cupy" (this package's CUDA kernels), "torch" (the modules one by one) or
+            "auto" (cupy on a CUDA device where CuPy works, else torch). With the kernels, sequences of up to 16
+            steps run fused: a neuron together with the BatchNorm, residual sum, gate or pooling next to it. Its
+            module is then not called and its membrane potential not kept; a hook on it (a monitor's, for example)
+            lets that layer run by itself, and one on a block or a BatchNorm the whole network.
 
     Raises:
         InputError: For sizes below 1, a depth that does not have one number per stage, unknown names; in forward
@@ -196,7 +180,7 @@ class MSResNet(nn.Module, base.StepModule):
         return ("s", "m") if self.coding_name == "direct" else ("m",)
 
     def set_backend(self, backend: Backend) -> None:
-        """Choose what runs all neurons: "auto", "cupy" or "torch"."""
+        """Choose what runs the network: "auto", "cupy" or "torch" (see the argument ``backend``)."""
         for module in self.modules():
             if isinstance(module, LIFNode):
                 module.backend = backend
@@ -208,12 +192,15 @@ class MSResNet(nn.Module, base.StepModule):
         self._check_input(x)
         if self.step_mode == "m":
             functional.reset_net(self)
-        x = self._encode(x)
+        if fused.possible(self, x):
+            return fused.forward(self, x)
+        x = self.encode(x)
         for stage in self.stages:
             x = stage(x)
         return self.head(self.lif(x).mean((-2, -1)))
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the first block's input [T, B, C, H, W] (in step mode "s" [B, C, H, W]) for images or a sequence."""
         if self.coding_name not in ("gac", "direct"):
             return self.stem(self.coding(x))
         if self.step_mode == "s" or x.dim() == 5:

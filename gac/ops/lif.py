@@ -7,6 +7,7 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from spikingjelly.activation_based import surrogate
@@ -136,27 +137,77 @@ def lif(
         InputError: For an unsupported surrogate or dtype, empty input, and a ``v`` that does not fit the input.
     """
     _check_input(x_seq, v)
-    if x_seq.dtype not in runtime.KERNEL_DTYPES:
-        raise InputError(
-            f"the LIF kernels take float32, float16 or bfloat16 input, got {x_seq.dtype}; use backend='torch'"
-        )
-    reason = unsupported_reason(surrogate_function)
-    if reason is not None:
-        raise InputError(f"{reason}; use another surrogate or backend='torch'")
     return torch.ops.gac.lif_forward(
         x_seq,
         v if isinstance(v, Tensor) else None,
         0.0 if isinstance(v, Tensor) else float(v),
-        parameters.decay,
-        parameters.gain,
-        parameters.bias,
-        parameters.threshold,
-        parameters.v_reset,
-        parameters.detach_reset,
-        type(surrogate_function).__name__,
-        float(surrogate_function.alpha),
+        *Constants.of(x_seq.dtype, parameters, surrogate_function),
     )
 
+
+class Constants(NamedTuple):
+    """A neuron as the operators take it: :class:`LIFParameters` and the surrogate, in the order of ``SCHEMA``."""
+
+    decay: float
+    gain: float
+    bias: float
+    threshold: float
+    v_reset: float | None
+    detach_reset: bool
+    surrogate_name: str
+    alpha: float
+
+    SCHEMA = (
+        "float decay, float gain, float bias, float threshold, float? v_reset, "
+        "bool detach_reset, str surrogate_name, float alpha"
+    )
+
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase
+    ) -> "Constants":
+        """Return the constants for kernels on input of a dtype. Raises InputError where there are no such kernels."""
+        if dtype not in runtime.KERNEL_DTYPES:
+            raise InputError(
+                f"the LIF kernels take float32, float16 or bfloat16 input, got {dtype}; use backend='torch'"
+            )
+        reason = unsupported_reason(surrogate_function)
+        if reason is not None:
+            raise InputError(f"{reason}; use another surrogate or backend='torch'")
+        return cls(
+            parameters.decay,
+            parameters.gain,
+            parameters.bias,
+            parameters.threshold,
+            parameters.v_reset,
+            parameters.detach_reset,
+            type(surrogate_function).__name__,
+            float(surrogate_function.alpha),
+        )
+
+    @property
+    def dynamics(self) -> tuple[float, ...]:
+        """decay, gain, bias, threshold and v_reset as kernels take them; DYNAMICS are their types."""
+        return (*self[:4], self.v_reset or 0.0)
+
+    @property
+    def surrogate_constants(self) -> tuple[float, float]:
+        """The constants a and b of ``kernels/surrogate.cuh``; SURROGATE are their types."""
+        return _surrogate_constants(self.surrogate_name, self.alpha)
+
+    @property
+    def forward_template(self) -> str:
+        """Template argument of forward kernels."""
+        return "Reset::hard" if self.v_reset is not None else "Reset::soft"
+
+    @property
+    def backward_template(self) -> str:
+        """Template arguments of backward kernels."""
+        return f"{self.forward_template}, {str(self.detach_reset).lower()}, {self.surrogate_name}"
+
+
+DYNAMICS = ("float",) * 5
+SURROGATE = ("float",) * 2
 
 _KERNEL_SURROGATES = (surrogate.PiecewiseQuadratic, surrogate.Rect, surrogate.Sigmoid, surrogate.ATan)
 
@@ -219,38 +270,39 @@ def _same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 _THREADS = 128  # kThreads in kernels/lif.cu
 _CHUNK = 16  # time steps whose membrane potentials fit into registers
-_ELEMENTS = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
-_DYNAMICS = ("float",) * 5  # decay, gain, bias, threshold, v_reset
+ELEMENTS = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 
 
 @cache
-def forward_kernel(dtype: torch.dtype, T: int, width: int, soft_reset: bool) -> runtime.Kernel:
-    """Return the forward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread."""
-    element = _ELEMENTS[dtype]
-    instance = f"lif_forward<{_template_arguments(element, T, width, soft_reset)}>"
-    state = ("const float*?", "float", *_DYNAMICS)
+def forward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runtime.Kernel:
+    """Return the forward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
+
+    ``neuron`` is a :attr:`Constants.forward_template`.
+    """
+    element = ELEMENTS[dtype]
+    instance = f"lif_forward<{_template_arguments(element, T, width)}, {neuron}>"
+    state = ("const float*?", "float", *DYNAMICS)
     return runtime.Kernel(
         "lif.cu", instance, (f"const {element}*", *state, f"{element}*", "float*?", "long long", "int")
     )
 
 
 @cache
-def backward_kernel(
-    dtype: torch.dtype, T: int, width: int, soft_reset: bool, detach_reset: bool, surrogate_name: str
-) -> runtime.Kernel:
-    """Return the backward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread."""
-    element = _ELEMENTS[dtype]
-    arguments = _template_arguments(element, T, width, soft_reset)
-    instance = f"lif_backward<{arguments}, {str(detach_reset).lower()}, {surrogate_name}>"
+def backward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runtime.Kernel:
+    """Return the backward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
+
+    ``neuron`` is a :attr:`Constants.backward_template`.
+    """
+    element = ELEMENTS[dtype]
+    instance = f"lif_backward<{_template_arguments(element, T, width)}, {neuron}>"
     incoming = (f"const {element}*?", "const float*?", f"const {element}*", "const float*?", "float")
     outgoing = (f"{element}*?", "float*?", "float*?")
-    return runtime.Kernel("lif.cu", instance, (*incoming, *_DYNAMICS, "float", "float", *outgoing, "long long", "int"))
+    return runtime.Kernel("lif.cu", instance, (*incoming, *DYNAMICS, *SURROGATE, *outgoing, "long long", "int"))
 
 
-def _template_arguments(element: str, T: int, width: int, soft_reset: bool) -> str:
+def _template_arguments(element: str, T: int, width: int) -> str:
     whole_sequence = T <= _CHUNK
-    reset = "Reset::soft" if soft_reset else "Reset::hard"
-    return f"{element}, {T if whole_sequence else _CHUNK}, {str(whole_sequence).lower()}, {width}, {reset}"
+    return f"{element}, {T if whole_sequence else _CHUNK}, {str(whole_sequence).lower()}, {width}"
 
 
 def vector_width(dtype: torch.dtype, T: int) -> int:
@@ -285,18 +337,14 @@ def _surrogate_constants(name: str, alpha: float) -> tuple[float, float]:
 
 
 _STATE = "Tensor? v_init, float v_start"
-_CONSTANTS = (
-    "float decay, float gain, float bias, float threshold, float? v_reset, "
-    "bool detach_reset, str surrogate_name, float alpha"
-)
 torch.library.define(
     "gac::lif_forward",
-    f"(Tensor x_seq, {_STATE}, {_CONSTANTS}) -> (Tensor spikes, Tensor v_final)",
+    f"(Tensor x_seq, {_STATE}, {Constants.SCHEMA}) -> (Tensor spikes, Tensor v_final)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "gac::lif_backward",
-    f"(Tensor? grad_spikes, Tensor? grad_v_final, Tensor x_seq, {_STATE}, {_CONSTANTS}, "
+    f"(Tensor? grad_spikes, Tensor? grad_v_final, Tensor x_seq, {_STATE}, {Constants.SCHEMA}, "
     "bool need_grad_x, bool need_grad_v) -> (Tensor grad_x, Tensor grad_v_init)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -320,49 +368,32 @@ def _backward_outputs(
     return grad_x if need_grad_x else grad_x.new_empty(0), grad_v_init if need_grad_v else grad_v_init.new_empty(0)
 
 
-def forward_on_device(
-    x_seq: Tensor,
-    v_init: Tensor | None,
-    v_start: float,
-    decay: float,
-    gain: float,
-    bias: float,
-    threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate_name: str,
-    alpha: float,
+@runtime.implement("gac::lif_forward")
+def _forward_on_device(
+    x_seq: Tensor, v_init: Tensor | None, v_start: float, *constants: object
 ) -> tuple[Tensor, Tensor]:
-    """Run ``gac::lif_forward``; the tests register it for the CPU as well."""
+    neuron = Constants(*constants)
     T, neurons = x_seq.shape[0], x_seq[0].numel()
     strides = _flat_strides(x_seq)
     x_seq, v_init = _with_strides(x_seq, strides), _with_strides(v_init, strides[1:])
     spikes, v_final = _forward_outputs(x_seq)
     width = _width(T, neurons, x_seq, v_init, spikes, v_final)
-    dynamics = (decay, gain, bias, threshold, v_reset or 0.0)
-    kernel = forward_kernel(x_seq.dtype, T, width, v_reset is None)
-    _launch(kernel, neurons, width, (x_seq, v_init, v_start, *dynamics, spikes, v_final, neurons, T))
+    kernel = forward_kernel(x_seq.dtype, T, width, neuron.forward_template)
+    _launch(kernel, neurons, width, (x_seq, v_init, v_start, *neuron.dynamics, spikes, v_final, neurons, T))
     return spikes, v_final
 
 
-def backward_on_device(
+@runtime.implement("gac::lif_backward")
+def _backward_on_device(
     grad_spikes: Tensor | None,
     grad_v_final: Tensor | None,
     x_seq: Tensor,
     v_init: Tensor | None,
     v_start: float,
-    decay: float,
-    gain: float,
-    bias: float,
-    threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate_name: str,
-    alpha: float,
-    need_grad_x: bool,
-    need_grad_v: bool,
+    *others: object,
 ) -> tuple[Tensor, Tensor]:
-    """Run ``gac::lif_backward``; the tests register it for the CPU as well."""
+    *constants, need_grad_x, need_grad_v = others
+    neuron = Constants(*constants)
     T, neurons = x_seq.shape[0], x_seq[0].numel()
     strides = _flat_strides(x_seq)
     x_seq, grad_spikes = _with_strides(x_seq, strides), _with_strides(grad_spikes, strides)
@@ -374,15 +405,10 @@ def backward_on_device(
         v_boundary = torch.empty(boundaries, neurons, dtype=torch.float32, device=x_seq.device)
     outgoing = (grad_x if need_grad_x else None, grad_v_init if need_grad_v else None, v_boundary)
     width = _width(T, neurons, x_seq, grad_spikes, grad_v_final, v_init, *outgoing)
-    dynamics = (decay, gain, bias, threshold, v_reset or 0.0, *_surrogate_constants(surrogate_name, alpha))
-    kernel = backward_kernel(x_seq.dtype, T, width, v_reset is None, detach_reset, surrogate_name)
+    kernel = backward_kernel(x_seq.dtype, T, width, neuron.backward_template)
     incoming = (grad_spikes, grad_v_final, x_seq, v_init, v_start)
-    _launch(kernel, neurons, width, (*incoming, *dynamics, *outgoing, neurons, T))
+    _launch(kernel, neurons, width, (*incoming, *neuron.dynamics, *neuron.surrogate_constants, *outgoing, neurons, T))
     return grad_x, grad_v_init
-
-
-torch.library.impl("gac::lif_forward", "cuda", forward_on_device)
-torch.library.impl("gac::lif_backward", "cuda", backward_on_device)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -405,8 +431,4 @@ def _backward(
 torch.library.register_autograd("gac::lif_forward", _backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:
-    raise NotImplementedError("the LIF kernels have no second derivative; use backend='torch'")
-
-
-torch.library.register_autograd("gac::lif_backward", _no_second_derivative)
+runtime.no_second_derivative("gac::lif_backward")

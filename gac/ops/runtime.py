@@ -204,6 +204,49 @@ def _loaded_function(kernel: Kernel, device_index: int) -> Callable[..., None]:
     return module.get_function(compiled.name)
 
 
+# Blocks that "run at once" on the CPU: several, so that tests see results of more than one block combined.
+_CPU_BLOCKS = 3
+
+
+def resident_blocks(kernel: Kernel, threads: int, device: torch.device) -> int:
+    """Return how many blocks of ``threads`` threads of a kernel a device runs at once; fixed for a kind of device."""
+    return _CPU_BLOCKS if device.type == "cpu" else _resident_blocks(kernel, threads, device.index)
+
+
+@functools.cache
+def _resident_blocks(kernel: Kernel, threads: int, device_index: int) -> int:
+    from cupy.cuda import driver
+
+    with torch.cuda.device(device_index):
+        function = _loaded_function(kernel, device_index)
+        per_multiprocessor = driver.occupancyMaxActiveBlocksPerMultiprocessor(function.ptr, threads, 0)
+    return per_multiprocessor * torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+OPERATORS: dict[str, Callable] = {}
+"""The operators' implementations by name; the tests register them for the CPU as well."""
+
+
+def implement(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as what runs an operator such as "gac::norm_lif" on CUDA devices."""
+
+    def register(function: Callable) -> Callable:
+        torch.library.impl(name, "cuda", function)
+        OPERATORS[name] = function
+        return function
+
+    return register
+
+
+def no_second_derivative(name: str) -> None:
+    """Let differentiating a backward operator fail with a clear message instead of giving zeros."""
+
+    def fail(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:
+        raise NotImplementedError(f"{name} has no derivative: the CUDA kernels have none of second order")
+
+    torch.library.register_autograd(name, fail)
+
+
 def cupy_installed() -> bool:
     """Return whether there is a CuPy at all, working or not."""
     return importlib.util.find_spec("cupy") is not None

@@ -7,7 +7,7 @@ from spikingjelly.activation_based import functional, monitor, neuron, op_counte
 from torch import nn
 
 from gac.models import create_model, list_models
-from gac.models.ms_resnet import BatchNorm2d
+from gac.models.batch_norm import BatchNorm2d
 from gac.neuron import LIFNode
 
 CODINGS = ("gac", "direct", "rate", "latency", "phase")

@@ -65,7 +65,7 @@ def test_compiler_errors_show_the_log() -> None:
 def test_gpus_newer_than_nvrtc_get_ptx() -> None:
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC").cuda.nvrtc
     newest = max(nvrtc.getSupportedArchs())
-    kernel = lif.forward_kernel(torch.float32, 4, 4, soft_reset=False)
+    kernel = lif.forward_kernel(torch.float32, 4, 4, "Reset::hard")
     compiled = runtime.compile_kernel(kernel, newest + 1)
     assert f".target sm_{newest}".encode() in compiled.binary
     assert compiled.name.encode() in compiled.binary

@@ -5,7 +5,7 @@
 // chunk, every loop unrolled; otherwise any T, with the last chunk partly filled.
 #include "element.cuh"
 #include "lif.cuh"
-#include "vector.cuh"
+#include "sequence.cuh"
 
 // The block size that gac/ops/lif.py launches with; small, because long sequences need up to 255 registers a thread.
 // The 1 beside it in __launch_bounds__ keeps the compiler from spilling registers to fit one more block.
@@ -14,35 +14,6 @@ constexpr int kThreads = 128;
 template <int kWidth>
 __device__ __forceinline__ long long first_neuron() {
     return (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth;
-}
-
-// A null address stands for a tensor full of `otherwise`.
-template <int kWidth>
-__device__ __forceinline__ void load_floats(
-    const float* address, float otherwise, long long neuron, float (&values)[kWidth]) {
-    Vector<float, kWidth> loaded;
-    if (address) loaded = load_vector<kWidth>(address + neuron);
-#pragma unroll
-    for (int lane = 0; lane < kWidth; ++lane) values[lane] = address ? loaded[lane] : otherwise;
-}
-
-template <int kWidth>
-__device__ __forceinline__ void store_floats(float* address, long long neuron, const float (&values)[kWidth]) {
-    Vector<float, kWidth> packed;
-#pragma unroll
-    for (int lane = 0; lane < kWidth; ++lane) packed[lane] = values[lane];
-    store_vector(address + neuron, packed);
-}
-
-// Loads the time steps start .. start + kSteps - 1; all loads are issued before any result is used.
-template <int kSteps, bool kWholeSequence, int kWidth, typename Element>
-__device__ __forceinline__ void load_chunk(
-    const Element* sequence, int start, int T, long long frame_size, long long neuron,
-    Vector<Element, kWidth> (&chunk)[kSteps]) {
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-        if (kWholeSequence || start + k < T)
-            chunk[k] = load_vector<kWidth>(sequence + (start + k) * frame_size + neuron);
 }
 
 // v_init may be null (all neurons start at v_start), v_final may be null (not wanted).

@@ -1,0 +1,151 @@
+"""The fused execution of an MS-ResNet: its modules and parameters, several layers of them in one pass over memory.
+
+Every LIF layer but the first follows something that the same kernel can compute: a BatchNorm (inside a block), a
+residual sum with its BatchNorms (between blocks) or the gate. So the network is walked not block by block but from
+convolution to convolution, and a block's end computes the spikes of the next block's beginning.
+
+The modules themselves (:mod:`gac.models.ms_resnet`) are the specification, and what runs wherever this cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+
+from gac.coding.gated import GatedAttentionCoding
+from gac.models.batch_norm import BatchNorm2d
+from gac.neuron import LIFNode
+from gac.ops.channels import MAX_T
+from gac.ops.gate_lif import gate_lif
+from gac.ops.lif_pool import lif_pool
+from gac.ops.norm_lif import norm_lif
+from gac.ops.residual_lif import residual_lif
+
+if TYPE_CHECKING:
+    from gac.models.ms_resnet import MSBlock, MSResNet
+
+
+def possible(net: MSResNet, x: Tensor) -> bool:
+    """Return whether the fused execution computes what calling the network's modules on ``x`` would.
+
+    It does not where the modules are not the ones it knows, for more than 16 time steps, in step mode "s", and where
+    someone has a hook on a module that it would not call. LIF layers alone may have hooks: those are called.
+    """
+    return (
+        net.step_mode == "m"
+        and net.T <= MAX_T
+        and not _global_hooks()
+        and all(type(neuron) is LIFNode and neuron.runs_kernels(x) for neuron in _neurons(net))
+        and all(_known(module) and not _hooked(module) for stage in net.stages for module in _bypassed(stage))
+    )
+
+
+def forward(net: MSResNet, x: Tensor) -> Tensor:
+    """Return the network's logits [T, B, K] for images [B, C, H, W] or a sequence [T, B, C, H, W]."""
+    blocks = [block for stage in net.stages for block in stage]
+    membrane, spikes = _encode(net, x, blocks[0].lif1)
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        membrane, spikes = _block(block, membrane, spikes, None if following is None else following.lif1)
+    if _runs_by_itself(net.lif):
+        return net.head(net.lif(membrane).mean((-2, -1)))
+    return net.head(lif_pool(membrane, *_constants(net.lif)))
+
+
+def _encode(net: MSResNet, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
+    """Return the first block's input and the spikes of its first LIF layer."""
+    coding = net.coding
+    if x.dim() == 4 and isinstance(coding, GatedAttentionCoding) and _gate_fuses(coding, following):
+        frame = net.stem(x, repeats=net.T)
+        temporal, spatial = coding.gate.temporal(frame), coding.gate.spatial_channel(frame)
+        return gate_lif(frame, temporal, spatial, *_constants(following))
+    membrane = net.encode(x)
+    return membrane, following(membrane)
+
+
+def _gate_fuses(coding: GatedAttentionCoding, following: LIFNode) -> bool:
+    alone = _runs_by_itself(coding.lif) or _runs_by_itself(following)
+    return not (alone or _hooked(coding) or _hooked(coding.gate)) and _same_neuron(coding.lif, following)
+
+
+def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None) -> tuple[Tensor, Tensor | None]:
+    """Return the block's output and the spikes of the LIF layer that follows, if one does."""
+    y = functional.seq_to_ann_forward(spikes, block.conv1.conv)
+    if _runs_by_itself(block.lif2):
+        spikes = block.lif2(functional.seq_to_ann_forward(y, block.conv1.norm))
+    else:
+        spikes = norm_lif(y, block.conv1.norm.normalization(y), *_constants(block.lif2))
+    y = functional.seq_to_ann_forward(spikes, block.conv2.conv)
+
+    shortcut, shortcut_normalization = membrane, None
+    if not isinstance(block.shortcut, nn.Identity):
+        shortcut = functional.seq_to_ann_forward(membrane, block.shortcut.conv)
+        shortcut_normalization = block.shortcut.norm.normalization(shortcut)
+    alone = following is None or _runs_by_itself(following)
+    membrane, spikes = residual_lif(
+        y,
+        block.conv2.norm.normalization(y),
+        shortcut,
+        shortcut_normalization,
+        *((None, None) if alone else _constants(following)),
+    )
+    return membrane, following(membrane) if alone and following is not None else spikes
+
+
+def _constants(neuron: LIFNode) -> tuple:
+    return neuron.dynamics(), neuron.surrogate_function
+
+
+def _same_neuron(a: LIFNode, b: LIFNode) -> bool:
+    same_surrogate = a.surrogate_function.alpha == b.surrogate_function.alpha
+    return same_surrogate and type(a.surrogate_function) is type(b.surrogate_function) and a.dynamics() == b.dynamics()
+
+
+def _runs_by_itself(neuron: LIFNode) -> bool:
+    return neuron.store_v_seq or any(_hooked(module) for module in neuron.modules())
+
+
+def _neurons(net: MSResNet) -> Iterator[LIFNode]:
+    if isinstance(net.coding, GatedAttentionCoding):
+        yield net.coding.lif
+    for stage in net.stages:
+        for block in stage:
+            yield block.lif1
+            yield block.lif2
+    yield net.lif
+
+
+def _bypassed(stage: nn.Sequential) -> Iterator[nn.Module]:
+    """Yield the modules of a stage that are not called."""
+    yield stage
+    for block in stage:
+        yield from (block, block.conv1, block.conv1.norm, block.conv2, block.conv2.norm, block.shortcut)
+        if not isinstance(block.shortcut, nn.Identity):
+            yield block.shortcut.norm
+
+
+def _known(module: nn.Module) -> bool:
+    if not isinstance(module, nn.modules.batchnorm._NormBase):
+        return True
+    # Others (a converted SyncBatchNorm, a frozen or half-precision one) run as their authors wrote them.
+    return (
+        type(module) is BatchNorm2d
+        and module.momentum is not None
+        and module.running_mean is not None
+        and all(tensor is not None and tensor.dtype == torch.float32 for tensor in (module.weight, module.bias))
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _global_hooks() -> bool:
+    registry: dict[str, Callable] = nn.modules.module.__dict__
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(registry[f"_global_{kind}"] for kind in kinds)

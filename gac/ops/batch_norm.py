@@ -1,0 +1,188 @@
+"""Batch normalisation for the fused operations: statistics of a batch, and normalisation as an affine map.
+
+The statistics are kernels (``kernels/batch_norm.cu``); applying them, forward and backward, is part of the operation
+that follows (:mod:`gac.ops.norm_lif`, :mod:`gac.ops.residual_lif`).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed.nn.functional
+from torch import Tensor
+
+from gac.ops import channels, runtime
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """BatchNorm as one affine map for each channel: z = (y - mean) * (inverse_std * weight) + bias; all float32 [C].
+
+    ``from_batch``: mean and inverse_std are those of y itself, so that the gradient of y goes through them too; else
+    they are constants, as in evaluation. ``synchronized``: they are those of the y of all ranks.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    inverse_std: Tensor
+    from_batch: bool
+    synchronized: bool = False
+
+    SCHEMA = "Tensor weight, Tensor bias, Tensor mean, Tensor inverse_std"
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """weight, bias, mean and inverse_std, in the order of ``SCHEMA``."""
+        return self.weight, self.bias, self.mean, self.inverse_std
+
+
+def reference_moments(y: Tensor) -> Tensor:
+    """Return mean, variance and unbiased variance of each channel, [3, C], differentiable; the specification.
+
+    ``y`` is [..., C, H, W]; float32 results (float64 for float64).
+    """
+    values = y.movedim(-3, 0).flatten(1).to(torch.promote_types(y.dtype, torch.float32))
+    return torch.stack((values.mean(1), values.var(1, correction=0), values.var(1, correction=1)))
+
+
+def reference(y: Tensor, normalization: Normalization) -> Tensor:
+    """Return ``y`` [..., C, H, W] normalised, float32 (float64 for float64); the specification."""
+    weight, bias, mean, inverse_std = (tensor[:, None, None] for tensor in normalization.tensors)
+    return (y.to(mean.dtype) - mean) * (inverse_std * weight) + bias
+
+
+def batch_moments(y: Tensor) -> Tensor:
+    """Return mean, variance and unbiased variance of each channel of ``y`` [T, B, C, H, W]: float32 [3, C].
+
+    Deterministic, in two stages, accumulated in float32 relative to a value of the data, so that a mean that is large
+    against the deviations does not cancel them. Not differentiable: the operation that normalises does that part.
+    """
+    channels.check_activations("BatchNorm's input", y)
+    return torch.ops.gac.batch_moments(y)
+
+
+def over_all_ranks(moments: Tensor, count: int) -> Tensor:
+    """Return the moments [3, C] of the values of all ranks of the default process group, from each rank's own.
+
+    Differentiable; every rank must call it. ``count`` is the number of values of a channel on this rank.
+    """
+    # Through sums in float64, in which mean * mean does not cancel the variance.
+    mean, variance, _ = moments.double()
+    sums = torch.stack((torch.full_like(mean, count), count * mean, count * (variance + mean * mean)))
+    total, sum_, sum_of_squares = torch.distributed.nn.functional.all_reduce(sums)
+    mean = sum_ / total
+    squared_deviations = sum_of_squares - total * mean * mean
+    return torch.stack((mean, squared_deviations / total, squared_deviations / (total - 1))).to(moments.dtype)
+
+
+def statistics(
+    moments: Tensor,
+    eps: float,
+    momentum: float = 0.0,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and inverse standard deviation [C] from ``batch_moments``, and move the running statistics.
+
+    Args:
+        moments: Mean, variance and unbiased variance, [3, C].
+        eps: Added to the variance.
+        momentum: Share of the new value in the running statistics.
+        running_mean: Running mean [C], changed in place, or None.
+        running_var: Running (unbiased) variance [C], changed in place, or None.
+    """
+    return moments[0], torch.ops.gac.batch_statistics(moments, running_mean, running_var, eps, momentum)
+
+
+torch.library.define("gac::batch_moments", "(Tensor y) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(
+    "gac::batch_statistics",
+    "(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, float eps, float momentum) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("gac::batch_moments")
+def _moments_like(y: Tensor) -> Tensor:
+    return y.new_empty(3, y.shape[2], dtype=torch.float32)
+
+
+@torch.library.register_fake("gac::batch_statistics")
+def _inverse_std_like(moments: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(moments[0])
+
+
+@runtime.implement("gac::batch_moments")
+def _batch_moments(y: Tensor) -> Tensor:
+    y = channels.channels_last(y)
+    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    width = channels.fitting_width(1, C, y)
+    parameters = ("const Element*", "float*", "long long", "int")
+    kernel = channels.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, (width,), parameters)
+    blocks, columns = channels.grid(kernel, T * rows, C, width, y.device)
+    partials = y.new_empty(blocks, 3, C, dtype=torch.float32)
+    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
+    moments = _moments_like(y)
+    _launch_total("batch_moments_total", (-(-C // 32),), (partials, moments, blocks, C), factors=0)
+    return moments
+
+
+def total_of_partials(partials: Tensor, second_factor: Tensor, third_factor: Tensor | None = None) -> Tensor:
+    """Return partials [blocks, quantities, C] summed over the blocks: [quantities, C], deterministic.
+
+    The sums of the second and the third quantity are multiplied by their factors [C].
+    """
+    blocks, quantities, C = partials.shape
+    totals = torch.empty_like(partials[0])
+    arguments = (partials, second_factor, third_factor, totals, blocks, C)
+    _launch_total("total_of_partials", (-(-C // 32), quantities), arguments, factors=2)
+    return totals
+
+
+def _launch_total(name: str, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...], factors: int) -> None:
+    parameters = ("const float*", *["const float*?"] * factors, "float*", "int", "int")
+    # kLanes * kSlices threads
+    runtime.launch(runtime.Kernel("batch_norm.cu", name, parameters), grid, (1024,), arguments)
+
+
+@runtime.implement("gac::batch_statistics")
+def _batch_statistics(
+    moments: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    momentum: float,
+) -> Tensor:
+    inverse_std = _inverse_std_like(moments)
+    C = moments.shape[1]
+    arguments = (moments, running_mean, running_var, inverse_std, eps, momentum, C)
+    runtime.launch(_statistics_kernel(), (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
+    return inverse_std
+
+
+@cache
+def _statistics_kernel() -> runtime.Kernel:
+    return runtime.Kernel(
+        "batch_norm.cu",
+        "batch_statistics",
+        ("const float*", "float*?", "float*?", "float*", "float", "float", "int"),
+    )
+
+
+def gradient_sums(sums: Tensor, count: int, from_batch: bool, synchronized: bool) -> tuple[Tensor, float]:
+    """Return what the gradient of the statistics takes the mean of, [quantities, C], and one over their number.
+
+    Args:
+        sums: Sums over this rank's values of a channel.
+        count: Number of those values.
+        from_batch: See :class:`Normalization`; otherwise the statistics have no gradient.
+        synchronized: Take the mean over the values of all ranks; every rank must call this.
+    """
+    if not from_batch:
+        return sums, 0.0
+    if not synchronized:
+        return sums, 1.0 / count
+    everywhere = torch.cat((sums.flatten(), sums.new_full((1,), count)))
+    torch.distributed.all_reduce(everywhere)
+    return (everywhere[:-1] / everywhere[-1]).view_as(sums), 1.0

@@ -1,0 +1,96 @@
+"""Activations [T, B, C, H, W] as the fused kernels take them: T frames of rows, a row being the channels of a pixel."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gac.errors import InputError
+from gac.ops import runtime
+from gac.ops.lif import ELEMENTS
+
+MAX_T = 16
+"""The most time steps that the fused operations hold in registers."""
+
+THREADS = 128  # kThreads in kernels/tile.cuh
+
+
+def check_activations(name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """Raise InputError unless ``x`` is a non-empty [T, B, C, H, W] with T <= MAX_T, and matches ``like`` if given."""
+    if x.ndim != 5 or x.numel() == 0:
+        raise InputError(f"{name} must be a non-empty [T, B, C, H, W], got shape {list(x.shape)}")
+    if len(x) > MAX_T:
+        raise InputError(f"the fused operations take up to {MAX_T} time steps, got {len(x)}; use backend='torch'")
+    if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
+        raise InputError(
+            f"{name} must be {list(like.shape)}, {like.dtype}, on {like.device} like the other input, "
+            f"got {list(x.shape)}, {x.dtype}, on {x.device}"
+        )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return ``x`` [..., C, H, W] with channels innermost in memory and all else in order; a copy only if need be."""
+    strides = _channels_last_strides(x.shape)
+    matches = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
+    return x if matches else empty_channels_last(x.shape, x).copy_(x)
+
+
+def empty_channels_last(shape: torch.Size, like: Tensor) -> Tensor:
+    """Return uninitialised memory for a tensor [..., C, H, W] with channels innermost, dtype and device of ``like``."""
+    return torch.empty_strided(shape, _channels_last_strides(shape), dtype=like.dtype, device=like.device)
+
+
+@cache
+def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
+    *outer, C, H, W = shape
+    strides = [1, W * C, C]
+    size = C * H * W
+    for length in reversed(outer):
+        strides.insert(0, size)
+        size *= length
+    return tuple(strides)
+
+
+def rows(x: Tensor) -> int:
+    """Return the number of pixels of one frame of ``x`` [T, B, C, H, W]."""
+    return x[0].numel() // x.shape[2]
+
+
+def vector_width(dtype: torch.dtype, T: int) -> int:
+    """Return how many neighbouring values a thread takes where their number and address allow it."""
+    # A backward thread holds T x width membrane potentials in registers beside as many inputs and gradients; with
+    # more than these widths the compiler spills.
+    if dtype == torch.float32:
+        return 4 if T <= 8 else 2
+    return 8 if T <= 6 else 4 if T <= 12 else 2
+
+
+def fitting_width(T: int, length: int, *tensors: Tensor | None) -> int:
+    """Return the vector width for ``length`` values in a row; the first tensor decides the dtype."""
+    width = vector_width(tensors[0].dtype, T)
+    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return width if aligned and length % width == 0 else 1
+
+
+@cache
+def make_kernel(
+    file: str, name: str, dtype: torch.dtype, template: tuple, parameters: tuple[str, ...]
+) -> runtime.Kernel:
+    """Return ``name<element, *template>``; "Element" in the parameters' types stands for that of ``dtype``."""
+    element = ELEMENTS[dtype]
+    arguments = ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in (element, *template))
+    return runtime.Kernel(
+        file, f"{name}<{arguments}>", tuple(parameter.replace("Element", element) for parameter in parameters)
+    )
+
+
+def grid(kernel: runtime.Kernel, rows: int, channels: int, width: int, device: torch.device) -> tuple[int, int]:
+    """Return the grid of a kernel that works in tiles (kernels/tile.cuh): blocks over rows, and over channels.
+
+    As many blocks as run at once: a thread then walks several rows and loads what belongs to its channels once.
+    """
+    vectors = channels // width
+    lanes = min(vectors, THREADS)
+    columns = -(-vectors // lanes)
+    needed = -(-rows // (THREADS // lanes))
+    return max(1, min(needed, runtime.resident_blocks(kernel, THREADS, device) // columns)), columns

@@ -1,0 +1,167 @@
+"""The gate of gated attention coding with the LIF layers on both of its sides: specification, CUDA operators, function.
+
+An image is the same at every time step, so the kernels (``kernels/gate_lif.cu``) read one frame of it and of the
+spatial-channel attention and write T frames of membrane stream and spikes.
+"""
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
+
+from gac.errors import InputError
+from gac.ops import channels, lif, runtime
+from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
+
+
+def reference(
+    x: Tensor,
+    temporal: Tensor,
+    spatial: Tensor,
+    parameters: LIFParameters,
+    surrogate_function: surrogate.SurrogateFunctionBase,
+) -> tuple[Tensor, Tensor]:
+    """Return membrane stream and spikes of :func:`gate_lif` in plain torch; the specification.
+
+    The gate is float32 (float64 for float64) and rounded to the dtype of ``x`` before the second LIF layer sees it.
+    """
+    start, exact = parameters.v_reset or 0.0, torch.promote_types(x.dtype, torch.float32)
+    encoded, _ = lif.reference(x.expand(len(temporal), *x.shape), start, parameters, surrogate_function)
+    scores = temporal.to(exact)[:, :, None, None, None] * spatial.to(exact)
+    membrane = (torch.sigmoid(scores) * encoded.to(exact)).to(x.dtype)
+    return membrane, lif.reference(membrane, start, parameters, surrogate_function)[0]
+
+
+def gate_lif(
+    x: Tensor,
+    temporal: Tensor,
+    spatial: Tensor,
+    parameters: LIFParameters,
+    surrogate_function: surrogate.SurrogateFunctionBase,
+) -> tuple[Tensor, Tensor]:
+    """Return the gated spikes of a static image, and the spikes of the LIF layer that reads them.
+
+    Both LIF layers have the same constants and start from the reset potential. The first turns ``x``, repeated over
+    T steps, into spikes s_t; membrane_t = sigmoid(temporal_t * spatial) * s_t; the second turns that into spikes.
+    The sigmoid may differ from torch's in the last bit. There is no second derivative.
+
+    Args:
+        x: One frame of features [B, C, H, W], float32, float16 or bfloat16.
+        temporal: Temporal attention [T, B] with T <= 16; used in float32.
+        spatial: Spatial-channel attention [B, C, H, W] in the dtype of ``x``.
+        parameters: The neurons' constants.
+        surrogate_function: One of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+
+    Returns:
+        Membrane stream and spikes [T, B, C, H, W] in the dtype of ``x``, frames in channels_last.
+
+    Raises:
+        InputError: For shapes that do not fit, empty input, T > 16, an unsupported surrogate or dtype.
+    """
+    channels.check_activations("input of the gate", x.expand(len(temporal), *x.shape))
+    if temporal.shape[1:] != x.shape[:1] or temporal.device != x.device:
+        raise InputError(
+            f"temporal attention must be [T, B={len(x)}] on {x.device}, got {list(temporal.shape)} on {temporal.device}"
+        )
+    if (spatial.shape, spatial.dtype, spatial.device) != (x.shape, x.dtype, x.device):
+        raise InputError(
+            f"spatial-channel attention must be {list(x.shape)}, {x.dtype}, on {x.device} like the image, "
+            f"got {list(spatial.shape)}, {spatial.dtype}, on {spatial.device}"
+        )
+    constants = Constants.of(x.dtype, parameters, surrogate_function)
+    return torch.ops.gac.gate_lif(x, temporal.float(), spatial, *constants)
+
+
+torch.library.define(
+    "gac::gate_lif",
+    f"(Tensor x, Tensor temporal, Tensor spatial, {Constants.SCHEMA}) -> (Tensor membrane, Tensor spikes)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "gac::gate_lif_backward",
+    "(Tensor? grad_membrane, Tensor? grad_spikes, Tensor x, Tensor temporal, Tensor spatial, "
+    f"{Constants.SCHEMA}) -> (Tensor grad_x, Tensor grad_temporal, Tensor grad_spatial)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("gac::gate_lif")
+def _outputs(x: Tensor, temporal: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    membrane = channels.empty_channels_last(torch.Size((len(temporal), *x.shape)), x)
+    return membrane, torch.empty_like(membrane)
+
+
+@torch.library.register_fake("gac::gate_lif_backward")
+def _gradients(
+    grad_membrane: Tensor | None, grad_spikes: Tensor | None, x: Tensor, temporal: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = channels.empty_channels_last(x.shape, x)
+    return grad_x, temporal.new_empty(temporal.shape), torch.empty_like(grad_x)
+
+
+_SIZES = ("long long", "long long", "int")
+
+
+def _blocks_per_image(kernel: runtime.Kernel, x: Tensor, width: int) -> int:
+    needed = -(-x[0].numel() // (channels.THREADS * width))
+    return max(1, min(needed, runtime.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
+
+
+@runtime.implement("gac::gate_lif")
+def _gate_lif(x: Tensor, temporal: Tensor, spatial: Tensor, *constants: object) -> tuple[Tensor, Tensor]:
+    neuron = Constants(*constants)
+    x, temporal, spatial = channels.channels_last(x), temporal.contiguous(), channels.channels_last(spatial)
+    membrane, spikes = _outputs(x, temporal)
+    T, B, size = len(temporal), len(x), x[0].numel()
+    width = channels.fitting_width(T, size, x, spatial)
+    inputs = ("const Element*", "const float*", "const Element*")
+    parameters = (*inputs, *DYNAMICS, "Element*", "Element*", *_SIZES)
+    template = (T, width, neuron.forward_template)
+    kernel = channels.make_kernel("gate_lif.cu", "gate_lif_forward", x.dtype, template, parameters)
+    blocks = _blocks_per_image(kernel, x, width)
+    arguments = (x, temporal, spatial, *neuron.dynamics, membrane, spikes, B, size, blocks)
+    runtime.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
+    return membrane, spikes
+
+
+@runtime.implement("gac::gate_lif_backward")
+def _gate_lif_backward(
+    grad_membrane: Tensor | None,
+    grad_spikes: Tensor | None,
+    x: Tensor,
+    temporal: Tensor,
+    spatial: Tensor,
+    *constants: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    neuron = Constants(*constants)
+    x, temporal, spatial = channels.channels_last(x), temporal.contiguous(), channels.channels_last(spatial)
+    incoming = [None if grad is None else channels.channels_last(grad) for grad in (grad_membrane, grad_spikes)]
+    grad_x, _, grad_spatial = _gradients(None, None, x, temporal)
+    T, B, size = len(temporal), len(x), x[0].numel()
+    width = channels.fitting_width(T, size, x, spatial, *incoming)
+    inputs = ("const Element*?", "const Element*?", "const Element*", "const float*", "const Element*")
+    parameters = (*inputs, *DYNAMICS, *SURROGATE, "Element*", "float*", "Element*", *_SIZES)
+    template = (T, width, neuron.backward_template)
+    kernel = channels.make_kernel("gate_lif.cu", "gate_lif_backward", x.dtype, template, parameters)
+    blocks = _blocks_per_image(kernel, x, width)
+    partials = temporal.new_empty(blocks, T, B)
+    constants = (*neuron.dynamics, *neuron.surrogate_constants)
+    arguments = (*incoming, x, temporal, spatial, *constants, grad_x, partials, grad_spatial, B, size, blocks)
+    runtime.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
+    return grad_x, partials.sum(0), grad_spatial
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x, temporal, spatial, *ctx.constants = inputs
+    ctx.save_for_backward(x, temporal, spatial)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad_membrane: Tensor | None, grad_spikes: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.gac.gate_lif_backward(grad_membrane, grad_spikes, *ctx.saved_tensors, *ctx.constants)
+    return *gradients, *(None for _ in ctx.constants)
+
+
+torch.library.register_autograd("gac::gate_lif", _backward, setup_context=_setup_context)
+runtime.no_second_derivative("gac::gate_lif_backward")

@@ -1,0 +1,292 @@
+"""The end of a residual block and the next LIF layer in one pass: specification, CUDA operators, public function.
+
+The kernels (``kernels/residual_lif.cu``) add the normalised output of the block's last convolution to the shortcut,
+write the sum (the membrane stream) and, in the same pass, the spikes of the LIF layer that reads it. The backward
+pass adds both gradients of the membrane stream on the way.
+"""
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
+
+from gac.ops import batch_norm, channels, lif, runtime
+from gac.ops.batch_norm import Normalization
+from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
+
+
+def reference(
+    y: Tensor,
+    normalization: Normalization,
+    shortcut: Tensor,
+    shortcut_normalization: Normalization | None,
+    parameters: LIFParameters | None,
+    surrogate_function: surrogate.SurrogateFunctionBase | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return membrane stream and spikes of :func:`residual_lif` in plain torch; the specification.
+
+    The sum is rounded to the dtype of ``y`` before the LIF layer sees it.
+    """
+    added = shortcut if shortcut_normalization is None else batch_norm.reference(shortcut, shortcut_normalization)
+    membrane = (batch_norm.reference(y, normalization) + added).to(y.dtype)
+    if parameters is None:
+        return membrane, None
+    return membrane, lif.reference(membrane, parameters.v_reset or 0.0, parameters, surrogate_function)[0]
+
+
+def residual_lif(
+    y: Tensor,
+    normalization: Normalization,
+    shortcut: Tensor,
+    shortcut_normalization: Normalization | None,
+    parameters: LIFParameters | None,
+    surrogate_function: surrogate.SurrogateFunctionBase | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the membrane stream BatchNorm(y) + shortcut, and the spikes of the LIF layer that reads it.
+
+    Both are bit-equal to ``reference`` for equal statistics. For the backward pass ``y``, the membrane stream and a
+    shortcut that is normalised are kept. There is no second derivative.
+
+    Args:
+        y: Output of the block's last convolution, [T, B, C, H, W] with T <= 16, float32, float16 or bfloat16.
+        normalization: Its BatchNorm.
+        shortcut: The block's input, or the output of the shortcut's convolution; shape and dtype of ``y``.
+        shortcut_normalization: The shortcut's BatchNorm, or None to add it as it is.
+        parameters: Constants of the next LIF layer, which starts from its reset potential; None if there is none.
+        surrogate_function: Its surrogate: one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+
+    Returns:
+        Membrane stream and spikes [T, B, C, H, W] in the dtype of ``y``, frames in channels_last; None for the spikes
+        if there is no LIF layer.
+
+    Raises:
+        InputError: For inputs of another rank or that differ in shape, dtype or device, empty input, T > 16, an
+            unsupported surrogate or dtype.
+    """
+    channels.check_activations("input of the residual sum", y)
+    channels.check_activations("shortcut", shortcut, like=y)
+    # Without spikes the constants choose a kernel and are not used.
+    constants = (
+        Constants(0.0, 0.0, 0.0, 0.0, 0.0, True, "Rect", 1.0)
+        if parameters is None
+        else Constants.of(y.dtype, parameters, surrogate_function)
+    )
+    normalized = shortcut_normalization is not None
+    membrane, spikes = torch.ops.gac.residual_lif(
+        y,
+        *normalization.tensors,
+        shortcut,
+        *(shortcut_normalization.tensors if normalized else (None,) * 4),
+        normalization.from_batch,
+        normalization.synchronized,
+        parameters is not None,
+        *constants,
+    )
+    return membrane, None if parameters is None else spikes
+
+
+_SHORTCUT = (
+    "Tensor shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean, "
+    "Tensor? shortcut_inverse_std"
+)
+torch.library.define(
+    "gac::residual_lif",
+    f"(Tensor y, {Normalization.SCHEMA}, {_SHORTCUT}, bool from_batch, bool synchronized, bool with_spikes, "
+    f"{Constants.SCHEMA}) -> (Tensor membrane, Tensor spikes)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "gac::residual_lif_backward_sums",
+    "(Tensor? grad_membrane, Tensor? grad_spikes, Tensor membrane, Tensor y, Tensor mean, Tensor inverse_std, "
+    "Tensor? shortcut, Tensor? shortcut_mean, Tensor? shortcut_inverse_std, "
+    f"{Constants.SCHEMA}) -> (Tensor grad, Tensor sums)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "gac::residual_lif_backward_inputs",
+    "(Tensor grad, Tensor y, Tensor weight, Tensor mean, Tensor inverse_std, "
+    "Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_mean, Tensor? shortcut_inverse_std, "
+    "Tensor sums, float inverse_count) -> (Tensor grad_y, Tensor grad_shortcut)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("gac::residual_lif")
+def _outputs(y: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    with_spikes = others[-1 - len(Constants._fields)]
+    membrane = channels.empty_channels_last(y.shape, y)
+    # An operator returns a fixed number of tensors: what nobody asked for is an empty one.
+    return membrane, torch.empty_like(membrane) if with_spikes else y.new_empty(0)
+
+
+@torch.library.register_fake("gac::residual_lif_backward_sums")
+def _gradient_and_sums(
+    grad_membrane: Tensor | None,
+    grad_spikes: Tensor | None,
+    membrane: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    shortcut: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    quantities = 2 if shortcut is None else 3
+    sums = y.new_empty(quantities, y.shape[2], dtype=torch.float32)
+    return channels.empty_channels_last(y.shape, y), sums
+
+
+@torch.library.register_fake("gac::residual_lif_backward_inputs")
+def _input_gradients(
+    grad: Tensor, y: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, shortcut: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor]:
+    grad_y = channels.empty_channels_last(y.shape, y)
+    return grad_y, y.new_empty(0) if shortcut is None else torch.empty_like(grad_y)
+
+
+def _channels_last(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else channels.channels_last(tensor) for tensor in tensors]
+
+
+_SIZES = ("long long", "int")
+
+
+@runtime.implement("gac::residual_lif")
+def _residual_lif(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_inverse_std: Tensor | None,
+    from_batch: bool,
+    synchronized: bool,
+    with_spikes: bool,
+    *constants: object,
+) -> tuple[Tensor, Tensor]:
+    neuron = Constants(*constants)
+    y, shortcut = _channels_last(y, shortcut)
+    membrane, spikes = _outputs(y, with_spikes, *constants)
+    normalization = (weight, bias, mean, inverse_std)
+    shortcut_normalization = (shortcut_weight, shortcut_bias, shortcut_mean, shortcut_inverse_std)
+    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    width = channels.fitting_width(T, C, y, shortcut, *normalization, *shortcut_normalization)
+    inputs = ("const Element*", *("const float*",) * 4, "const Element*", *("const float*?",) * 4)
+    parameters = (*inputs, *DYNAMICS, "Element*", "Element*?", *_SIZES)
+    template = (T, width, neuron.forward_template, shortcut_weight is not None, with_spikes)
+    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_forward", y.dtype, template, parameters)
+    arguments = (y, *normalization, shortcut, *shortcut_normalization, *neuron.dynamics)
+    outputs = (membrane, spikes if with_spikes else None)
+    grid = channels.grid(kernel, rows, C, width, y.device)
+    runtime.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
+    return membrane, spikes
+
+
+@runtime.implement("gac::residual_lif_backward_sums")
+def _backward_sums(
+    grad_membrane: Tensor | None,
+    grad_spikes: Tensor | None,
+    membrane: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    shortcut: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_inverse_std: Tensor | None,
+    *constants: object,
+) -> tuple[Tensor, Tensor]:
+    neuron = Constants(*constants)
+    sequences = _channels_last(grad_membrane, grad_spikes, membrane, y)
+    (shortcut,) = _channels_last(shortcut)
+    grad, _ = _gradient_and_sums(None, None, membrane, y, mean, inverse_std, shortcut)
+    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    width = channels.fitting_width(T, C, y, *sequences, mean, shortcut, shortcut_mean)
+    inputs = (*("const Element*?",) * 2, *("const Element*",) * 2, "const float*", "const Element*?", "const float*?")
+    parameters = (*inputs, *DYNAMICS, *SURROGATE, "Element*", "float*", *_SIZES)
+    template = (T, width, neuron.backward_template, shortcut is not None)
+    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, template, parameters)
+    blocks, columns = channels.grid(kernel, rows, C, width, y.device)
+    partials = y.new_empty(blocks, 2 if shortcut is None else 3, C, dtype=torch.float32)
+    constants = (*neuron.dynamics, *neuron.surrogate_constants)
+    arguments = (*sequences, mean, shortcut, shortcut_mean, *constants, grad, partials, rows, C)
+    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
+    return grad, batch_norm.total_of_partials(partials, inverse_std, shortcut_inverse_std)
+
+
+@runtime.implement("gac::residual_lif_backward_inputs")
+def _backward_inputs(
+    grad: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    shortcut: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_inverse_std: Tensor | None,
+    sums: Tensor,
+    inverse_count: float,
+) -> tuple[Tensor, Tensor]:
+    grad, y, shortcut = _channels_last(grad, y, shortcut)
+    grad_y, grad_shortcut = _input_gradients(grad, y, weight, mean, inverse_std, shortcut)
+    normalization = (weight, mean, inverse_std)
+    shortcut_normalization = (shortcut_weight, shortcut_mean, shortcut_inverse_std)
+    C, rows = y.shape[2], len(y) * channels.rows(y)
+    width = channels.fitting_width(1, C, y, grad, shortcut, *normalization, *shortcut_normalization, sums)
+    inputs = (*("const Element*",) * 2, *("const float*",) * 3, "const Element*?", *("const float*?",) * 3)
+    parameters = (*inputs, "const float*", "float", "Element*", "Element*?", *_SIZES)
+    template = (width, shortcut is not None)
+    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_backward_inputs", y.dtype, template, parameters)
+    arguments = (grad, y, *normalization, shortcut, *shortcut_normalization, sums, inverse_count)
+    outputs = (grad_y, None if shortcut is None else grad_shortcut)
+    grid = channels.grid(kernel, rows, C, width, y.device)
+    runtime.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
+    return grad_y, grad_shortcut
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    y, weight, _, mean, inverse_std, shortcut, *shortcut_tensors, ctx.from_batch, ctx.synchronized = inputs[:12]
+    shortcut_weight, _, shortcut_mean, shortcut_inverse_std = shortcut_tensors
+    ctx.constants = inputs[13:]
+    # A shortcut that is added as it is has the gradient of the sum: its values are not needed.
+    kept = None if shortcut_weight is None else shortcut
+    ctx.save_for_backward(
+        output[0], y, weight, mean, inverse_std, kept, shortcut_weight, shortcut_mean, shortcut_inverse_std
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad_membrane: Tensor | None, grad_spikes: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    membrane, y, weight, *statistics, shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std = ctx.saved_tensors
+    grad, sums = torch.ops.gac.residual_lif_backward_sums(
+        grad_membrane,
+        grad_spikes,
+        membrane,
+        y,
+        *statistics,
+        shortcut,
+        shortcut_mean,
+        shortcut_inverse_std,
+        *ctx.constants,
+    )
+    means = batch_norm.gradient_sums(sums, y.numel() // y.shape[2], ctx.from_batch, ctx.synchronized)
+    shortcut_tensors = (shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std)
+    grad_y, grad_shortcut = torch.ops.gac.residual_lif_backward_inputs(
+        grad, y, weight, *statistics, *shortcut_tensors, *means
+    )
+    of_normalization = (sums[1], sums[0], None, None)
+    if shortcut is None:
+        of_shortcut = (grad, None, None, None, None)
+    else:
+        # A copy: autograd makes these the parameters' .grad, and two of them must not share memory.
+        of_shortcut = (grad_shortcut, sums[2], sums[0].clone(), None, None)
+    return grad_y, *of_normalization, *of_shortcut, *(None for _ in range(3 + len(ctx.constants)))
+
+
+torch.library.register_autograd("gac::residual_lif", _backward, setup_context=_setup_context)
+runtime.no_second_derivative("gac::residual_lif_backward_sums")
+runtime.no_second_derivative("gac::residual_lif_backward_inputs")
