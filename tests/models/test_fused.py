@@ -1,0 +1,391 @@
+"""The fused execution against the modules one by one; the kernels run on the CPU (tests/cuda_on_cpu) or on a GPU."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_on_cpu.launcher import KernelsOnCpu
+from spikingjelly.activation_based import functional, monitor, neuron
+from torch import Tensor, nn
+
+from gac.models import create_model, fused
+from gac.models.ms_resnet import MSResNet
+from gac.neuron import LIFNode
+from gac.ops import runtime
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run: their source compiled for the CPU, or the GPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("neurons_on_kernels")
+    return request.param
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched so far."""
+    names = []
+    launch = runtime.launch
+
+    def record(kernel: runtime.Kernel, *arguments: object) -> None:
+        names.append(kernel.instance.partition("<")[0])
+        launch(kernel, *arguments)
+
+    monkeypatch.setattr(runtime, "launch", record)
+    return names
+
+
+def network(name: str = "gac_msresnet18_cifar", seed: int = 0, T: int = 3, **options: object) -> MSResNet:
+    """Return a small network whose BatchNorms do something and whose layers all fire."""
+    torch.manual_seed(seed)
+    depth = [1, 1, 1] if "cifar" in name else [1, 1, 1, 1]
+    net = create_model(name, 5, T, **{"width": 8, "depth": depth, "temporal_init": "alive"} | options)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.5)
+    return net
+
+
+def images(device: str, batch: int = 4, side: int = 16) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(7)).to(device)
+
+
+def train_step(net: MSResNet, x: Tensor) -> Tensor:
+    net.zero_grad()
+    logits = net(x)
+    F.cross_entropy(logits.mean(0), torch.arange(len(x), device=x.device) % 5).backward()
+    return logits.detach()
+
+
+def assert_same_gradients(net: nn.Module, expected: nn.Module, tolerance: float) -> None:
+    for (key, p), q in zip(net.named_parameters(), expected.parameters(), strict=True):
+        scale = q.grad.abs().max().item()
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=tolerance * max(scale, 1e-8), msg=key)
+
+
+# --- The whole network
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["gac_msresnet18_cifar", "gac_msresnet18"])
+def test_both_executions_are_one_network(name: str, seed: int, device: str, launched: list[str]) -> None:
+    # Seeds at which no membrane is so close to its threshold that rounding decides the spike.
+    net = network(name, seed).to(device, memory_format=torch.channels_last)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = images(device)
+    logits = train_step(net, x)
+    ran_fused = set(launched)
+    expected = train_step(plain, x)
+    assert {"gate_lif_forward", "norm_lif_forward", "residual_lif_forward", "lif_pool_forward"} <= ran_fused
+    assert "lif_forward" not in ran_fused
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    assert_same_gradients(net, plain, 5e-5)
+    for (key, a), b in zip(net.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=key)
+    with torch.inference_mode():
+        torch.testing.assert_close(net.eval()(x), plain.eval()(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("coding", ["direct", "rate", "latency", "phase"])
+def test_every_coding_runs_fused(coding: str, device: str, launched: list[str]) -> None:
+    net = network(coding=coding).to(device)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    torch.manual_seed(2)
+    logits = net.eval()(x)
+    assert "residual_lif_forward" in launched
+    torch.manual_seed(2)
+    torch.testing.assert_close(logits, plain.eval()(x), rtol=0, atol=1e-6)
+
+
+def test_sequences_run_fused_behind_the_coding(device: str, launched: list[str]) -> None:
+    net = network().to(device)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    logits = net(x)
+    assert "residual_lif_forward" in launched
+    assert "gate_lif_forward" not in launched
+    torch.testing.assert_close(logits, plain(x), rtol=0, atol=1e-6)
+
+
+def test_a_frozen_batch_norm_stays_as_it_is(device: str) -> None:
+    net = network().to(device)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    before = {key: buffer.clone() for key, buffer in net.named_buffers()}
+    x = images(device)
+    torch.testing.assert_close(train_step(net, x), train_step(plain, x), rtol=0, atol=1e-6)
+    assert_same_gradients(net, plain, 5e-5)
+    for key, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[key]), key
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compiles_without_graph_breaks(mode: str, device: str) -> None:
+    net = network().to(device).train(mode == "train")
+    eager = copy.deepcopy(net)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = images(device)
+    logits, expected = compiled(x), eager(x)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    if mode == "train":
+        logits.logsumexp(-1).sum().backward()
+        expected.logsumexp(-1).sum().backward()
+        assert_same_gradients(net, eager, 0.0)
+        for (key, a), b in zip(net.named_buffers(), eager.buffers(), strict=True):
+            assert torch.equal(a, b), key
+
+
+def test_spikes_normalised_values_and_membranes_are_kept_once(device: str) -> None:
+    net = network(width=16).to(device, memory_format=torch.channels_last)
+
+    def kept_bytes(backend: str) -> int:
+        net.set_backend(backend)
+        storages = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = net(images(device, batch=2))
+        assert logits.requires_grad
+        parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+    # For a layer that follows a BatchNorm: convolution output and spikes, instead of these and the normalised values.
+    assert kept_bytes("auto") < 0.65 * kept_bytes("torch")
+
+
+# --- Layer by layer: a free-running spiking network is chaotic, so each layer is compared on what it got itself
+
+
+@dataclass
+class Passed:
+    """What went through a module in a training step: input, output, and the loss's gradients of both."""
+
+    input: Tensor
+    output: Tensor
+    grad_input: Tensor | None = None
+    grad_output: Tensor | None = None
+
+
+def record(net: MSResNet, x: Tensor, amp: torch.dtype | None) -> dict[str, Passed]:
+    """Train a step and return what passed the convolutions of the blocks and the head, which fusion calls."""
+    passed: dict[str, Passed] = {}
+
+    def forward(name: str) -> Callable:
+        def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            passed[name] = Passed(inputs[0].detach(), output.detach())
+
+        return hook
+
+    def backward(name: str) -> Callable:
+        def hook(_module: nn.Module, grad_input: tuple[Tensor], grad_output: tuple[Tensor]) -> None:
+            passed[name].grad_input, passed[name].grad_output = grad_input[0], grad_output[0]
+
+        return hook
+
+    for name, module in net.named_modules():
+        if name == "head" or (name.startswith("stages") and isinstance(module, nn.Conv2d)):
+            module.register_forward_hook(forward(name))
+            module.register_full_backward_hook(backward(name))
+    with torch.autocast(x.device.type, amp, enabled=amp is not None):
+        logits = net(x)
+    # Scaled as a loss is in half precision, whose gradients would be subnormal otherwise.
+    (128 * F.cross_entropy(logits.float().mean(0), torch.arange(len(x), device=x.device))).backward()
+    return passed
+
+
+def exactly(tensor: Tensor, T: int) -> Tensor:
+    return tensor.double().unflatten(0, (T, -1)).requires_grad_()
+
+
+def error(got: Tensor, wanted: Tensor, valid: Tensor) -> float:
+    """Return the root mean square of the error relative to that of ``wanted``, over the neurons that are valid."""
+    difference = (got.double().view_as(wanted) - wanted) * valid
+    return ((difference.square().sum() / (wanted * valid).square().sum()) ** 0.5).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gac_msresnet18_cifar", "gac_msresnet18"])
+def test_every_layer_against_the_modules_in_float64(name: str, dtype: str, device: str, launched: list[str]) -> None:
+    T = 3
+    # Rounding of the stored gradient and, in half precision, of the membrane stream.
+    limit = {"fp32": 2e-6, "fp16": 2e-3, "bf16": 1.6e-2}[dtype]
+    net = network(name, T=T).to(device, memory_format=torch.channels_last)
+    exact = copy.deepcopy(net).double()
+    exact.set_backend("torch")
+    # 32 pixels: 2 x 2 remain at the end of the ImageNet network.
+    passed = record(net, images(device, side=32), None if dtype == "fp32" else DTYPES[dtype])
+    assert "residual_lif_backward_sums" in launched
+    checked = []
+
+    def check(layer: str, spikes: Tensor, recorded: Tensor, leaf: Tensor, outputs: dict[Tensor, Tensor], y: Passed):
+        changed = recorded.double().view_as(spikes) != spikes
+        # A spike that rounding decides otherwise is rare; it changes the gradients of its own neuron at all times.
+        assert changed.double().mean().item() <= {"fp32": 0.0, "fp16": 2e-3, "bf16": 1.5e-2}[dtype], layer
+        valid = ~changed.any(0)
+        gradients = [gradient.double().view_as(output) for output, gradient in outputs.items()]
+        (wanted,) = torch.autograd.grad(list(outputs), leaf, gradients, retain_graph=True)
+        assert wanted.abs().max() > 0
+        assert error(y.grad_output, wanted, valid) < limit, layer
+        checked.append(layer)
+
+    names = [f"stages.{i}.0" for i in range(len(net.stages))]
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        block = exact.get_submodule(name)
+        # BatchNorm, then LIF.
+        conv1, conv2 = passed[f"{name}.conv1.conv"], passed[f"{name}.conv2.conv"]
+        y = exactly(conv1.output, T)
+        spikes = block.lif2(functional.seq_to_ann_forward(y, block.conv1.norm))
+        check(f"{name}.lif2", spikes, conv2.input, y, {spikes: conv2.grad_input}, conv1)
+        # Two BatchNorms, residual sum, rounding (whose gradient is 1), then LIF.
+        shortcut = passed[f"{name}.shortcut.conv"]
+        y, added = exactly(conv2.output, T), exactly(shortcut.output, T)
+        membrane = functional.seq_to_ann_forward(y, block.conv2.norm)
+        membrane = membrane + functional.seq_to_ann_forward(added, block.shortcut.norm)
+        membrane = membrane + (membrane.to(conv2.output.dtype).double() - membrane).detach()
+        if following is None:
+            spikes = exact.lif(membrane)
+            rates = spikes.mean((-2, -1))
+            # A layer without recorded spikes: the rates show them.
+            outputs, recorded = {rates: passed["head"].grad_input}, passed["head"].input.to(rates)
+            torch.testing.assert_close(recorded, rates.detach(), rtol=0, atol=max(limit, 1e-3))
+            recorded = spikes.detach()
+        else:
+            spikes = exact.get_submodule(following).lif1(membrane)
+            next_conv, next_shortcut = passed[f"{following}.conv1.conv"], passed[f"{following}.shortcut.conv"]
+            assert error(next_shortcut.input, membrane.detach(), torch.ones(())) < limit
+            outputs, recorded = {membrane: next_shortcut.grad_input, spikes: next_conv.grad_input}, next_conv.input
+        check(f"{name}.sum", spikes, recorded, y, outputs, conv2)
+        check(f"{name}.shortcut", spikes, recorded, added, outputs, shortcut)
+    assert len(checked) == 3 * len(names)
+
+
+# --- Hooks and what else takes the modules one by one
+
+
+def test_a_monitor_on_neurons_sees_the_spikes_of_the_fused_network(device: str, launched: list[str]) -> None:
+    net = network().to(device).eval()
+    x = images(device)
+    expected = net(x)
+    assert "lif_forward" not in launched
+    with monitor.OutputMonitor(net, neuron.LIFNode) as seen:
+        logits = net(x)
+        assert len(seen.records) == len(seen.monitored_layers) == 8
+        assert all(((s == 0) | (s == 1)).all() for s in seen.records)
+        assert all(0 < s.mean() < 1 for s in seen.records[3:])
+    assert torch.equal(logits, expected)
+    launched.clear()
+    assert torch.equal(net(x), expected)
+    assert "lif_forward" not in launched
+
+
+@pytest.mark.parametrize("layer", ["coding.lif", "stages.0.0.lif1", "stages.0.0.lif2", "stages.1.0.lif1", "lif"])
+def test_a_hook_on_one_neuron_leaves_the_others_fused(layer: str, device: str, launched: list[str]) -> None:
+    net = network().to(device)
+    plain = copy.deepcopy(net)
+    x = images(device)
+    expected = train_step(plain, x)
+    fused_kernels = {name: launched.count(name) for name in launched}
+    launched.clear()
+    seen = []
+    net.get_submodule(layer).register_forward_hook(lambda _module, _inputs, spikes: seen.append(spikes))
+    torch.testing.assert_close(train_step(net, x), expected, rtol=0, atol=1e-6)
+    assert_same_gradients(net, plain, 5e-5)
+    assert [s.shape[0] for s in seen] == [3]
+    now = {name: launched.count(name) for name in launched}
+    others = {"norm_lif_forward", "residual_lif_forward", "lif_pool_forward"} - {
+        "lif_pool_forward" if layer == "lif" else ""
+    }
+    # The layer alone, and with one side of the gate its other side too.
+    assert now["lif_forward"] == (2 if layer in ("coding.lif", "stages.0.0.lif1") else 1)
+    assert all(now[name] >= fused_kernels[name] - 1 for name in others)
+
+
+@pytest.mark.parametrize("layer", ["stages.0", "stages.1.0", "stages.1.0.conv1", "stages.1.0.conv2.norm"])
+def test_a_hook_on_what_is_bypassed_runs_the_modules(layer: str, device: str, launched: list[str]) -> None:
+    net = network().to(device)
+    calls = []
+    handle = net.get_submodule(layer).register_forward_hook(lambda *_: calls.append(layer))
+    net(images(device))
+    assert calls == [layer]
+    assert not any(name.startswith("residual") for name in launched)
+    handle.remove()
+    net(images(device))
+    assert calls == [layer]
+    assert "residual_lif_forward" in launched
+
+
+def test_hooks_on_all_modules_run_the_modules(device: str, launched: list[str]) -> None:
+    net = network().to(device)
+    called = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module))
+    try:
+        net(images(device))
+    finally:
+        handle.remove()
+    assert set(net.modules()) - called <= {m for m in net.modules() if isinstance(m, nn.ModuleList)} | _surrogates(net)
+    assert "residual_lif_forward" not in launched
+
+
+def _surrogates(net: MSResNet) -> set[nn.Module]:
+    return {module.surrogate_function for module in net.modules() if isinstance(module, LIFNode)}
+
+
+def _convert(net: MSResNet) -> None:
+    for block in net.stages[0]:
+        block.conv1.norm = nn.BatchNorm2d(16)
+
+
+def _subclass(net: MSResNet) -> None:
+    net.lif = type("Own", (LIFNode,), {})()
+
+
+def _single_steps(net: MSResNet) -> None:
+    functional.set_step_mode(net, "s")
+
+
+@pytest.mark.parametrize("change", [_convert, _subclass, _single_steps, MSResNet.double], ids=lambda f: f.__name__)
+def test_what_fusion_does_not_know_runs_by_modules(change: Callable, device: str) -> None:
+    net = network(coding="direct").to(device)
+    x = images(device)
+    assert fused.possible(net, x)
+    change(net)
+    assert not fused.possible(net, x.double() if change is MSResNet.double else x)
+
+
+def test_more_than_16_steps_run_by_modules(device: str, launched: list[str]) -> None:
+    net = network(T=17).to(device)
+    assert net(images(device)).shape == (17, 4, 5)
+    assert "lif_forward" in launched
+    assert "norm_lif_forward" not in launched
+
+
+def test_the_torch_backend_launches_nothing(kernels_on_cpu: KernelsOnCpu, launched: list[str]) -> None:
+    net = network(backend="torch")
+    train_step(net, images("cpu"))
+    assert launched == []
+
+
+def test_a_single_value_per_channel_is_refused_in_training(device: str) -> None:
+    net = network(T=1).to(device)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        net(images(device, batch=1, side=4))
