@@ -34,6 +34,8 @@ class ArrayLoader:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.size = len(split.images)
+        # All of them have been read.
+        self.skipped = 0
         self.batch_size = batch_size
         self.normalization = normalization
         self.seed = seed

@@ -5,20 +5,20 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from gac.config import DataConfig
 from gac.data.array_loader import ArrayLoader
 from gac.data.array_set import ArraySet
 from gac.data.augment import CropAndFlip
 from gac.data.cifar import load_cifar
+from gac.data.class_folders import ClassFolders, open_folders
 from gac.data.digits import load_digits
 from gac.data.image_folder import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageFolderLoader,
     evaluation_transform,
-    open_folders,
     train_transform,
 )
 from gac.data.interface import Data, DataInfo, Loader
@@ -73,7 +73,8 @@ def build_data(
         }
         if config.name == "imagefolder":
             transform = train_transform(config) if training else evaluation_transform(config)
-            return ImageFolderLoader(folders[split], transform, workers=config.workers, **options)
+            options |= {"workers": config.workers, "replace_unreadable": training}
+            return ImageFolderLoader(folders[split], transform, **options)
         return ArrayLoader(arrays.splits[split], augment=_augmentation(config) if training else None, **options)
 
     return Data(train=loader("train"), test=loader("test"), info=info)
@@ -134,9 +135,9 @@ def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) 
     )
 
 
-def _folders_info(config: DataConfig, folders: Mapping[str, ImageFolder]) -> DataInfo:
+def _folders_info(config: DataConfig, folders: Mapping[str, ClassFolders]) -> DataInfo:
     sizes = {split: len(folder) for split, folder in folders.items()}
-    class_names = tuple(next(iter(folders.values())).classes)
+    class_names = next(iter(folders.values())).class_names
     return DataInfo(
         name=config.name,
         num_classes=len(class_names),

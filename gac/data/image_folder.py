@@ -1,63 +1,33 @@
 """Image sets too large for the device: files in one folder per class, decoded by worker processes."""
 
+import logging
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from gac.config import DataConfig
+from gac.data.class_folders import ClassFolders
 from gac.data.interface import check_start
 from gac.data.normalization import Normalization
 from gac.data.seeding import Stream, derive_seed, epoch_order
+from gac.data.transfer import copy_ahead
 from gac.errors import InputError
+
+logger = logging.getLogger("gac")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-_FOLDERS = {"train": "train", "test": "val"}
-
-
-def open_folders(root: str, splits: Collection[str]) -> dict[str, ImageFolder]:
-    """List the images of root/train for "train" and of root/val for "test".
-
-    Raises InputError if a folder is missing, has a class without images, or has other classes than the other.
-    """
-    opened = {split: _open_folder(Path(root).expanduser() / _FOLDERS[split]) for split in splits}
-    if len({tuple(folder.classes) for folder in opened.values()}) > 1:
-        train, test = set(opened["train"].classes), set(opened["test"].classes)
-        only = [
-            f"{name} only: {', '.join(sorted(classes)[:3])}{', ...' if len(classes) > 3 else ''}"
-            for name, classes in (("train", train - test), ("val", test - train))
-            if classes
-        ]
-        raise InputError(
-            f"train and val in {root} must have the same class folders; in {'; in '.join(only)}: labels are "
-            "the folders' alphabetical order"
-        )
-    return opened
-
-
-def _open_folder(folder: Path) -> ImageFolder:
-    if not folder.is_dir():
-        raise InputError(
-            f"there is no folder {folder}; imagefolder needs train and val under --data.root, each with one "
-            "folder of images per class"
-        )
-    try:
-        return ImageFolder(folder)
-    except FileNotFoundError as error:
-        reason = str(error).removesuffix(".")
-        raise InputError(f"{folder} needs one folder per class with at least one image: {reason}") from error
+TOLERATED_PERCENT = 1
+"""Share of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
 
 
 def train_transform(config: DataConfig) -> v2.Transform:
@@ -75,50 +45,87 @@ def evaluation_transform(config: DataConfig) -> v2.Transform:
     return v2.Compose([v2.Resize(config.resize), v2.CenterCrop(config.image_size), v2.PILToTensor()])
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    """Stands for an image that could not be decoded.
+class _Unreadable(NamedTuple):
+    """An image that could not be decoded.
 
     A value, as DataLoader would raise a worker's exception again with the worker's traceback as its message.
     """
 
-    message: str
+    number: int
+    reason: str
+    replaced: bool
+
+
+class _Sample(NamedTuple):
+    image: Tensor | None
+    label: int
+    unreadable: _Unreadable | None
+
+
+class _Batch(NamedTuple):
+    """Images, uint8 [B, 3, H, W], labels, int64 [B], and which of the images asked for could not be decoded."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[_Unreadable]
 
 
 class _Images(Dataset):
-    """Decoded images with their labels, or :class:`_Unreadable`; the key is (epoch, image number).
+    """Decoded images with their labels; the key is (epoch, image number).
 
-    The epoch comes with the key because workers that outlive an epoch hold a copy of this object.
+    The epoch comes with the key because workers that outlive an epoch hold a copy of this object. An image that cannot
+    be decoded is replaced, label included, by the first of the ``substitutes`` images that follow it in the folders'
+    order (after the last comes the first) that can.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]], transform: v2.Transform, seed: int) -> None:
-        self.samples = samples
+    def __init__(self, folders: ClassFolders, transform: v2.Transform, seed: int, substitutes: int) -> None:
+        self.folders = folders
         self.transform = transform
         self.seed = seed
+        self.substitutes = substitutes
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.folders)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | _Unreadable:
+    def __getitem__(self, key: tuple[int, int]) -> _Sample:
         epoch, number = key
-        path, label = self.samples[number]
+        image = self._decode(number)
+        if isinstance(image, Image.Image):
+            return _Sample(self._transform(image, epoch, number), int(self.folders.labels[number]), None)
+        for step in range(1, self.substitutes + 1):
+            other = (number + step) % len(self)
+            substitute = self._decode(other)
+            if isinstance(substitute, Image.Image):
+                unreadable = _Unreadable(number, image, replaced=True)
+                return _Sample(self._transform(substitute, epoch, number), int(self.folders.labels[other]), unreadable)
+        return _Sample(None, -1, _Unreadable(number, image, replaced=False))
+
+    def _decode(self, number: int) -> Image.Image | str:
+        """Return an image in RGB, or why it cannot be decoded."""
         try:
-            image = default_loader(path)
+            return default_loader(os.fsdecode(self.folders.paths[number]))
         except UnidentifiedImageError:
-            return _Unreadable(f"{path} is not an image of a known format")
+            return "not an image of a known format"
         # Which of these damage comes as depends on the format.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            return _Unreadable(f"the image {path} cannot be read: {reason}")
+            return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+    def _transform(self, image: Image.Image, epoch: int, number: int) -> Tensor:
         # The transforms draw from torch's global generator; without workers that is the training's own.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, Stream.SAMPLE_AUGMENTATION, epoch, number))
-            return self.transform(image), label
+            return self.transform(image)
 
 
-def _collate(items: Sequence[tuple[Tensor, int] | _Unreadable]) -> list[Tensor] | _Unreadable:
-    """Return the batch of the items, or the first of them that could not be decoded."""
-    return next((item for item in items if isinstance(item, _Unreadable)), None) or default_collate(items)
+def _collate(samples: Sequence[_Sample]) -> _Batch:
+    images = [sample.image for sample in samples if sample.image is not None]
+    labels = [sample.label for sample in samples if sample.image is not None]
+    return _Batch(
+        # Writes into the memory that the processes share, which torch.stack would not.
+        default_collate(images) if images else torch.empty(0, dtype=torch.uint8),
+        torch.tensor(labels, dtype=torch.int64),
+        [sample.unreadable for sample in samples if sample.unreadable is not None],
+    )
 
 
 def _outlive_signals(worker: int) -> None:
@@ -167,11 +174,16 @@ class ImageFolderLoader:
     With ``shuffle`` the order is a function of (seed, epoch), otherwise it is the folder's; random transforms
     are functions of (seed, epoch, image number), whichever worker applies them. Batches travel as bytes and
     are normalised on the device. The workers serve one iteration: beginning an epoch ends an unfinished one.
+
+    An image that cannot be decoded is named in a warning, once, and counted in ``skipped``. With
+    ``replace_unreadable`` the next image in the folders' order that can be decoded takes its place, a function of the
+    image number alone; otherwise its batch is smaller, and a batch of which nothing is left does not come. With more
+    than TOLERATED_PERCENT of such images an epoch ends with InputError.
     """
 
     def __init__(
         self,
-        folder: ImageFolder,
+        folders: ClassFolders,
         transform: v2.Transform,
         *,
         batch_size: int,
@@ -180,13 +192,20 @@ class ImageFolderLoader:
         device: torch.device,
         seed: int,
         shuffle: bool,
+        replace_unreadable: bool,
     ) -> None:
-        self.size = len(folder)
+        self.size = len(folders)
+        self.skipped = 0
         self.device = device
         self.normalization = normalization
+        self._folders = folders
+        self._replace = replace_unreadable
+        self._tolerated = self.size * TOLERATED_PERCENT // 100
+        self._named: set[int] = set()
         self._batches = _Batches(self.size, batch_size, seed, shuffle)
         self._loader = DataLoader(
-            _Images(folder.samples, transform, seed),
+            # One image more than may be unreadable is bound to be readable, unless the set is broken.
+            _Images(folders, transform, seed, substitutes=self._tolerated if replace_unreadable else 0),
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -203,15 +222,30 @@ class ImageFolderLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See :meth:`gac.data.Loader.epoch`."""
         check_start(start, len(self))
+        self.skipped = 0
         return self._iterate(epoch, start)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.start = epoch, start
-        for batch in self._loader:
-            if isinstance(batch, _Unreadable):
-                raise InputError(f"{batch.message}; replace or delete it")
-            images, labels = batch
-            yield (
-                self.normalization(images.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
+        for batch in copy_ahead(self._loader, self.device):
+            for unreadable in batch.unreadable:
+                self._skip(unreadable)
+            if len(batch.labels) > 0:
+                yield self.normalization(batch.images), batch.labels
+
+    def _skip(self, image: _Unreadable) -> None:
+        self.skipped += 1
+        path = os.fsdecode(self._folders.paths[image.number])
+        if image.number not in self._named:
+            self._named.add(image.number)
+            instead = (
+                "the next image in the folders' order takes its place"
+                if self._replace
+                else "it is left out, and the scores are those of the other images"
+            )
+            logger.warning("%s cannot be read (%s): %s", path, image.reason, instead)
+        if self.skipped > self._tolerated or (self._replace and not image.replaced):
+            raise InputError(
+                f"more than {TOLERATED_PERCENT} % of the {self.size} images in {self._folders.folder} cannot be read,"
+                f" {path} among them ({image.reason}); replace or delete these images"
             )

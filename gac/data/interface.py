@@ -13,10 +13,13 @@ class Loader(Protocol):
     """One split of a data set, in batches on one device.
 
     ``size`` is the number of images, ``len(loader)`` the number of batches in an epoch. Every epoch has each
-    image exactly once, so the last batch may be smaller.
+    image exactly once, so the last batch may be smaller. ``skipped`` counts the images that could not be read
+    among the batches yielded since :meth:`epoch` was called last: in training another image stands for each of
+    them, a test set lacks them.
     """
 
     size: int
+    skipped: int
 
     def __len__(self) -> int: ...
 

@@ -1,0 +1,52 @@
+"""Batches from the host to a device, one ahead of the computation."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Batch = TypeVar("Batch", bound=tuple)
+
+
+def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches, named tuples, with their tensors on ``device``.
+
+    On a CUDA device the next batch is copied while the work on the present one is queued or running: from pinned
+    memory, on a stream of its own, without waiting on the host. So two batches are on the device at a time, and one
+    is taken from ``batches`` before the one before it is yielded.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    present = None
+    for batch in batches:
+        following = _Copy(batch, stream)
+        if present is not None:
+            yield present.take()
+        present = following
+    if present is not None:
+        yield present.take()
+
+
+class _Copy:
+    """A batch on its way to the device of ``stream``."""
+
+    def __init__(self, batch: tuple, stream: torch.cuda.Stream) -> None:
+        self._device = stream.device
+        with torch.cuda.stream(stream):
+            self._batch = batch._make(
+                item.to(self._device, non_blocking=True) if isinstance(item, Tensor) else item for item in batch
+            )
+            self._done = stream.record_event()
+
+    def take(self) -> tuple:
+        """Let the current stream wait for the copy and return it."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._done)
+        for item in self._batch:
+            if isinstance(item, Tensor):
+                # Its memory belongs to the copying stream, which must not reuse it before the current one is done.
+                item.record_stream(current)
+        return self._batch

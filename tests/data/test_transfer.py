@@ -1,0 +1,39 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from gac.data.transfer import copy_ahead
+
+
+class Numbered(NamedTuple):
+    pixels: Tensor
+    number: int
+
+
+def test_on_the_cpu_batches_pass_one_by_one():
+    batches = (Numbered(torch.full((2,), number), number) for number in range(3))
+    copied = copy_ahead(batches, torch.device("cpu"))
+    assert next(copied).number == 0
+    assert next(batches).number == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_batches_are_whole_in_order_and_one_ahead():
+    # Large enough that reading, or reusing, memory before its time shows.
+    sent = [
+        Numbered(torch.full((64, 3, 224, 224), number, dtype=torch.uint8).pin_memory(), number) for number in range(12)
+    ]
+    source = iter(sent)
+    sums = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in copy_ahead(source, torch.device("cuda", torch.cuda.current_device())):
+            sums.append((batch.number, batch.pixels.double().mean()))
+            if batch.number == 0:
+                assert next(source).number == 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [(number, mean.item()) for number, mean in sums] == [(n, n) for n in range(12) if n != 2]
