@@ -24,7 +24,8 @@ from gac.checkpoint import is_ours, read_checkpoint
 from gac.config import SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
 from gac.files import atomic_write
-from gac.training.engine import TrainingDiverged, train
+from gac.training.engine import train
+from gac.training.health import TrainingDiverged
 from gac.training.report import evaluate_checkpoint, format_report
 from gac.training.signals import Interrupted
 from gac.training.writing import ResultsNotWritten, writing
@@ -107,8 +108,8 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
         "--resume",
         type=str,
         metavar="auto|FILE",
-        help="auto continues the last.pt of the run folder, or starts afresh if there is none; "
-        "a file continues that last.pt.",
+        help="auto continues the newest checkpoint of the run folder that is whole, or starts afresh if there is "
+        "none; a file continues that checkpoint.",
     )
     parser.add_class_arguments(Config)
     _help_if_asked(parser, arguments)

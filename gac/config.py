@@ -41,7 +41,7 @@ class DataConfig:
     auto_augment: bool = False
     """imagefolder: apply torchvision's AutoAugment (ImageNet policy) to training images."""
     workers: int = 8
-    """imagefolder: processes that decode images."""
+    """imagefolder: processes that decode images, 0 for none but the training process; batches do not depend on it."""
     synthetic_classes: int = 10
     """synthetic: number of classes."""
     synthetic_images: int = 512
@@ -157,6 +157,12 @@ class TrainConfig:
     """Seed of the initial weights, data order, augmentation and CutMix; 1000 is the authors'."""
     eval_batch_size: int = 256
     """Images per batch in evaluation."""
+    checkpoint_minutes: float = 10.0
+    """Write last.pt within an epoch too when the one before is this many minutes old; 0 turns that off."""
+    checkpoint_steps: int = 0
+    """Write last.pt within an epoch too after every so many steps; 0 turns that off."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to resume from are kept: last.pt, last-1.pt before it and so on; best.pt is extra."""
 
     def __post_init__(self) -> None:
         _check_choices("train", self)
@@ -180,6 +186,9 @@ class TrainConfig:
             cutmix_beta=(0 < self.cutmix_beta < math.inf, "greater than 0"),
             seed=(0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
             eval_batch_size=(self.eval_batch_size >= 1, "at least 1"),
+            checkpoint_minutes=(0 <= self.checkpoint_minutes < math.inf, "at least 0"),
+            checkpoint_steps=(self.checkpoint_steps >= 0, "at least 0"),
+            keep_checkpoints=(self.keep_checkpoints >= 1, "at least 1"),
         )
 
 

@@ -1,18 +1,21 @@
 """Files that are either whole or not there."""
 
+import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, make_way: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
     """Open a binary file that takes the place of ``path`` once everything is on disk.
 
-    A failure on the way, or a crash, leaves what was at ``path`` as it was.
+    A failure on the way, or a crash, leaves what was at ``path`` as it was; a crash leaves a temporary file too,
+    which :func:`remove_leftovers` removes. ``make_way`` is called in between, with the content on disk and ``path``
+    still as it was, and may move that elsewhere.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -23,6 +26,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        make_way()
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -32,6 +36,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove the temporary files of writers of ``path`` that were killed; nobody may be writing it."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink()
 
 
 def _umask() -> int:

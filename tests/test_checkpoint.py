@@ -244,6 +244,60 @@ def test_flipped_bytes_never_give_anything_but_one_clear_line(tmp_path):
     assert not any("\n" in message for message in messages)
 
 
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "zeros to the end", "cut short"])
+def test_no_damage_anywhere_goes_unnoticed(tmp_path, kind):
+    # Tensors included: torch.load alone would return them changed.
+    payload = {"model": {"weight": torch.arange(600.0)}, "step": 3}
+    path = tmp_path / "last.pt"
+    checkpoint.write_checkpoint(path, payload)
+    content, whole = path.read_bytes(), checkpoint.read_checkpoint(path)
+    generator = random.Random(0)
+    noticed = 0
+    positions = generator.sample(range(len(content)), 400)
+    for position in positions:
+        damaged = bytearray(content)
+        if kind == "flipped bit":
+            damaged[position] ^= 1 << generator.randrange(8)
+        else:
+            damaged[position:] = bytes(len(content) - position) if kind == "zeros to the end" else b""
+        path.write_bytes(damaged)
+        try:
+            loaded = checkpoint.read_checkpoint(path)
+        except checkpoint.DamagedCheckpoint:
+            noticed += 1
+        else:
+            # The padding between the records means nothing.
+            assert kind == "flipped bit"
+            assert same(loaded, whole), position
+    assert noticed > (200 if kind == "flipped bit" else 399)
+
+
+def test_a_flipped_bit_in_a_tensor_of_the_authors_file_is_noticed(tmp_path):
+    path, _ = authors_file(tmp_path, CASES["quiet_gac_T2"])
+    content = bytearray(path.read_bytes())
+    weight = max(torch.load(path, weights_only=True).values(), key=torch.numel)
+    position = content.find(weight.numpy().tobytes())
+    assert position > 0
+    content[position + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        gac.load_checkpoint(path)
+
+
+def test_a_file_from_before_archives_has_no_checksums_and_loads(tmp_path):
+    net = create_model("gac_msresnet18_cifar", 4, 2, width=4)
+    torch.save(net.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert gac.load_checkpoint(tmp_path / "old.pth").T == 2
+
+
 def test_a_format_of_the_future_is_refused(tmp_path):
     path, _ = our_file(tmp_path, format="gac-checkpoint-9")
     with pytest.raises(ValueError, match="format 'gac-checkpoint-9' is not known"):

@@ -70,7 +70,9 @@ def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file)
     config = Config(
         data=DataConfig("npz", "12", True, 1, False, 32, 40, True, 0, 3, 9),
         model=ModelConfig("msresnet18", "rate", 3, 8, [2, 1], "cifar", 2, 1, "alive", "torch"),
-        train=TrainConfig(7, 3, 1e-5, 0.5, True, 0.0, "batch", 1.5, "tet", 0.1, "off", 0.25, 2.0, "bf16", False, 0, 9),
+        train=TrainConfig(
+            7, 3, 1e-5, 0.5, True, 0.0, "batch", 1.5, "tet", 0.1, "off", 0.25, 2.0, "bf16", False, 0, 9, 0.5, 4, 1
+        ),
         device="cuda:1",
     )
     changed = [name for name, value in config.flat().items() if value != Config().flat()[name]]

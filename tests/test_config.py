@@ -30,6 +30,10 @@ from gac.errors import InputError
         (TrainConfig, "cutmix_beta", 0.0),
         (TrainConfig, "amp", "fp8"),
         (TrainConfig, "seed", -1),
+        (TrainConfig, "checkpoint_minutes", -1.0),
+        (TrainConfig, "checkpoint_minutes", float("inf")),
+        (TrainConfig, "checkpoint_steps", -1),
+        (TrainConfig, "keep_checkpoints", 0),
     ],
 )
 def test_a_value_out_of_range_is_named_in_one_line(section: type, field: str, value: object) -> None:

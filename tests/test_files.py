@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from gac.files import atomic_write
+from gac.files import atomic_write, remove_leftovers
 
 
 def test_the_file_appears_whole(tmp_path):
@@ -38,3 +38,38 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path):
     (tmp_path / "ordinary").touch()
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("result", "ordinary")]
     assert modes[0] == modes[1]
+
+
+def test_what_was_there_can_be_kept_under_another_name(tmp_path):
+    target, older = tmp_path / "result", tmp_path / "older"
+    target.write_bytes(b"old")
+    with atomic_write(target, make_way=lambda: target.rename(older)) as file:
+        file.write(b"new")
+    assert (target.read_bytes(), older.read_bytes()) == (b"new", b"old")
+
+
+def test_the_content_is_on_the_disk_before_it_has_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    target, calls = tmp_path / "result", []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(handle):
+        status = os.fstat(handle)
+        calls.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+        fsync(handle)
+
+    def record_replace(source, destination):
+        calls.append("replace")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    with atomic_write(target, make_way=lambda: calls.append("make way")) as file:
+        file.write(b"new")
+    assert calls == ["3 bytes", "make way", "replace", "folder"]
+
+
+def test_only_the_leftovers_of_that_file_are_removed(tmp_path):
+    for name in (".a[1].pt.x.tmp", ".a1.pt.x.tmp", ".b.pt.x.tmp", "a[1].pt"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path / "a[1].pt")
+    assert sorted(os.listdir(tmp_path)) == [".a1.pt.x.tmp", ".b.pt.x.tmp", "a[1].pt"]

@@ -1,11 +1,15 @@
 """train.py as a user runs it: a real process, real signals."""
 
+import json
 import os
+import random
+import resource
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from runs import assert_same, result_of
 
 from gac.checkpoint import read_checkpoint
 from gac.cli import train_main
@@ -101,6 +106,186 @@ def test_stopped_twice_and_resumed_it_ends_as_if_nothing_had_happened(config_fil
     for name in ("last.pt", "best.pt"):
         model, expected = (read_checkpoint(folder / name)["model"] for folder in (parts, whole))
         assert all(model[key].equal(expected[key]) for key in expected)
+
+
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+
+
+def never() -> bool:
+    return False
+
+
+class Runs:
+    """Training runs as processes that are killed, forked from one that has imported everything, which takes long."""
+
+    PROGRAM = """
+import json, os, sys
+from gac.cli import train_main
+print("imported", flush=True)
+for line in sys.stdin:
+    arguments, stderr = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os._exit(train_main(arguments))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+    def __init__(self, config_file: Path, stderr: Path) -> None:
+        self.config_file = config_file
+        self.stderr = stderr
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._parent.stdout.readline() == "imported\n"
+
+    def run(
+        self,
+        output: Path,
+        *options: str,
+        when: Callable[[], bool] = never,
+        do: Callable[[int], None] = kill,
+    ) -> int:
+        """Train, ``do`` something to the process as soon as ``when`` is true, and return the exit status."""
+        arguments = ["--config", str(self.config_file), "--output", str(output), *options]
+        print(json.dumps([arguments, str(self.stderr)]), file=self._parent.stdin, flush=True)
+        process = int(self._parent.stdout.readline())
+        ended = select.poll()
+        ended.register(self._parent.stdout, select.POLLIN)
+        while not ended.poll(0):
+            if when():
+                do(process)
+                break
+        return int(self._parent.stdout.readline())
+
+    def close(self) -> None:
+        self._parent.stdin.close()
+        self._parent.wait(timeout=60)
+        self._parent.stdout.close()
+
+
+# Random numbers in every place that draws some: the encoder, in evaluation too, and CutMix.
+KILLED = replace(
+    CONFIG,
+    data=replace(CONFIG.data, synthetic_images=120),
+    model=replace(CONFIG.model, coding="rate"),
+    train=replace(CONFIG.train, eval_batch_size=3, checkpoint_steps=5),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "killed.yaml").write_text(yaml.safe_dump(KILLED.to_dict()))
+    runs = Runs(folder / "killed.yaml", folder / "stderr")
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The run folder that every killed and resumed run must end with, and how long it took in seconds."""
+    folder, started = tmp_path_factory.mktemp("uninterrupted") / "run", time.monotonic()
+    assert runs.run(folder) == 0, runs.stderr.read_text()
+    return folder, time.monotonic() - started
+
+
+def finish_and_compare(runs: Runs, folder: Path, uninterrupted: Path) -> None:
+    assert runs.run(folder, "--resume", "auto") == 0, runs.stderr.read_text()
+    assert_same(result_of(folder), result_of(uninterrupted))
+    best, expected = (read_checkpoint(path / "best.pt") for path in (folder, uninterrupted))
+    assert best["epoch"] == expected["epoch"]
+    assert_same(best["model"], expected["model"])
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(
+    seed: int, runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, seconds = uninterrupted
+    moments = random.Random(seed)
+    statuses = []
+    for _ in range(3):
+        ends = time.monotonic() + moments.uniform(0.2, 0.7) * seconds
+        statuses.append(runs.run(tmp_path, "--resume", "auto", when=lambda ends=ends: time.monotonic() > ends))
+    assert -signal.SIGKILL in statuses
+    finish_and_compare(runs, tmp_path, expected)
+
+
+def test_killed_while_a_checkpoint_is_written(runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
+    expected, _ = uninterrupted
+    caught = 0
+    for attempt in range(20):
+        # The older name too, so that all of the writing is hit, not only its beginning.
+        writes = iter(range(1 + attempt % 3))
+
+        def writing(writes: Iterator[int] = writes) -> bool:
+            return bool(list(tmp_path.glob(".last.pt.*.tmp"))) and next(writes, None) is None
+
+        runs.run(tmp_path, "--resume", "auto", "--train.checkpoint_steps", "1", when=writing)
+        caught += bool(list(tmp_path.glob(".last.pt.*.tmp")))
+        if caught == 3:
+            break
+    assert caught == 3
+    finish_and_compare(runs, tmp_path, expected)
+
+
+def test_killed_while_evaluating(runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
+    expected, _ = uninterrupted
+    last = tmp_path / "last.pt"
+    # Written after the last step of an epoch, before the evaluation.
+    status = runs.run(tmp_path, "--train.checkpoint_steps", "12", when=last.exists)
+    assert status == -signal.SIGKILL
+    position = read_checkpoint(last)["training"]["position"]
+    assert (position["epoch"], position["batch"]) == (0, 12)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    finish_and_compare(runs, tmp_path, expected)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
+    runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, _ = uninterrupted
+    last, older = tmp_path / "last.pt", tmp_path / "last-1.pt"
+    runs.run(tmp_path, when=lambda: older.exists() and last.exists())
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    finish_and_compare(runs, tmp_path, expected)
+    first, *_, resuming = runs.stderr.read_text().splitlines()[:5]
+    assert first == f"{last} is damaged: using last-1.pt, which is older; renamed it to last.pt.damaged"
+    assert resuming.startswith(f"resuming {older} after ")
+
+
+def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(
+    runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, _ = uninterrupted
+    last = tmp_path / "last.pt"
+
+    def fill_the_disk(process: int) -> None:
+        # A limit on the size of files fails as a full disk does, and for the superuser as well.
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    assert runs.run(tmp_path, when=last.exists, do=fill_the_disk) == 1
+    *_, message = runs.stderr.read_text().splitlines()
+    assert message == f"error: cannot write {last}: File too large; the checkpoints before it are as they were"
+    assert read_checkpoint(last)["step"] > 0
+    assert not list(tmp_path.glob(".*"))
+    finish_and_compare(runs, tmp_path, expected)
+
+
+def test_without_a_readable_checkpoint_there_is_one_line(runs: Runs, tmp_path: Path) -> None:
+    runs.run(tmp_path, when=(tmp_path / "last.pt").exists)
+    for path in tmp_path.glob("last*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert runs.run(tmp_path, "--resume", "auto") == 2
+    assert runs.stderr.read_text().count("\n") == 1
+    assert runs.stderr.read_text().startswith(f"error: cannot resume: {tmp_path / 'last.pt'}")
 
 
 def test_a_signal_to_the_process_group_spares_the_decoding_workers(tmp_path: Path) -> None:

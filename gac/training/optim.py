@@ -22,6 +22,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig, devi
         # The fused update skips overflowed half-precision steps on the device; the others ask the host.
         fused=device.type == "cuda",
     )
+    if device.type == "cuda":
+        # Read by the fused update on the device: it can change under a captured CUDA graph.
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(config.learning_rate, device=device)
     if config.momentum > 0:
         # The fused update otherwise allocates them in the first step without writing to them if it overflows, and
         # the second step would read that memory. Zeros mean the same: the first step makes them the gradients.
@@ -33,14 +37,26 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig, devi
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any], device: torch.device) -> None:
     """Load ``optimizer.state_dict()`` of a run that may have been on another kind of device."""
+    rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         # The state brings the other device's choice and memory order, which the fused update of this one ignores.
         group["fused"] = device.type == "cuda"
+        # A tensor must stay the one that a CUDA graph reads.
+        group["lr"] = rate.fill_(group["lr"]) if isinstance(rate, Tensor) else float(group["lr"])
         for parameter in group["params"]:
             values = optimizer.state[parameter]
             if "momentum_buffer" in values:
                 values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
+
+
+def set_learning_rate(optimizer: torch.optim.SGD, rate: float) -> None:
+    """Set the learning rate of the next step, without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate_at(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:

@@ -14,23 +14,23 @@ logger = logging.getLogger("gac")
 class EpochProgress:
     """Progress of one epoch: a bar with the time left on a terminal, a line every 30 s elsewhere.
 
-    ``read`` returns the mean loss and the top-1 accuracy in percent so far. On a CUDA device it waits for all
-    work queued, so it is called once a second at most, not at every step.
+    ``poll`` returns the mean loss and the top-1 accuracy in percent so far, or None where it would have to wait for
+    them. It is called once a second, at no other step.
     """
 
-    BAR_SECONDS = 1.0
+    POLL_SECONDS = 1.0
     LINE_SECONDS = 30.0
 
-    def __init__(self, title: str, batches: int, done: int, read: Callable[[], tuple[float, float]]) -> None:
+    def __init__(self, title: str, batches: int, done: int, poll: Callable[[], tuple[float, float] | None]) -> None:
         self.title = title
         self.batches = batches
         self.done = done
-        self._read = read
+        self._poll = poll
         self._on_terminal = sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._images = 0
-        self._last_images = 0
-        self._last_time = time.perf_counter()
+        self._shown_images = 0
+        self._shown = self._polled = time.perf_counter()
 
     def __enter__(self) -> "EpochProgress":
         if self._on_terminal:
@@ -57,13 +57,17 @@ class EpochProgress:
         if self._bar is not None:
             self._bar.update()
         now = time.perf_counter()
-        elapsed = now - self._last_time
-        if elapsed < (self.BAR_SECONDS if self._bar is not None else self.LINE_SECONDS):
+        if now - self._polled < self.POLL_SECONDS:
             return
-        loss, top1 = self._read()
-        rate = (self._images - self._last_images) / elapsed
-        self._last_images, self._last_time = self._images, now
+        self._polled = now
+        figures = self._poll()
+        elapsed = now - self._shown
+        if figures is None or (self._bar is None and elapsed < self.LINE_SECONDS):
+            return
+        rate = (self._images - self._shown_images) / elapsed
+        self._shown_images, self._shown = self._images, now
         if self._bar is not None:
+            loss, top1 = figures
             self._bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1:.2f} %, {rate:.0f} images/s", refresh=False)
         else:
             logger.info(
@@ -71,7 +75,6 @@ class EpochProgress:
                 self.title,
                 self.done,
                 self.batches,
-                loss,
-                top1,
+                *figures,
                 rate,
             )

@@ -1,41 +1,56 @@
 """The folder that holds everything a run writes, and whether a run may use it."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from gac.checkpoint import DamagedCheckpoint, read_checkpoint
 from gac.config import Config
 from gac.errors import InputError
-from gac.files import atomic_write
+from gac.files import atomic_write, remove_leftovers
+from gac.training.checkpoints import Checkpoints
 
-# Where and how fast a run computes, not what: free to change when it resumes.
+# Where and how fast a run computes and how it is saved, not what it computes: free to change when it resumes.
 FREE_WHEN_RESUMING = frozenset(
-    {"device", "model.backend", "data.root", "data.download", "data.workers", "train.eval_batch_size"}
+    {
+        "device",
+        "model.backend",
+        "data.root",
+        "data.download",
+        "data.workers",
+        "train.eval_batch_size",
+        "train.checkpoint_minutes",
+        "train.checkpoint_steps",
+        "train.keep_checkpoints",
+    }
 )
 
 
 class RunFolder:
-    """The files of a run: config.yaml, metrics.jsonl, last.pt, best.pt and TensorBoard's event files."""
+    """The files of a run: config.yaml, metrics.jsonl, last.pt and older ones, best.pt, TensorBoard's event files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
-        self.last = path / "last.pt"
+        self.checkpoints = Checkpoints(path)
         self.best = path / "best.pt"
 
-    def checkpoint_to_resume(self, resume: str | None) -> Path | None:
-        """Return the checkpoint that ``resume`` means: None, "auto" (last.pt if it is there) or a path.
+    def checkpoint_to_resume(self, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
+        """Return the checkpoint that ``resume`` means, with its content, or None to start afresh.
 
-        Raises InputError if a run is in the folder that would not be continued but overwritten.
+        "auto" means the newest in the folder that is whole, if there is any, and a path that file and no other.
+        Raises InputError for a file that cannot be read or resumed from, and if a run is in the folder that would
+        not be continued but overwritten.
         """
-        if resume == "auto" and self.last.exists():
-            return self.last
+        if resume == "auto" and (found := self.checkpoints.read()) is not None:
+            return found
         if resume == "auto" and self._crashed_in_the_first_epoch():
             return None
         checkpoint = None if resume in (None, "auto") else Path(resume)
         continues_here = checkpoint is not None and checkpoint.resolve().parent == self.path.resolve()
-        if self.last.exists() and not continues_here:
+        if self.checkpoints.existing() and not continues_here:
             raise InputError(
                 f"{self.path} holds a run already: continue it with --resume auto or choose another --output"
             )
@@ -45,7 +60,13 @@ class RunFolder:
                 f"{self.path} holds the {' and '.join(results)} of a run that cannot be continued, as its last.pt is"
                 " not there, and that would be overwritten: choose another --output or move them away"
             )
-        return checkpoint
+        if checkpoint is None:
+            return None
+        try:
+            return checkpoint, read_checkpoint(checkpoint)
+        except DamagedCheckpoint as error:
+            hint = "; --resume auto continues the newest that is whole" if continues_here else ""
+            raise InputError(f"{error}{hint}") from error
 
     def _crashed_in_the_first_epoch(self) -> bool:
         # An epoch writes its line, then best.pt, then last.pt. Starting afresh writes the same again.
@@ -53,9 +74,14 @@ class RunFolder:
         return epochs == 1 or (epochs == 0 and not self.best.exists())
 
     def create(self, config: Config) -> None:
-        """Make the folder and write config.yaml. Raises InputError if the folder cannot be made or written."""
+        """Make the folder, tidy up after a process that was killed in it and write config.yaml.
+
+        Raises InputError if the folder cannot be made or written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for path in (self.config, self.metrics, self.checkpoints.newest, self.best):
+                remove_leftovers(path)
             with atomic_write(self.config) as file:
                 file.write(yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
         except OSError as error:
@@ -64,9 +90,11 @@ class RunFolder:
             ) from error
 
 
-def check_same_run(stored: Config, now: Config, checkpoint: Path) -> None:
-    """Raise InputError if a run with the configuration ``now`` is not the one that ``checkpoint`` holds."""
-    before, after = stored.flat(), now.flat()
+def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> None:
+    """Raise InputError if the content of ``checkpoint`` is not the state of a run with the configuration ``now``."""
+    if "training" not in payload:
+        raise InputError(f"{checkpoint} holds a network without the state to resume from; use the run's last.pt")
+    before, after = Config.from_dict(payload["config"]).flat(), now.flat()
     differing = [
         f"{name} {before[name]} -> {after[name]}"
         for name in before
@@ -76,4 +104,8 @@ def check_same_run(stored: Config, now: Config, checkpoint: Path) -> None:
         raise InputError(
             f"cannot resume {checkpoint} with another configuration ({', '.join(differing)}): restore these values or"
             " start a new run with another --output"
+        )
+    if "totals" not in payload["training"]:
+        raise InputError(
+            f"cannot resume {checkpoint}: it was written by gac {payload['versions']['gac']}, which can continue it"
         )

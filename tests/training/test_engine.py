@@ -5,21 +5,28 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from runs import TIMES, assert_same, result_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gac.checkpoint import load_checkpoint, read_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
-from gac.training import engine
-from gac.training.engine import Trainer, TrainingDiverged, train
+from gac.training import checkpoints, engine, step
+from gac.training.checkpoints import Checkpoints
+from gac.training.engine import Trainer, train
+from gac.training.health import TrainingDiverged
 from gac.training.metrics_file import read_metrics
-from gac.training.signals import Interrupted
+from gac.training.optim import make_optimizer
+from gac.training.run_folder import RunFolder
+from gac.training.signals import Interrupted, Interruption
 
 TINY = Config(
     data=DataConfig(name="synthetic", image_size=8, synthetic_images=40, synthetic_classes=3, crop_padding=1),
@@ -28,35 +35,9 @@ TINY = Config(
     device="cpu",
 )
 BATCHES = 3
+CPU = torch.device("cpu")
 # Random numbers in every place that draws some: the encoder, in evaluation too, and CutMix.
 RANDOM = replace(TINY, model=replace(TINY.model, coding="rate"), train=replace(TINY.train, cutmix="batch", loss="tet"))
-TIMES = {"images_per_second", "seconds"}
-
-
-def result_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """What a run came to: its last checkpoint without times, and its metrics without them."""
-    payload = read_checkpoint(folder / "last.pt")
-    payload["training"]["position"].pop("seconds")
-    payload["metrics"] = without_times(payload["metrics"])
-    return payload, [without_times(line) for line in read_metrics(folder / "metrics.jsonl")]
-
-
-def without_times(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if name not in TIMES}
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(actual, expected)
-    elif isinstance(expected, dict):
-        assert actual.keys() == expected.keys()
-        for key in expected:
-            assert_same(actual[key], expected[key])
-    elif isinstance(expected, list | tuple):
-        for each, other in zip(actual, expected, strict=True):
-            assert_same(each, other)
-    else:
-        assert actual == expected
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +64,8 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     assert [line["learning_rate"] for line in metrics] == pytest.approx(cosine)
     for line in metrics:
         assert set(line) == TIMES | {
-            "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate"
+            "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate",
+            "skipped_steps",
         }  # fmt: skip
         assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
     last = read_checkpoint(finished / "last.pt")
@@ -105,11 +87,17 @@ def test_best_is_the_first_epoch_with_the_highest_accuracy(finished: Path) -> No
 def test_tensorboard_shows_the_metrics(finished: Path) -> None:
     events = EventAccumulator(str(finished)).Reload()
     metrics = read_metrics(finished / "metrics.jsonl")
-    assert set(events.Tags()["scalars"]) == set(metrics[0]) - {"epoch"}
-    for name in events.Tags()["scalars"]:
+    names = set(metrics[0]) - {"epoch"}
+    for name in names:
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2, 3]
         assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in metrics])
+    layers = ["coding.lif", "lif", *(f"stages.{stage}.0.lif{n}" for stage in range(3) for n in (1, 2))]
+    assert set(events.Tags()["scalars"]) - names == {f"firing_rate/{layer}" for layer in layers}
+    for layer in layers:
+        scalars = events.Scalars(f"firing_rate/{layer}")
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert all(0 <= scalar.value <= 1 for scalar in scalars)
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -152,9 +140,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_after
     # What runs the neurons may change when a run resumes.
     train(replace(config, model=replace(config.model, backend="torch")), tmp_path / "parts", resume="auto")
-    parts, whole = result_of(tmp_path / "parts"), result_of(tmp_path / "whole")
-    parts[0]["config"]["model"]["backend"] = "auto"
-    assert_same(parts, whole)
+    assert_same(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
 
 
 def test_an_evaluation_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,16 +172,16 @@ def test_resuming_after_a_crash_repeats_no_epoch(finished: Path, tmp_path: Path)
     folder = tmp_path / "crashed"
     # A crash between metrics.jsonl and last.pt of epoch 3: the file is an epoch ahead of the checkpoint.
     written = []
-    write_last = Trainer._write_last
+    save = Trainer._save
 
     def crash_at_the_third(trainer: Trainer) -> None:
         written.append(trainer.position.epoch)
         if len(written) == 3:
             raise KeyboardInterrupt
-        write_last(trainer)
+        save(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_write_last", crash_at_the_third)
+        patch.setattr(Trainer, "_save", crash_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, folder)
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
@@ -237,7 +223,7 @@ def test_a_run_can_continue_in_another_folder(tmp_path: Path, monkeypatch: pytes
     train(config, tmp_path / "second", resume=str(tmp_path / "first" / "last.pt"))
     second, whole = result_of(tmp_path / "second"), result_of(tmp_path / "whole")
     assert_same(second[0]["model"], whole[0]["model"])
-    assert second[1] == whole[1][1:]
+    assert second[1] == whole[1]
     assert read_checkpoint(tmp_path / "second" / "best.pt")["epoch"] == 2
 
 
@@ -252,37 +238,130 @@ def test_another_run_is_not_resumed(finished: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_divergence_stops_the_run_and_spares_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def break_at(step: int, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a weight, or its gradient, become something that is not finite at one step (from 1)."""
     train_step = Trainer._train_step
 
     def step_and_break(trainer: Trainer, *batch: torch.Tensor) -> None:
+        *_, weight = trainer.network.parameters()
+        now = trainer.position.step + 1 == step
+        hook = weight.register_hook(lambda gradient: gradient * (math.inf if now and broken == "gradient" else 1))
         train_step(trainer, *batch)
-        if trainer.position.epoch == 1:
-            next(trainer.network.parameters()).data.fill_(math.nan)
+        hook.remove()
+        if now and broken == "weight":
+            weight.data.view(-1)[0] = math.nan
 
     monkeypatch.setattr(Trainer, "_train_step", step_and_break)
-    with pytest.raises(TrainingDiverged, match=r"not finite in epoch 2 after step 6 at learning rate 0\.0375") as error:
-        train(TINY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_steps", "broken", "step", "message"),
+    [
+        # The weight shows in the loss of the step after.
+        (0, "weight", 4, "the loss is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
+        (0, "weight", 6, "a weight is not finite at step 6 (epoch 2, batch 3 of 3, learning rate 0.0375): lower"),
+        (0, "gradient", 5, "a gradient is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
+        # Before it is saved it is found at once.
+        (1, "weight", 5, "a weight is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
+    ],
+)
+def test_divergence_names_the_step_and_spares_the_checkpoints(
+    checkpoint_steps: int, broken: str, step: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_at(step, broken, monkeypatch)
+    with pytest.raises(TrainingDiverged) as error:
+        train(replace(TINY, train=replace(TINY.train, checkpoint_steps=checkpoint_steps)), tmp_path)
+    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
-    last = read_checkpoint(tmp_path / "last.pt")
-    assert last["epoch"] == 1
-    assert all(tensor.isfinite().all() for tensor in last["model"].values())
+    for path in tmp_path.glob("*.pt"):
+        assert all(tensor.isfinite().all() for tensor in read_checkpoint(path)["model"].values())
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == (step - 1 if checkpoint_steps else BATCHES)
+
+
+def test_divergence_stops_the_run_within_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_at(1, "gradient", monkeypatch)
+    monkeypatch.setattr(engine.EpochProgress, "POLL_SECONDS", 0.0)
+    with Interruption() as interruption:
+        trainer = Trainer(TINY, RunFolder(tmp_path), None, interruption)
+        with pytest.raises(TrainingDiverged, match="at step 1 "):
+            trainer.run()
+    assert trainer.position.step == 1
+
+
+def test_a_learning_rate_out_of_reach_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged, match=r"at step 2 \(epoch 1, batch 2 of 3, learning rate 1e\+30\)"):
+        train(replace(TINY, train=replace(TINY.train, learning_rate=1e30)), tmp_path)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_an_interruption_never_saves_weights_that_are_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    break_at(1, "weight", monkeypatch)
     train_step = Trainer._train_step
 
-    def step_and_break(trainer: Trainer, *batch: torch.Tensor) -> None:
+    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
         train_step(trainer, *batch)
-        next(trainer.network.parameters()).data.fill_(math.inf)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_train_step", step_and_break)
-    with pytest.raises(TrainingDiverged, match="weights are not finite"):
+    monkeypatch.setattr(Trainer, "_train_step", step_and_signal)
+    with pytest.raises(TrainingDiverged, match="a weight is not finite at step 1 "):
         train(TINY, tmp_path)
-    assert not (tmp_path / "last.pt").exists()
+    assert not list(tmp_path.glob("last*"))
+
+
+@pytest.mark.parametrize(
+    ("cadence", "steps"),
+    [
+        ({"checkpoint_minutes": 0}, [3, 6, 9]),
+        ({"checkpoint_minutes": 0, "checkpoint_steps": 2}, [2, 3, 4, 6, 6, 8, 9]),
+        ({"checkpoint_minutes": 2}, [2, 3, 5, 6, 8, 9]),
+        ({}, [3, 6, 9]),
+    ],
+    ids=["epochs", "steps", "minutes", "default"],
+)
+def test_checkpoints_are_written_when_they_are_due(
+    cadence: dict[str, float], steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    write = Checkpoints.write
+
+    def record(kept: Checkpoints, payload: dict[str, Any], keep: int) -> None:
+        written.append(payload["step"])
+        write(kept, payload, keep)
+
+    train_step = Trainer._train_step
+
+    def step_for_a_minute(trainer: Trainer, *batch: torch.Tensor) -> None:
+        train_step(trainer, *batch)
+        clock.monotonic.return_value += 60
+
+    clock = Mock(monotonic=Mock(return_value=0.0))
+    monkeypatch.setattr(checkpoints, "time", clock)
+    monkeypatch.setattr(Trainer, "_train_step", step_for_a_minute)
+    monkeypatch.setattr(Checkpoints, "write", record)
+    train(replace(TINY, train=replace(TINY.train, keep_checkpoints=3, **cadence)), tmp_path)
+    assert written == steps
+    kept = [read_checkpoint(tmp_path / name)["step"] for name in ("last.pt", "last-1.pt", "last-2.pt")]
+    assert kept == steps[:-4:-1]
+    assert len(list(tmp_path.glob("last*"))) == 3
+
+
+def test_a_training_step_reads_nothing(tmp_path: Path) -> None:
+    config = replace(TINY, train=replace(TINY.train, cutmix="off"))
+    with Interruption() as interruption:
+        trainer = Trainer(config, RunFolder(tmp_path), None, interruption)
+    # Fake tensors have no values: reading one raises. What the host makes itself, such as a constant, it may read.
+    with FakeTensorMode():
+        images, labels = torch.zeros(16, 3, 8, 8), torch.zeros(16, dtype=torch.int64)
+        network = engine.create_model(num_classes=3, **asdict(config.model)).train()
+        trainer.optimizer = make_optimizer(network.parameters(), config.train, CPU)
+        trainer.step = step.TrainingStep(network, trainer.optimizer, trainer.scaler, config.train, CPU)
+        for _ in range(2):
+            trainer._train_step(images, labels)
+        assert trainer.position.step == 2
+        with pytest.raises(DataDependentOutputException):
+            trainer.step.totals.read()
 
 
 def test_bf16_trains_on_the_cpu(tmp_path: Path) -> None:
@@ -359,13 +438,13 @@ def test_cutmix_probability_is_that_of_the_coin(
     per: str, probability: float, mixed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = []
-    loss = engine.classification_loss
+    loss = step.classification_loss
 
     def record(logits: torch.Tensor, target: torch.Tensor, *options: object) -> torch.Tensor:
         targets.append(target)
         return loss(logits, target, *options)
 
-    monkeypatch.setattr(engine, "classification_loss", record)
+    monkeypatch.setattr(step, "classification_loss", record)
     train(replace(TINY, train=replace(TINY.train, cutmix=per, cutmix_probability=probability)), tmp_path)
     assert sum(target.is_floating_point() for target in targets) == mixed
     assert all(target.sum(-1).allclose(torch.ones(len(target))) for target in targets if target.dim() == 2)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gac.errors import InputError
-from gac.training.metrics_file import append_metrics, drop_metrics_after, read_metrics
+from gac.training.metrics_file import append_metrics, read_metrics, write_metrics
 
 
 @pytest.fixture
@@ -21,27 +20,17 @@ def test_lines_come_back_exactly(three_epochs: Path) -> None:
     assert three_epochs.read_text().count("\n") == 3
 
 
-@pytest.mark.parametrize("complete", [0, 1, 2, 3])
-def test_epochs_after_the_checkpoint_are_dropped(three_epochs: Path, complete: int) -> None:
-    drop_metrics_after(three_epochs, complete)
-    assert [line["epoch"] for line in read_metrics(three_epochs)] == list(range(1, complete + 1))
-
-
-def test_half_a_last_line_is_dropped(three_epochs: Path) -> None:
+def test_half_a_last_line_does_not_count(three_epochs: Path) -> None:
     with three_epochs.open("a") as file:
         file.write('{"epoch": 4, "tra')
-    drop_metrics_after(three_epochs, 4)
-    append_metrics(three_epochs, {"epoch": 4, "train_loss": 0.0})
-    assert [line["epoch"] for line in read_metrics(three_epochs)] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in read_metrics(three_epochs)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"step": 1}'])
-def test_a_line_of_something_else_is_named(three_epochs: Path, line: str) -> None:
-    three_epochs.write_text(f'{{"epoch": 1}}\n{line}\n')
-    with pytest.raises(InputError, match="line 2 is not a JSON object with an epoch"):
-        drop_metrics_after(three_epochs, 1)
-
-
-def test_no_file_is_nothing_to_drop(tmp_path: Path) -> None:
-    drop_metrics_after(tmp_path / "metrics.jsonl", 0)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("complete", [0, 1, 3])
+def test_a_resumed_run_has_the_epochs_before_it_and_no_others(three_epochs: Path, complete: int) -> None:
+    before = read_metrics(three_epochs)
+    with three_epochs.open("a") as file:
+        file.write('{"epoch": 4, "tra')
+    write_metrics(three_epochs, before[:complete])
+    append_metrics(three_epochs, {"epoch": complete + 1, "train_loss": 0.0})
+    assert read_metrics(three_epochs) == [*before[:complete], {"epoch": complete + 1, "train_loss": 0.0}]

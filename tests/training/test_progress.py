@@ -17,8 +17,8 @@ def test_a_terminal_gets_a_bar_with_the_figures(monkeypatch: pytest.MonkeyPatch)
     os.set_blocking(controller, False)  # a bar that is not there is an error, not a long wait
     with os.fdopen(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        monkeypatch.setattr(EpochProgress, "BAR_SECONDS", 0.0)
-        with EpochProgress("epoch 1/2", batches=4, done=2, read=lambda: (1.25, 62.5)) as progress:
+        monkeypatch.setattr(EpochProgress, "POLL_SECONDS", 0.0)
+        with EpochProgress("epoch 1/2", batches=4, done=2, poll=lambda: (1.25, 62.5)) as progress:
             progress.update(8)
             progress._bar.refresh()
         stderr.flush()
@@ -33,19 +33,26 @@ def test_a_terminal_gets_a_bar_with_the_figures(monkeypatch: pytest.MonkeyPatch)
 def test_elsewhere_there_are_lines_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reads = []
+    polls = []
 
-    def read() -> tuple[float, float]:
-        reads.append(progress.done)
-        return 0.5, 75.0
+    def poll() -> tuple[float, float] | None:
+        polls.append(progress.done)
+        return None if progress.done == 3 else (0.5, 75.0)
 
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with caplog.at_level(logging.INFO, "gac"), EpochProgress("epoch 2/2", batches=3, done=0, read=read) as progress:
+    with caplog.at_level(logging.INFO, "gac"), EpochProgress("epoch 2/2", batches=4, done=0, poll=poll) as progress:
         progress.update(8)
-        # The figures wait for the device; they are read when a line is due and at no other step.
-        assert reads == []
+        assert polls == [], "a second has not passed"
+        monkeypatch.setattr(EpochProgress, "POLL_SECONDS", 0.0)
+        # Polled, as it is what notices that a run diverges, though no line is due.
+        progress.update(8)
+        assert polls == [2]
+        assert caplog.messages == []
         monkeypatch.setattr(EpochProgress, "LINE_SECONDS", 0.0)
         progress.update(8)
-        assert reads == [2]
-    assert caplog.messages[0].startswith("epoch 2/2: batch 2 of 3, loss 0.5000, top-1 75.00 %, ")
+        assert caplog.messages == [], "the figures have not arrived"
+        progress.update(8)
+        assert polls == [2, 3, 4]
+    (line,) = caplog.messages
+    assert line.startswith("epoch 2/2: batch 4 of 4, loss 0.5000, top-1 75.00 %, ")
     assert sys.stderr.getvalue() == ""

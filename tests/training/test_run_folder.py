@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
 from gac.training.run_folder import FREE_WHEN_RESUMING, RunFolder, check_same_run
@@ -15,26 +16,49 @@ from gac.training.run_folder import FREE_WHEN_RESUMING, RunFolder, check_same_ru
 def used(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "used")
     folder.path.mkdir()
-    folder.last.touch()
+    write_checkpoint(folder.path / "last-1.pt", {"step": 1})
+    write_checkpoint(folder.path / "last.pt", {"step": 2})
     return folder
 
 
-def test_a_run_is_not_overwritten(used: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["last.pt", "last-1.pt"])
+def test_a_run_is_not_overwritten(left: str, used: RunFolder, tmp_path: Path) -> None:
+    for path in used.checkpoints.existing():
+        if path.name != left:
+            path.unlink()
     for resume in (None, str(tmp_path / "other" / "last.pt")):
         with pytest.raises(InputError, match="--resume auto or choose another --output"):
             used.checkpoint_to_resume(resume)
 
 
 def test_a_run_is_continued_by_auto_or_by_name(used: RunFolder) -> None:
-    assert used.checkpoint_to_resume("auto") == used.last
-    assert used.checkpoint_to_resume(str(used.last)) == used.last
+    last, older = used.path / "last.pt", used.path / "last-1.pt"
+    assert used.checkpoint_to_resume("auto") == (last, read_checkpoint(last))
+    assert used.checkpoint_to_resume(str(last)) == (last, read_checkpoint(last))
+    assert used.checkpoint_to_resume(str(older)) == (older, read_checkpoint(older))
 
 
-def test_a_fresh_folder_accepts_everything(tmp_path: Path) -> None:
+def test_auto_takes_the_one_before_a_damaged_one_and_a_path_does_not(used: RunFolder) -> None:
+    last, older = used.path / "last.pt", used.path / "last-1.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"last\.pt: damaged .*; --resume auto continues the newest that is whole$"):
+        used.checkpoint_to_resume(str(last))
+    assert last.exists()
+    assert used.checkpoint_to_resume("auto") == (older, read_checkpoint(older))
+
+
+def test_a_damaged_file_elsewhere_is_not_blamed_on_this_run(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"damaged or not a PyTorch file$"):
+        RunFolder(tmp_path / "new").checkpoint_to_resume(str(tmp_path / "last.pt"))
+
+
+def test_a_fresh_folder_accepts_everything(used: RunFolder, tmp_path: Path) -> None:
     fresh = RunFolder(tmp_path / "fresh")
     assert fresh.checkpoint_to_resume(None) is None
     assert fresh.checkpoint_to_resume("auto") is None
-    assert fresh.checkpoint_to_resume("elsewhere/last.pt") == Path("elsewhere/last.pt")
+    elsewhere = used.path / "last.pt"
+    assert fresh.checkpoint_to_resume(str(elsewhere)) == (elsewhere, read_checkpoint(elsewhere))
 
 
 @pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl"])
@@ -62,7 +86,16 @@ def test_empty_metrics_are_no_results(tmp_path: Path) -> None:
 
 def test_a_checkpoint_under_another_name_is_continued_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "best.pt").write_text("{}")
-    assert RunFolder(tmp_path).checkpoint_to_resume(str(tmp_path / "kept.pt")) == tmp_path / "kept.pt"
+    write_checkpoint(tmp_path / "kept.pt", {"step": 3})
+    assert RunFolder(tmp_path).checkpoint_to_resume(str(tmp_path / "kept.pt"))[1]["step"] == 3
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    for name in ("last.pt", "best.pt", "config.yaml", "metrics.jsonl"):
+        (tmp_path / f".{name}.abc123.tmp").touch()
+    (tmp_path / ".notes.tmp").touch()
+    RunFolder(tmp_path).create(Config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.tmp", "config.yaml"]
 
 
 def test_create_writes_the_whole_configuration(tmp_path: Path) -> None:
@@ -78,29 +111,46 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file").create(Config())
 
 
+def payload_of(config: Config, **training: object) -> dict[str, object]:
+    return {"config": config.to_dict(), "training": {"totals": None} | training, "versions": {"gac": "0.9"}}
+
+
 def test_every_difference_that_changes_the_result_is_listed() -> None:
-    stored = Config()
     now = Config(
         data=DataConfig(name="digits"),
-        train=TrainConfig(epochs=3, eval_batch_size=7),
+        train=TrainConfig(epochs=3, eval_batch_size=7, keep_checkpoints=5),
         model=ModelConfig(backend="torch"),
         device="cpu",
     )
     with pytest.raises(InputError) as error:
-        check_same_run(stored, now, Path("last.pt"))
+        check_same_run(payload_of(Config()), now, Path("last.pt"))
     message = str(error.value)
     assert "(data.name cifar10 -> digits, train.epochs 250 -> 3)" in message
     assert "\n" not in message
 
 
-def test_where_and_how_fast_it_runs_may_change() -> None:
+def test_where_and_how_fast_it_runs_and_how_it_is_saved_may_change() -> None:
     stored = Config()
     now = Config(
         data=DataConfig(root="elsewhere", download=True, workers=1),
         model=replace(stored.model, backend="torch"),
-        train=replace(stored.train, eval_batch_size=1),
+        train=replace(stored.train, eval_batch_size=1, checkpoint_minutes=1.5, checkpoint_steps=3, keep_checkpoints=1),
         device="cpu",
     )
-    check_same_run(stored, now, Path("last.pt"))
+    check_same_run(payload_of(stored), now, Path("last.pt"))
     before, after = stored.flat(), now.flat()
     assert {name for name in before if before[name] != after[name]} == FREE_WHEN_RESUMING
+
+
+def test_a_network_without_its_training_state_is_not_resumed() -> None:
+    payload = payload_of(Config())
+    del payload["training"]
+    with pytest.raises(InputError, match=r"best\.pt holds a network without the state to resume from"):
+        check_same_run(payload, Config(), Path("best.pt"))
+
+
+def test_the_state_of_an_older_version_is_not_resumed() -> None:
+    payload = payload_of(Config())
+    del payload["training"]["totals"]
+    with pytest.raises(InputError, match=r"last\.pt: it was written by gac 0\.9, which can continue it"):
+        check_same_run(payload, Config(), Path("last.pt"))

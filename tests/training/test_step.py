@@ -1,0 +1,128 @@
+"""One training step: its update, its totals, and loss scaling, which the CPU has too."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gac.config import TrainConfig
+from gac.training.optim import classification_loss, make_optimizer
+from gac.training.step import TrainingStep
+from gac.training.totals import Totals
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(learning_rate=0.1)
+
+
+class TwoSteps(nn.Linear):
+    """A linear network with two equal time steps: [B, 3] to [T=2, B, 4]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).expand(2, -1, -1)
+
+
+def make_step(config: TrainConfig = CONFIG, scale: float | None = None) -> TrainingStep:
+    """Return a step of a small network, with loss scaling from ``scale`` on, as on a CUDA device, if it is given."""
+    torch.manual_seed(0)
+    network = TwoSteps(3, 4)
+    optimizer = make_optimizer(network.parameters(), config, CPU)
+    if scale is not None:
+        (group,) = optimizer.param_groups
+        group.update(fused=True, lr=torch.tensor(config.learning_rate))
+        optimizer._step_supports_amp_scaling = True
+    scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+    return TrainingStep(network, optimizer, scaler, config, CPU)
+
+
+def batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, generator=generator), torch.randint(4, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_steps_are_those_of_a_plain_loop(scale: float | None) -> None:
+    config = replace(CONFIG, loss="tet", label_smoothing=0.1)
+    step, plain = make_step(config, scale), make_step(config).network
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5)
+    loss_sum, hits = 0.0, 0
+    for size, seed in ((5, 1), (3, 2)):
+        images, labels = batch(size, seed)
+        step(images, labels, labels)
+        optimizer.zero_grad()
+        logits = plain(images)
+        loss = classification_loss(logits, labels, "tet", 0.1)
+        loss.backward()
+        optimizer.step()
+        loss_sum += size * loss.item()
+        hits += (logits.mean(0).argmax(-1) == labels).sum().item()
+    torch.testing.assert_close(step.network.weight, plain.weight)
+    totals = step.totals.read()
+    assert totals == Totals(step=2, images=8, loss=totals.loss, correct=hits)
+    assert totals.loss == pytest.approx(loss_sum, rel=1e-6)
+    assert totals.mean_loss == totals.loss / 8
+    assert totals.top1 == 100 * hits / 8
+
+
+def test_a_new_epoch_counts_anew_but_for_the_steps() -> None:
+    step = make_step()
+    images, labels = batch(4, 1)
+    step(images, labels, labels)
+    step(images * math.nan, labels, labels)
+    step.totals.begin_epoch()
+    assert step.totals.read() == Totals(step=2, bad_loss=2, bad_gradient=2)
+
+
+def test_what_is_to_be_learnt_may_differ_from_what_is_counted() -> None:
+    step = make_step()
+    images, labels = batch(6, 1)
+    predicted = step.network(images)[0].argmax(-1).detach()
+    step(images, torch.full((6, 4), 0.25), predicted)
+    assert step.totals.read().correct == 6
+    step = make_step()
+    step(images, labels, (predicted + 1) % 4)
+    assert step.totals.read().correct == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_first_step_that_is_not_finite_is_kept(value: float) -> None:
+    step = make_step()
+    images, labels = batch(4, 1)
+    for factor in (1.0, 1.0, value, 1.0, value):
+        step(images * factor, labels, labels)
+    totals = step.totals.read()
+    assert (totals.bad_loss, totals.bad_scale, totals.skipped) == (3, math.inf, 0)
+    assert totals.bad_gradient == 3
+
+
+def test_a_large_gradient_is_finite() -> None:
+    step = make_step(replace(CONFIG, learning_rate=1e-30))
+    images, labels = batch(4, 1)
+    step(images * 1e30, labels, labels)  # its square is beyond float32
+    assert step.totals.read().bad_gradient == math.inf
+
+
+def test_an_overflow_under_loss_scaling_is_skipped_and_counted() -> None:
+    step = make_step(scale=2.0**127)
+    before = step.network.weight.detach().clone()
+    images, labels = batch(4, 1)
+    step(images * 8, labels, labels)
+    assert step.network.weight.equal(before)
+    assert step.totals.read().skipped == 1
+    while step.totals.read().skipped == step.totals.read().step:
+        step(images * 8, labels, labels)
+    assert not step.network.weight.equal(before)
+    totals = step.totals.read()
+    assert (totals.bad_loss, totals.bad_gradient, totals.bad_scale) == (math.inf,) * 3
+
+
+def test_a_loss_scale_that_falls_below_one_is_kept() -> None:
+    step = make_step(scale=4.0)
+    images, labels = batch(4, 1)
+    step.network.weight.register_hook(lambda gradient: gradient * math.inf)
+    for _ in range(4):
+        step(images, labels, labels)
+    totals = step.totals.read()
+    assert (totals.skipped, totals.bad_scale) == (4, 3)  # 4 -> 2 -> 1 -> 1/2
+    assert totals.bad_gradient == math.inf

@@ -1,0 +1,34 @@
+"""Reading totals back."""
+
+import pytest
+import torch
+
+from gac.training.totals import DeviceTotals, Readback, Totals
+
+
+def test_totals_begin_with_nothing_done_and_nothing_wrong() -> None:
+    assert DeviceTotals(torch.device("cpu")).read() == Totals()
+
+
+def test_on_the_cpu_the_values_are_those_of_now() -> None:
+    tensor = torch.zeros(2, dtype=torch.float64)
+    readback = Readback(tensor)
+    for value in (1.0, 2.0):
+        tensor.fill_(value)
+        assert readback.poll() == [value, value]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_copy_comes_once_the_device_has_reached_it() -> None:
+    tensor = torch.zeros(2, dtype=torch.float64, device="cuda")
+    readback = Readback(tensor)
+    torch.cuda._sleep(10**9)  # clock cycles
+    tensor.fill_(1)
+    assert readback.poll() is None
+    tensor.fill_(2)
+    assert readback.poll() is None, "the device is still asleep"
+    torch.cuda.synchronize()
+    assert readback.poll() == [1, 1]
+    torch.cuda.synchronize()
+    assert readback.poll() == [2, 2]
