@@ -151,6 +151,9 @@ class TrainConfig:
     amp: Literal["off", "fp16", "bf16"] = "off"
     """Automatic mixed precision: fp16 (with loss scaling), bf16 or off (float32; convolutions in TF32 on a GPU that
     has it, as PyTorch does by default)."""
+    cuda_graph: bool = False
+    """Replay each training step on a CUDA device as one captured graph, which takes the host's time per step away; off
+    by default, as it has not run on a GPU yet."""
     channels_last: bool = True
     """Keep activations in channels_last memory order on a CUDA device."""
     seed: int = 1000

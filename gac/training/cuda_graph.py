@@ -1,6 +1,6 @@
 """Work for a device that is captured into a CUDA graph and replayed: one launch instead of a thousand."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 WARM_UP_CALLS = 3
 """Calls with inputs of the same sizes that run as they are, and in which kernels are compiled and chosen."""
+REPLAYS_AHEAD = 8
+"""Replays that the host may be ahead of the device; more gain nothing, and a signal would stop the run minutes late."""
 
 
 class Replayed:
@@ -56,6 +58,7 @@ class CaptureOnDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: tuple[int, int] | None = None
+        self._queued: deque[torch.cuda.Event] = deque()
 
     def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return a function that replays ``function`` and returns what it returned when it was captured."""
@@ -69,7 +72,10 @@ class CaptureOnDevice:
         self._pool = graph.pool()
 
         def replay() -> Any:
+            if len(self._queued) == REPLAYS_AHEAD:
+                self._queued.popleft().synchronize()
             graph.replay()
+            self._queued.append(torch.cuda.current_stream(self._device).record_event())
             return result
 
         return replay

@@ -19,6 +19,7 @@ from gac.errors import InputError
 from gac.models import create_model
 from gac.training import random_state
 from gac.training.checkpoints import Cadence
+from gac.training.cuda_graph import Replayed
 from gac.training.device import select_device
 from gac.training.evaluate import Evaluation, evaluate
 from gac.training.firing import FiringRates
@@ -100,6 +101,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.network.parameters(), config.train, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
         self.step = TrainingStep(self.network, self.optimizer, self.scaler, config.train, self.device)
+        replays = config.train.cuda_graph and self.device.type == "cuda"
+        self._replayed_step = Replayed(self.step, self.device) if replays else None
         self.cutmix = v2.CutMix(alpha=config.train.cutmix_beta, num_classes=self.data.info.num_classes)
         self.firing_rates = FiringRates(self.network)
         self.cadence = Cadence(config.train.checkpoint_minutes, config.train.checkpoint_steps)
@@ -179,7 +182,7 @@ class Trainer:
             images, targets = self.cutmix(images, labels)
         images = images.contiguous(memory_format=self.memory_format)
         try:
-            self.step(images, targets, labels)
+            (self._replayed_step or self.step)(images, targets, labels)
         except ValueError as error:
             if not str(error).startswith("Expected more than 1 value per channel when training"):
                 raise

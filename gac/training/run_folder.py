@@ -19,6 +19,7 @@ FREE_WHEN_RESUMING = frozenset(
         "data.root",
         "data.download",
         "data.workers",
+        "train.cuda_graph",
         "train.eval_batch_size",
         "train.checkpoint_minutes",
         "train.checkpoint_steps",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cuda_on_cpu.launcher import KernelsOnCpu
 from spikingjelly.activation_based import functional, monitor, neuron
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gac.models import create_model, fused
 from gac.models.ms_resnet import MSResNet
@@ -150,6 +151,18 @@ def test_compiles_without_graph_breaks(mode: str, device: str) -> None:
         assert_same_gradients(net, eager, 0.0)
         for (key, a), b in zip(net.named_buffers(), eager.buffers(), strict=True):
             assert torch.equal(a, b), key
+
+
+def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "cupy_status", lambda device: runtime.CupyStatus(True, "fake tensors run nowhere"))
+    with FakeTensorMode():
+        net, x = network(), torch.randn(4, 3, 16, 16)
+        assert fused.possible(net, x)
+        loss = net(x).logsumexp(-1).sum()
+        loss.backward()
+        assert net.stem.conv.weight.grad.shape == (8, 3, 3, 3)
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
 
 
 def test_spikes_normalised_values_and_membranes_are_kept_once(device: str) -> None:

@@ -377,6 +377,19 @@ def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cutmix", ["off", "batch"])
+def test_replayed_steps_on_cuda_are_the_steps(tmp_path: Path, cutmix: str) -> None:
+    losses = {}
+    for replayed in (False, True):
+        tried = replace(TINY.train, epochs=2, cutmix=cutmix, amp="fp16", cuda_graph=replayed)
+        folder = tmp_path / str(replayed)
+        train(replace(TINY, device="cuda", train=tried), folder)
+        losses[replayed] = [line["train_loss"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fp16_on_cuda_resumes_with_its_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(TINY, device="cuda", train=replace(TINY.train, amp="fp16"))
     train_step = Trainer._train_step

@@ -134,7 +134,14 @@ def test_where_and_how_fast_it_runs_and_how_it_is_saved_may_change() -> None:
     now = Config(
         data=DataConfig(root="elsewhere", download=True, workers=1),
         model=replace(stored.model, backend="torch"),
-        train=replace(stored.train, eval_batch_size=1, checkpoint_minutes=1.5, checkpoint_steps=3, keep_checkpoints=1),
+        train=replace(
+            stored.train,
+            cuda_graph=True,
+            eval_batch_size=1,
+            checkpoint_minutes=1.5,
+            checkpoint_steps=3,
+            keep_checkpoints=1,
+        ),
         device="cpu",
     )
     check_same_run(payload_of(stored), now, Path("last.pt"))
