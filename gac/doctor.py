@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
+from torch import Tensor
 
 import gac.version
 from gac.neuron import PRESETS
-from gac.ops import lif, runtime
+from gac.ops import batch_norm, channels, gate_lif, lif, lif_pool, norm_lif, residual_lif, runtime
+from gac.ops.batch_norm import Normalization
 
 NEURONS = {
     name: (
@@ -19,9 +21,11 @@ NEURONS = {
     )
     for name, preset in PRESETS.items()
 }
-T = 6
-# Largest deviation of a gradient, relative to the largest gradient. Spikes must be equal.
-TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPE = T, B, C, H, W = 6, 4, 32, 16, 16
+# Largest deviation of a gradient, relative to the largest gradient.
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Spikes that may differ. The gate's sigmoid is not torch's to the last bit.
+DIFFERENT_SPIKES = {"gate_lif": 3}
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,33 @@ def toolchain() -> Iterator[Check]:
         capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         targets, where = sorted({10 * major + minor for major, minor in capabilities}), "this machine's GPUs"
     else:
-        targets, where = [80, 90], "no GPU here, so compiled only, not run"
+        targets, where = [90], "no GPU here, so compiled only, not run"
     for capability in targets:
-        count = 0
-        for neuron in NEURONS.values():
-            for dtype in runtime.KERNEL_DTYPES:
-                width, constants = lif.vector_width(dtype, T), lif.Constants.of(dtype, *neuron)
-                runtime.compile_kernel(lif.forward_kernel(dtype, T, width, constants.forward_template), capability)
-                runtime.compile_kernel(lif.backward_kernel(dtype, T, width, constants.backward_template), capability)
-                count += 2
-        yield Check(True, f"NVRTC compiles {count} LIF kernels for compute capability {capability / 10} ({where})")
+        kernels = list(_kernels())
+        for kernel in kernels:
+            runtime.compile_kernel(kernel, capability)
+        yield Check(True, f"NVRTC compiles {len(kernels)} kernels for compute capability {capability / 10} ({where})")
+
+
+def _kernels() -> Iterator[runtime.Kernel]:
+    """Yield one instance of each kernel that depends on the neuron; their parameters' types play no part here."""
+    dtype, width = torch.float16, channels.vector_width(torch.float16, T)
+    constants = lif.Constants.of(dtype, *NEURONS["cifar"])
+    forward, backward = constants.forward_template, constants.backward_template
+    yield lif.forward_kernel(dtype, T, width, forward)
+    yield lif.backward_kernel(dtype, T, width, backward)
+    for file, name, template in (
+        ("norm_lif.cu", "norm_lif_forward", (T, width, forward)),
+        ("norm_lif.cu", "norm_lif_backward_sums", (T, width, backward)),
+        ("norm_lif.cu", "norm_lif_backward_input", (T, width, backward)),
+        ("residual_lif.cu", "residual_lif_forward", (T, width, forward, True, True)),
+        ("residual_lif.cu", "residual_lif_backward_sums", (T, width, backward, True)),
+        ("gate_lif.cu", "gate_lif_forward", (T, width, forward)),
+        ("gate_lif.cu", "gate_lif_backward", (T, width, backward)),
+        ("lif_pool.cu", "lif_pool_forward", (T, width, forward)),
+        ("lif_pool.cu", "lif_pool_backward", (T, width, backward)),
+    ):
+        yield channels.make_kernel(file, name, dtype, template, ())
 
 
 def kernels_against_reference() -> Iterator[Check]:
@@ -92,30 +113,79 @@ def kernels_against_reference() -> Iterator[Check]:
     if not usable:
         yield Check(True, "not run: no device that runs the kernels")
     for device in usable:
-        for preset, neuron in NEURONS.items():
-            for dtype in runtime.KERNEL_DTYPES:
-                yield compare(preset, neuron, dtype, device)
+        for operation in OPERATIONS:
+            for preset in NEURONS:
+                for dtype in runtime.KERNEL_DTYPES:
+                    yield compare(operation, preset, dtype, device)
 
 
-def compare(preset: str, neuron: tuple, dtype: torch.dtype, device: torch.device) -> Check:
-    """Run kernels and reference forward and backward on the same random input."""
+def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.device) -> Check:
+    """Run kernels and reference of an operation forward and backward on the same random input."""
+    neuron = NEURONS[preset]
     generator = torch.Generator().manual_seed(0)
-    shape = (T, 4, 32, 16, 16)
-    x = (torch.randn(shape, generator=generator) + 0.3).to(device, dtype).requires_grad_()
-    weights = torch.randn(shape, generator=generator).to(device, dtype)
+    x, other, weights = ((torch.randn(SHAPE, generator=generator) + 0.3).to(device, dtype) for _ in range(3))
     results = []
-    for function in (lif.reference, lif.lif):
-        spikes, _ = function(x, 0.0, *neuron)
-        results.append((spikes, torch.autograd.grad(spikes, x, weights)[0].float()))
+    for kernels in (False, True):
+        leaf = x.clone().requires_grad_()
+        spikes = OPERATIONS[operation](leaf, other, neuron, kernels)
+        weights = weights.view(-1)[: spikes.numel()].view(spikes.shape)
+        results.append((spikes, torch.autograd.grad(spikes, leaf, weights)[0].float()))
     (expected, expected_grad), (spikes, grad) = results
-    different = int((spikes != expected).sum())
+    different, allowed = int((spikes != expected).sum()), DIFFERENT_SPIKES.get(operation, 0)
     deviation = ((grad - expected_grad).abs().max() / expected_grad.abs().max()).item()
     tolerance = TOLERANCES[dtype]
     return Check(
-        different == 0 and deviation <= tolerance,
-        f"{device}, {preset} neuron, {str(dtype).removeprefix('torch.')}: {different} of {spikes.numel()} spikes "
-        f"differ (allowed 0), gradients deviate by {deviation:.1e} (allowed {tolerance:.0e})",
+        different <= allowed and deviation <= tolerance,
+        f"{device}, {operation}, {preset} neuron, {str(dtype).removeprefix('torch.')}: {different} of "
+        f"{spikes.numel()} outputs differ (allowed {allowed}), gradients deviate by {deviation:.1e} (allowed "
+        f"{tolerance:.0e})",
     )
+
+
+def _lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+    return (lif.lif if kernels else lif.reference)(x, 0.0, *neuron)[0]
+
+
+def _norm_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+    return (norm_lif.norm_lif if kernels else norm_lif.reference)(x, _normalization(x, kernels), *neuron)
+
+
+def _residual_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+    function = residual_lif.residual_lif if kernels else residual_lif.reference
+    return function(x, _normalization(x, kernels), other, _normalization(other, kernels), *neuron)[1]
+
+
+def _gate_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+    # Scores that open the gate: at 1 and below the next layer would hardly fire.
+    temporal = other.float().abs().mean((2, 3, 4)) * 5
+    function = gate_lif.gate_lif if kernels else gate_lif.reference
+    return function(x[0], temporal, other[0], *neuron)[1]
+
+
+def _lif_pool(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+    return (lif_pool.lif_pool if kernels else lif_pool.reference)(x, *neuron)
+
+
+OPERATIONS = {
+    "lif": _lif,
+    "norm_lif": _norm_lif,
+    "residual_lif": _residual_lif,
+    "gate_lif": _gate_lif,
+    "lif_pool": _lif_pool,
+}
+
+
+def _normalization(y: Tensor, kernels: bool) -> Normalization:
+    weight, bias = torch.full((C,), 1.5, device=y.device), torch.full((C,), 0.5, device=y.device)
+    mean, inverse_std = batch_norm.statistics(batch_norm.batch_moments(y.detach()), eps=1e-5)
+    if not kernels:
+        # The same values, with the gradient of the reference's own.
+        moments = batch_norm.reference_moments(y)
+        own = moments[0], (moments[1] + 1e-5).rsqrt()
+        mean, inverse_std = (
+            each + (given - each).detach() for each, given in zip(own, (mean, inverse_std), strict=True)
+        )
+    return Normalization(weight, bias, mean, inverse_std, from_batch=True)
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {

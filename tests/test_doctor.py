@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gac import doctor
-from gac.ops import lif, runtime
+from gac.ops import runtime
 
 
 def test_this_installation_is_healthy() -> None:
@@ -19,7 +19,7 @@ def test_this_installation_is_healthy() -> None:
     if not torch.cuda.is_available():
         assert "no CUDA device" in result.stdout
     if runtime.cupy_installed():
-        assert "NVRTC compiles 12 LIF kernels" in result.stdout
+        assert "NVRTC compiles 11 kernels" in result.stdout
 
 
 def test_help(capsys: pytest.CaptureFixture) -> None:
@@ -63,22 +63,31 @@ def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.parametrize("dtype", runtime.KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("preset", doctor.NEURONS)
+@pytest.mark.parametrize("operation", doctor.OPERATIONS)
 @pytest.mark.usefixtures("kernels_on_cpu")
-def test_comparison_accepts_the_kernels(preset: str, dtype: torch.dtype) -> None:
-    check = doctor.compare(preset, doctor.NEURONS[preset], dtype, torch.device("cpu"))
+def test_comparison_accepts_the_kernels(operation: str, preset: str, dtype: torch.dtype) -> None:
+    check = doctor.compare(operation, preset, dtype, torch.device("cpu"))
     assert check.ok, check.text
-    assert "0 of 196608 spikes differ" in check.text
+    assert "outputs differ" in check.text
 
 
-def test_comparison_finds_wrong_spikes_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong_spikes(x_seq, v, parameters, surrogate_function):
-        spikes, v = lif.reference(x_seq, v, parameters, surrogate_function)
-        return torch.cat([1 - spikes[:1], spikes[1:]]), v
+@pytest.mark.parametrize("operation", doctor.OPERATIONS)
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-3])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_comparison_finds_wrong_outputs_and_gradients(
+    operation: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = doctor.OPERATIONS[operation]
 
-    def wrong_gradient(x_seq, v, parameters, surrogate_function):
-        spikes, v = lif.reference(x_seq, v, parameters, surrogate_function)
-        return spikes + 0.001 * (x_seq - x_seq.detach()), v
+    def wrong(x: torch.Tensor, other: torch.Tensor, neuron: tuple, kernels: bool) -> torch.Tensor:
+        spikes = function(x, other, neuron, kernels)
+        if not kernels:
+            return spikes
+        if factor == 1.0:
+            return torch.cat([1 - spikes[:1], spikes[1:]])
+        return spikes + (factor - 1.0) * (spikes - spikes.detach())
 
-    for wrong in (wrong_spikes, wrong_gradient):
-        monkeypatch.setattr(lif, "lif", wrong)
-        assert not doctor.compare("cifar", doctor.NEURONS["cifar"], torch.float32, torch.device("cpu")).ok
+    monkeypatch.setitem(doctor.OPERATIONS, operation, wrong)
+    check = doctor.compare(operation, "cifar", torch.float32, torch.device("cpu"))
+    assert not check.ok
+    assert (" 0 of " in check.text) == (factor != 1.0)

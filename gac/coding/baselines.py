@@ -14,7 +14,8 @@ class BaselineCoding(nn.Module, base.MultiStepModule):
     earlier the brighter (linear). phase: weighted phase, the first T binary digits of the intensity times
     1 - 2^-T (the encoder's range ends there); the spikes are passed on as 0 and 1 without their weights.
 
-    Input: images [B, C, H, W] with intensities in [0, 1] (not standardised). Output: [T, B, C, H, W] of 0 and 1.
+    Input: images [B, C, H, W] with intensities in [0, 1] (not standardised), which every call checks: on a GPU it
+    waits for them. Output: [T, B, C, H, W] of 0 and 1.
 
     Raises:
         InputError: For an unknown coding, latency with T = 1 and intensities outside [0, 1].
