@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gac.errors import InputError
+from gac.ops import kernel_cache
 
 KERNEL_FOLDER = Path(__file__).parent / "kernels"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -119,6 +120,26 @@ def compile_kernel(kernel: Kernel, capability: int, options: Sequence[str] = ())
         nvrtc.destroyProgram(program)
 
 
+def compile_once(kernel: Kernel, capability: int) -> tuple[bytes, str]:
+    """Return a kernel's binary and mangled name from the disk (:mod:`gac.ops.kernel_cache`), or compile it.
+
+    Raises:
+        RuntimeError: With the compiler's log, if the source does not compile.
+    """
+    from cupy.cuda import nvrtc
+
+    key = kernel_cache.key_of(
+        source_text(kernel.file), kernel.instance, capability, COMPILE_OPTIONS, nvrtc.getVersion()
+    )
+    cached = kernel_cache.load(key)
+    if cached is not None:
+        name, _, binary = cached.partition(b"\n")
+        return binary, name.decode()
+    compiled = compile_kernel(kernel, capability)
+    kernel_cache.store(key, compiled.name.encode() + b"\n" + compiled.binary)
+    return compiled.binary, compiled.name
+
+
 # Called with kernel, grid, block and typed arguments in place of a CUDA launch for tensors on the CPU.
 # Only tests set it: they run the kernels' source compiled for the CPU.
 CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], list[np.generic]], None]
@@ -198,10 +219,10 @@ def _loaded_function(kernel: Kernel, device_index: int) -> Callable[..., None]:
     from cupy.cuda import function
 
     major, minor = torch.cuda.get_device_capability(device_index)
-    compiled = compile_kernel(kernel, 10 * major + minor)
+    binary, name = compile_once(kernel, 10 * major + minor)
     module = function.Module()
-    module.load(compiled.binary)
-    return module.get_function(compiled.name)
+    module.load(binary)
+    return module.get_function(name)
 
 
 # Blocks that "run at once" on the CPU: several, so that tests see results of more than one block combined.
