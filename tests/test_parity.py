@@ -13,6 +13,8 @@ from spikingjelly.activation_based import monitor, neuron
 
 from gac.authors_format import translate
 from gac.config import TrainConfig
+from gac.models import ms_resnet
+from gac.models.fused import forward
 from gac.training.optim import make_optimizer
 
 NETS = parity.CASES["nets"]
@@ -50,7 +52,9 @@ def loss_of(logits: torch.Tensor, case: dict) -> torch.Tensor:
     return F.cross_entropy(logits.mean(0), torch.tensor(case["labels"]), label_smoothing=smoothing)
 
 
-def check_stages(recorder: Recorder, gold: dict, mode: str, tolerance: float) -> None:
+def check_layers(recorder: Recorder, gold: dict, mode: str, tolerance: float) -> None:
+    recorder.close()
+    np.testing.assert_array_equal(recorder.spikes.records, gold[f"{mode}_spike_count"])
     stages = recorder.batch_first_stages()
     assert len(stages) == len(gold["stage_names"])
     norms = np.array([y.double().norm().item() for y in stages])
@@ -63,32 +67,33 @@ def check_stages(recorder: Recorder, gold: dict, mode: str, tolerance: float) ->
     np.testing.assert_allclose(samples / unit[:, None], expected / unit[:, None], atol=tolerance, rtol=0)
 
 
-def check_case(case: dict, dtype: torch.dtype, tolerance: dict[str, float], backend: str = "torch") -> None:
+def check_case(
+    case: dict, dtype: torch.dtype, tolerance: dict[str, float], backend: str = "torch", hooks: bool = True
+) -> None:
+    """Compare a network with the goldens; with no hooks, which keep layers from fusing, all but its inner layers."""
     precision = "f64" if dtype == torch.float64 else "f32"
     gold = parity.load(case["file"], case["case"])
     gold |= {k.removeprefix(f"{precision}."): v for k, v in gold.items() if k.startswith(f"{precision}.")}
 
     net, images = parity.network(case, dtype)
     net.set_backend(backend)
-    recorder = Recorder(net.eval())
+    recorder = Recorder(net.eval()) if hooks else None
     with torch.no_grad():
         logits = net(images)
-    recorder.close()
-    np.testing.assert_array_equal(recorder.spikes.records, gold["eval_spike_count"])
+    if hooks:
+        check_layers(recorder, gold, "eval", tolerance["stages"])
     np.testing.assert_allclose(logits.transpose(0, 1), gold["eval_logits"], atol=tolerance["logits"], rtol=0)
     assert abs(loss_of(logits, case).item() - gold["eval_loss"]) < tolerance["loss"]
-    check_stages(recorder, gold, "eval", tolerance["stages"])
 
     images.requires_grad_()
-    recorder = Recorder(net.train())
+    recorder = Recorder(net.train()) if hooks else None
     logits = net(images)
-    recorder.close()
+    if hooks:
+        check_layers(recorder, gold, "train", tolerance["stages"])
     loss = loss_of(logits, case)
     loss.backward()
-    np.testing.assert_array_equal(recorder.spikes.records, gold["train_spike_count"])
     np.testing.assert_allclose(logits.detach().transpose(0, 1), gold["train_logits"], atol=tolerance["logits"], rtol=0)
     assert abs(loss.item() - gold["train_loss"]) < tolerance["loss"]
-    check_stages(recorder, gold, "train", tolerance["stages"])
 
     parameters = dict(net.named_parameters())
     names = [translate(str(key)) for key in gold["param_names"]]
@@ -136,6 +141,16 @@ def test_float32_equals_the_original_where_no_spike_is_a_matter_of_rounding(case
 )
 def test_the_cuda_kernels_equal_the_original_in_whole_networks(case, neurons_on_kernels):
     check_case(case, torch.float32, FLOAT32, backend="cupy")
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in QUIET if name(c) in ("cifar-quiet_gac_T6", "imagenet18-quiet_T4_32")], ids=name
+)
+def test_the_fused_network_equals_the_original(case, neurons_on_kernels, monkeypatch):
+    runs = []
+    monkeypatch.setattr(ms_resnet.fused, "forward", lambda net, x: runs.append(net) or forward(net, x))
+    check_case(case, torch.float32, FLOAT32, backend="cupy", hooks=False)
+    assert len(runs) == 2
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=name)
