@@ -6,8 +6,9 @@ changes a quarter of the last layer's), so there each spiking layer is compared 
 network fed to its layer, rounded, and must give the spikes and the input gradient of the float64 neuron. Everything
 else is the same PyTorch layers in all networks.
 
-The neurons of ours-cupy and ours-torch are checked in every precision that is timed. The peers are checked in
-float32 alone: under autocast their membrane potentials are half precision, another neuron to the last bit.
+The neurons of ours-cupy and ours-torch are checked in every precision that is timed, and where ours-cupy runs fused,
+what it fuses too (benchmarks/teacher_forcing.py). The peers are checked in float32 alone: under autocast their membrane
+potentials are half precision, another neuron to the last bit.
 """
 
 import math
@@ -16,13 +17,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, surrogate
 from torch import Tensor, nn
 
 from benchmarks.command_line import MeasurementError
-from benchmarks.implementations import REFERENCE, Implementation, NetworkSize
+from benchmarks.implementations import LAYOUTS, REFERENCE, Implementation, choose_layout
+from benchmarks.network_size import NetworkSize
+from benchmarks.recording import record_inputs_of
+from benchmarks.teacher_forcing import compare_fused
 from gac.models.ms_resnet import MSResNet
-from gac.neuron import PRESETS
+from gac.neuron import PRESETS, LIFNode
+from gac.training.precision import DTYPES, autocast
 
 BATCH = 2
 SEED = 20
@@ -39,6 +44,9 @@ NETWORK_LIMITS = {
 GRADIENT_LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Membranes so close to the threshold that float32 and float64 disagree about the spike.
 CHANGED_SPIKES_LIMIT = 1e-6
+# Where a surrogate gradient jumps, in |h - threshold|; membranes that rounding may put on either side are left out.
+JUMPS = {surrogate.Rect: 0.5}
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,44 @@ class Agreement:
     quantity: str
     difference: float
     limit: float
+
+
+def check_all(
+    implementations: Sequence[Implementation],
+    size: NetworkSize,
+    time_steps: Sequence[int],
+    precisions: Sequence[str],
+    device: torch.device,
+) -> list[Agreement]:
+    """Compare implementations with the reference for every T, ours in every precision that will be timed.
+
+    Raises:
+        MeasurementError: As :func:`check_agreement`.
+    """
+    half = [DTYPES[precision] for precision in precisions if precision != "fp32"]
+    dtypes = {
+        each.name: [torch.float32, *(half if each.neuron_type is REFERENCE.neuron_type else [])]
+        for each in implementations
+    }
+    return [
+        agreement
+        for T in dict.fromkeys(time_steps)
+        for agreement in check_agreement(implementations, size, T, dtypes, device)
+    ]
+
+
+def summary(agreements: Sequence[Agreement]) -> list[str]:
+    """Return the largest difference of each quantity with its limit, a line for each dtype."""
+    worst: dict[str, dict[str, Agreement]] = {}
+    for agreement in agreements:
+        of_dtype = worst.setdefault(agreement.dtype, {})
+        seen = of_dtype.get(agreement.quantity, agreement)
+        of_dtype[agreement.quantity] = max(seen, agreement, key=lambda each: each.difference)
+    return [
+        f"{dtype}: "
+        + ", ".join(f"{name} {each.difference:.0e} (limit {each.limit:.0e})" for name, each in of_dtype.items())
+        for dtype, of_dtype in worst.items()
+    ]
 
 
 def check_agreement(
@@ -98,7 +144,10 @@ def check_agreement(
                 found.append(_checked(Agreement(implementation.name, T, "float64", quantity, difference, limit)))
         neurons = implementation.neurons(implementation.build(size, T).to(device))
         for dtype in dtypes[implementation.name]:
-            found += _compare_neurons(implementation, neurons, neuron_inputs, dtype)
+            found += _compare_neurons(implementation, neurons, size.family, neuron_inputs, dtype)
+            if implementation.neuron_type is REFERENCE.neuron_type:
+                reference.load_state_dict(state)
+                found += _compare_fused(implementation, reference, size, T, images, dtype)
     return found
 
 
@@ -120,23 +169,20 @@ def _roughen(network: MSResNet, images: Tensor) -> None:
 
 def _record_inputs(network: nn.Module, images: Tensor) -> list[Tensor]:
     """Return what each spiking layer gets in a training forward pass, [T, B, C, H, W]."""
-    inputs: dict[nn.Module, Tensor] = {}
 
-    def record(module: nn.Module, arguments: tuple[Tensor], spikes: Tensor) -> None:
-        inputs[module] = arguments[0].detach().clone()
-        # The gate's output is below 1, the threshold: one step of it leaves the first block silent.
+    def check_rate(module: nn.Module, _: tuple[Tensor], spikes: Tensor) -> None:
+        # The gate's output is below 1, CIFAR's threshold: one step of it leaves the first block silent.
         silent_by_design = module in neurons[1:3] and len(spikes) == 1
         if not (silent_by_design or 0 < spikes.mean().item() < 1):
             layer = f"spiking layer {neurons.index(module) + 1} of {len(neurons)}"
             raise MeasurementError(f"{layer} never or always fires at T={len(spikes)}, which leaves nothing to compare")
 
     neurons = REFERENCE.neurons(network)
-    handles = [neuron.register_forward_hook(record) for neuron in neurons]
-    with torch.no_grad():
-        network.train()(images)
+    handles = [neuron.register_forward_hook(check_rate) for neuron in neurons]
+    inputs = record_inputs_of(network, neurons, images)
     for handle in handles:
         handle.remove()
-    return [inputs[neuron] for neuron in neurons]
+    return inputs
 
 
 def _run(
@@ -146,7 +192,7 @@ def _run(
     logits = implementation.time_first(network.train()(images))
     F.cross_entropy(logits.mean(0), labels).backward()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    statistics = {name: buffer.double() for name, buffer in network.named_buffers()}
+    statistics = {name: buffer.double().clone() for name, buffer in network.named_buffers()}
     with torch.no_grad():
         evaluated = implementation.time_first(network.eval()(images))
     return {
@@ -175,15 +221,20 @@ def _relative_difference(got: Tensor, wanted: Tensor) -> float:
 
 
 def _compare_neurons(
-    implementation: Implementation, neurons: Sequence[nn.Module], inputs: Sequence[Tensor], dtype: torch.dtype
+    implementation: Implementation,
+    neurons: Sequence[nn.Module],
+    family: str,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> list[Agreement]:
     T = len(inputs[0])
-    exact = PRESETS["cifar"].make("torch")
+    exact = PRESETS[family].make("torch")
     changed = spikes = 0
     squared_error = squared_size = 0.0
     for neuron, recorded in zip(neurons, inputs, strict=True):
         x_seq = recorded.to(dtype)
         grad_spikes = torch.randn_like(x_seq)
+        ambiguous = _near_a_jump(exact, x_seq.double())
         wanted, wanted_grad = _run_neuron(exact, x_seq.double(), grad_spikes.double())
         for memory_format in (torch.contiguous_format, torch.channels_last):
             ordered = x_seq.flatten(0, 1).contiguous(memory_format=memory_format).unflatten(0, x_seq.shape[:2])
@@ -195,7 +246,7 @@ def _compare_neurons(
             changed += int(differs.sum())
             spikes += differs.numel()
             # A changed spike changes the gradient of its neuron at all times.
-            same = ~differs.any(0)
+            same = ~(differs | ambiguous).any(0)
             squared_error += ((got_grad.double() - wanted_grad) * same).square().sum().item()
             squared_size += (wanted_grad * same).square().sum().item()
     name = str(dtype).removeprefix("torch.")
@@ -214,6 +265,48 @@ def _compare_neurons(
             )
         ),
     ]
+
+
+def _compare_fused(
+    implementation: Implementation,
+    reference: MSResNet,
+    size: NetworkSize,
+    T: int,
+    images: Tensor,
+    dtype: torch.dtype,
+) -> list[Agreement]:
+    precision = next((name for name, half in DTYPES.items() if half == dtype), "fp32")
+    layout = choose_layout(implementation, precision, "auto", images.device)
+    network = implementation.build(size, T)
+    network.load_state_dict(reference.state_dict())
+    network.to(images.device, memory_format=LAYOUTS[layout])
+    context = autocast(images.device, "off" if precision == "fp32" else precision)
+    name = str(dtype).removeprefix("torch.")
+    return [
+        _checked(Agreement(implementation.name, T, name, each.quantity, each.difference, each.limit))
+        for each in compare_fused(network, reference, images, dtype, context)
+    ]
+
+
+def _near_a_jump(exact: LIFNode, x_seq: Tensor) -> Tensor:
+    """Return where, [T, ...], rounding decides on which side of a jump of the surrogate gradient a membrane is."""
+    jump = JUMPS.get(type(exact.surrogate_function))
+    if jump is None:
+        return torch.zeros_like(x_seq, dtype=torch.bool)
+    distances: list[Tensor] = []
+
+    def record(_: nn.Module, arguments: tuple[Tensor]) -> None:
+        distances.append((arguments[0].abs() - jump).abs())
+
+    # In float64 the neuron asks its surrogate for every time step.
+    handle = exact.surrogate_function.register_forward_pre_hook(record)
+    functional.reset_net(exact)
+    with torch.no_grad():
+        exact(x_seq)
+    handle.remove()
+    distance = torch.stack(distances)
+    # On the jump itself all precisions agree: such membranes are exact.
+    return (distance > 0) & (distance < ROUNDING)
 
 
 def _run_neuron(neuron: nn.Module, x_seq: Tensor, grad_spikes: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,38 @@
 """A network in training, as every benchmark runs it."""
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor
 
-from benchmarks.implementations import Implementation, NetworkSize
+from benchmarks.implementations import LAYOUTS, Implementation
+from benchmarks.network_size import NetworkSize
 from gac.training.precision import autocast
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """float32, and autocast to half precision."""
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-"""Memory orders of images and weights."""
+
+
+class Workload(Protocol):
+    """What is timed: the steps of a :class:`Contender` or of something to compare it with."""
+
+    def train_step(self) -> None:
+        """Do the work of a training step."""
+
+    def start_evaluation(self) -> None:
+        """Change from training to evaluation."""
+
+    def eval_step(self) -> None:
+        """Do the work of an evaluation step."""
+
+    def rest(self) -> None:
+        """Free what the last step left behind."""
+
+    def diverged(self) -> bool:
+        """Return whether the training steps led to nonsense, which may run at another speed."""
 
 
 class Contender:
@@ -25,7 +46,7 @@ class Contender:
         batch: int,
         precision: str,
         layout: str,
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
         device: torch.device,
     ) -> None:
         network = implementation.build(size, T)
@@ -38,7 +59,7 @@ class Contender:
             network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5, fused=device.type == "cuda"
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.loss: Tensor | None = None
+        self._loss: Tensor | None = None
         self._time_dimension = 1 if implementation.batch_first else 0
         self._device = device
         self._amp = "off" if precision == "fp32" else precision
@@ -52,7 +73,15 @@ class Contender:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.loss = loss.detach()
+        self._loss = loss.detach()
+
+    def start_evaluation(self) -> None:
+        """Let BatchNorm use its running statistics."""
+        self.network.eval()
+
+    def diverged(self) -> bool:
+        """Return whether the last training step's loss is not finite."""
+        return self._loss is not None and not self._loss.isfinite().item()
 
     def rest(self) -> None:
         """Free what the last step left behind: gradients, and membrane potentials that hold a graph."""

@@ -8,19 +8,14 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
+from benchmarks.network_size import NetworkSize
 from benchmarks.peers import spikingjelly_network, step_loop
 from gac import LIFNode, create_model
+from gac.errors import InputError
 from gac.ops import runtime
 
-
-@dataclass(frozen=True)
-class NetworkSize:
-    """Size of a GAC-MS-ResNet of the CIFAR family; images are square, ``image_size`` pixels a side."""
-
-    width: int
-    depth: tuple[int, ...]
-    image_size: int
-    num_classes: int
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+"""Memory orders of images and weights."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def _translate(name: str, names: Sequence[tuple[str, str]]) -> str:
 def _build_ours(backend: str) -> Callable[[NetworkSize, int], nn.Module]:
     def build(size: NetworkSize, T: int) -> nn.Module:
         return create_model(
-            "gac_msresnet18_cifar",
+            size.network,
             size.num_classes,
             T,
             width=size.width,
@@ -93,7 +88,7 @@ def _build_ours(backend: str) -> Callable[[NetworkSize, int], nn.Module]:
 
 
 def _build_peer(network: Callable[..., nn.Module]) -> Callable[[NetworkSize, int], nn.Module]:
-    return lambda size, T: network(T, size.num_classes, size.width, size.depth)
+    return lambda size, T: network(size.family, T, size.num_classes, size.width, size.depth)
 
 
 IMPLEMENTATIONS = {
@@ -119,3 +114,40 @@ IMPLEMENTATIONS = {
 }
 REFERENCE = IMPLEMENTATIONS["ours-torch"]
 """The implementation that makes the weights and that the others are checked against."""
+
+
+def choose_layout(implementation: Implementation, precision: str, requested: str, device: torch.device) -> str:
+    """Return the memory order for an implementation: the requested one, or for "auto" the one that suits it."""
+    if requested != "auto":
+        return requested
+    # What the convolutions of each run fastest with.
+    fast_in_half = device.type == "cuda" and implementation.keeps_channels_last
+    return "NHWC" if precision != "fp32" and fast_in_half else "NCHW"
+
+
+def what_runs(
+    names: Sequence[str], precisions: Sequence[str], device: torch.device
+) -> tuple[list[Implementation], list[str], dict[str, str]]:
+    """Return the implementations and precisions of these that a device can run, and why it cannot run the others.
+
+    Raises:
+        InputError: If it can run none of the implementations, or none of the precisions.
+    """
+    missing = {name: IMPLEMENTATIONS[name].missing(device) for name in dict.fromkeys(names)}
+    lacking = {name: _lacks(device, name) for name in dict.fromkeys(precisions)}
+    for option, reasons in (("--implementations", missing), ("--precision", lacking)):
+        if reasons and all(reasons.values()):
+            raise InputError(f"{option}: nothing can run, {'; '.join(f'{k}: {v}' for k, v in reasons.items())}")
+    skipped = {name: reason for name, reason in (missing | lacking).items() if reason is not None}
+    implementations = [IMPLEMENTATIONS[name] for name in missing if name not in skipped]
+    return implementations, [name for name in lacking if name not in skipped], skipped
+
+
+def _lacks(device: torch.device, precision: str) -> str | None:
+    if precision == "fp16" and device.type != "cuda":
+        return "needs a CUDA device"
+    if precision == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                return "the GPU has no bfloat16 arithmetic"
+    return None

@@ -141,7 +141,7 @@ def _measure_and_report(arguments: Sequence[str]) -> None:
         name="imagefolder",
         image_size=options.image_size,
         resize=options.resize,
-        auto_augment=options.auto_augment,
+        augment="autoaugment_imagenet" if options.auto_augment else "off",
         horizontal_flip=False,
     )
     splits, counts = list(dict.fromkeys(options.splits)), list(dict.fromkeys(options.workers))

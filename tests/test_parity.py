@@ -77,7 +77,8 @@ def check_case(
 
     net, images = parity.network(case, dtype)
     net.set_backend(backend)
-    recorder = Recorder(net.eval()) if hooks else None
+    net.eval()
+    recorder = Recorder(net) if hooks else None
     with torch.no_grad():
         logits = net(images)
     if hooks:
@@ -86,7 +87,8 @@ def check_case(
     assert abs(loss_of(logits, case).item() - gold["eval_loss"]) < tolerance["loss"]
 
     images.requires_grad_()
-    recorder = Recorder(net.train()) if hooks else None
+    net.train()
+    recorder = Recorder(net) if hooks else None
     logits = net(images)
     if hooks:
         check_layers(recorder, gold, "train", tolerance["stages"])

@@ -1,6 +1,12 @@
-"""GAC-MS-ResNet-18 (CIFAR size) as one writes it with SpikingJelly 2.0: its layers in multi-step mode."""
+"""GAC-MS-ResNet as one writes it with SpikingJelly 2.0: its layers in multi-step mode.
+
+The ImageNet networks are SpikingJelly's own ``model.ms_resnet18`` and ``ms_resnet34`` layer by layer (the tests hold
+this file to them), with the authors' surrogate gradient Rect(1.0) in place of its Rect(2.0) and the coding after the
+stem, for which that class has no place.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -23,15 +29,35 @@ NAMES = (
 )
 
 
-def make_lif() -> neuron.LIFNode:
-    """Return SpikingJelly's neuron with the constants of the authors' CIFAR code."""
-    return neuron.LIFNode(
-        tau=2.0,
-        decay_input=False,
-        v_threshold=1.0,
-        surrogate_function=surrogate.PiecewiseQuadratic(1.0),
-        step_mode="m",
-    )
+@dataclass(frozen=True)
+class Family:
+    """The authors' constants for one size of images; ``widths`` are multiples of the stem's channels."""
+
+    stem_kernel: int
+    stem_stride: int
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    tau: float
+    threshold: float
+    detach_reset: bool
+    surrogate: type[surrogate.SurrogateFunctionBase]
+
+    def make_lif(self) -> neuron.LIFNode:
+        """Return SpikingJelly's neuron with the authors' constants."""
+        return neuron.LIFNode(
+            tau=self.tau,
+            decay_input=False,
+            v_threshold=self.threshold,
+            surrogate_function=self.surrogate(1.0),
+            detach_reset=self.detach_reset,
+            step_mode="m",
+        )
+
+
+FAMILIES = {
+    "cifar": Family(3, 1, (2, 4, 8), (1, 2, 2), 2.0, 1.0, False, surrogate.PiecewiseQuadratic),
+    "imagenet": Family(7, 2, (1, 2, 4, 8), (2, 2, 2, 2), 4 / 3, 0.5, True, surrogate.Rect),
+}
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> layer.Conv2d:
@@ -47,9 +73,9 @@ def _norm(channels: int) -> layer.BatchNorm2d:
 class GatedAttentionEncoder(nn.Module):
     """LIF spikes times sigmoid(temporal x spatial-channel attention), all frames computed: [T, B, C, H, W] to same."""
 
-    def __init__(self, T: int, channels: int) -> None:
+    def __init__(self, T: int, channels: int, family: Family) -> None:
         super().__init__()
-        self.lif = make_lif()
+        self.lif = family.make_lif()
         hidden = max(1, T // 2)
         self.temporal = nn.Sequential(nn.Linear(T, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, T, bias=False))
         # Kernels of 4 x 4 keep the size with 1 row and column before and 2 after.
@@ -72,12 +98,12 @@ class GatedAttentionEncoder(nn.Module):
 class Block(nn.Module):
     """LIF-conv-BN twice plus the shortcut of the real-valued input: [T, B, C, H, W]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, family: Family) -> None:
         super().__init__()
-        self.lif1 = make_lif()
+        self.lif1 = family.make_lif()
         self.conv1 = _conv(in_channels, out_channels, 3, stride)
         self.bn1 = _norm(out_channels)
-        self.lif2 = make_lif()
+        self.lif2 = family.make_lif()
         self.conv2 = _conv(out_channels, out_channels, 3)
         self.bn2 = _norm(out_channels)
         self.shortcut = nn.Sequential()
@@ -92,18 +118,19 @@ class Block(nn.Module):
 class SpikingJellyNetwork(nn.Module):
     """Images [B, 3, H, W] to logits [T, B, K]."""
 
-    def __init__(self, T: int, num_classes: int, width: int, depth: Sequence[int]) -> None:
+    def __init__(self, family: str, T: int, num_classes: int, width: int, depth: Sequence[int]) -> None:
         super().__init__()
         self.T = T
-        self.conv = _conv(3, width, 3)
+        constants = FAMILIES[family]
+        self.conv = _conv(3, width, constants.stem_kernel, constants.stem_stride)
         self.bn = _norm(width)
-        self.encoder = GatedAttentionEncoder(T, width)
-        widths = (width, 2 * width, 4 * width, 8 * width)
+        self.encoder = GatedAttentionEncoder(T, width, constants)
+        widths = [width, *(width * factor for factor in constants.widths)]
         self.layers = nn.Sequential()
-        for (entry, exit), blocks, stride in zip(pairwise(widths), depth, (1, 2, 2), strict=True):
-            first = Block(entry, exit, stride)
-            self.layers.append(nn.Sequential(first, *(Block(exit, exit, 1) for _ in range(blocks - 1))))
-        self.lif = make_lif()
+        for (entry, exit), blocks, stride in zip(pairwise(widths), depth, constants.strides, strict=True):
+            first = Block(entry, exit, stride, constants)
+            self.layers.append(nn.Sequential(first, *(Block(exit, exit, 1, constants) for _ in range(blocks - 1))))
+        self.lif = constants.make_lif()
         self.pool = layer.AdaptiveAvgPool2d(1, step_mode="m")
         self.fc = layer.Linear(widths[-1], num_classes, step_mode="m")
 

@@ -1,6 +1,7 @@
-"""GAC-MS-ResNet-18 (CIFAR size) in plain torch: the paper's layout [B, T, ...] and a Python loop over time steps."""
+"""GAC-MS-ResNet in plain torch: the paper's layout [B, T, ...] and a Python loop over time steps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -38,16 +39,53 @@ class TriangleSpike(torch.autograd.Function):
         return grad_spike * (1.0 - (membrane - 1.0).abs()).clamp(min=0.0)
 
 
+class RectangleSpike(torch.autograd.Function):
+    """1 where the membrane is above 0.5, else 0; its gradient is taken to be 1 where |membrane - 0.5| < 0.5."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, membrane: Tensor) -> Tensor:
+        ctx.save_for_backward(membrane)
+        return (membrane > 0.5).to(membrane.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_spike: Tensor) -> Tensor:
+        (membrane,) = ctx.saved_tensors
+        return grad_spike * ((membrane - 0.5).abs() < 0.5).to(grad_spike.dtype)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The authors' constants for one size of images; ``widths`` are multiples of the stem's channels."""
+
+    stem_kernel: int
+    stem_stride: int
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    decay: float
+    spike: type[torch.autograd.Function]
+    detach_reset: bool
+
+
+FAMILIES = {
+    "cifar": Family(3, 1, (2, 4, 8), (1, 2, 2), 0.5, TriangleSpike, False),
+    "imagenet": Family(7, 2, (1, 2, 4, 8), (2, 2, 2, 2), 0.25, RectangleSpike, True),
+}
+
+
 class LIF(nn.Module):
-    """The authors' CIFAR neuron, one time step after the other: [B, T, C, H, W] to spikes of the same shape."""
+    """The authors' neuron, one time step after the other: [B, T, C, H, W] to spikes of the same shape."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.family = family
 
     def forward(self, x: Tensor) -> Tensor:
         membrane = torch.zeros_like(x[:, 0])
         spikes = []
         for t in range(x.shape[1]):
-            membrane = 0.5 * membrane + x[:, t]
-            spike = TriangleSpike.apply(membrane)
-            membrane = membrane * (1.0 - spike)
+            membrane = self.family.decay * membrane + x[:, t]
+            spike = self.family.spike.apply(membrane)
+            membrane = membrane * (1.0 - (spike.detach() if self.family.detach_reset else spike))
             spikes.append(spike)
         return torch.stack(spikes, dim=1)
 
@@ -72,10 +110,10 @@ def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int
 class GatedAttention(nn.Module):
     """sigmoid(temporal x spatial-channel attention) times the spikes of a LIF layer: [B, T, C, H, W]."""
 
-    def __init__(self, T: int, channels: int) -> None:
+    def __init__(self, T: int, channels: int, family: Family) -> None:
         super().__init__()
         hidden = max(1, T // 2)
-        self.lif = LIF()
+        self.lif = LIF(family)
         self.temporal = nn.Sequential(nn.Linear(T, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, T, bias=False))
         # Kernels of 4 x 4 keep the size with 1 row and column before and 2 after.
         self.spatial_channel = EveryFrame(
@@ -95,12 +133,12 @@ class GatedAttention(nn.Module):
 class Block(nn.Module):
     """LIF-conv-BN twice plus the shortcut of the real-valued input: [B, T, C, H, W]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, family: Family) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            LIF(),
+            LIF(family),
             conv_norm(in_channels, out_channels, 3, stride),
-            LIF(),
+            LIF(family),
             conv_norm(out_channels, out_channels, 3),
         )
         same_shape = stride == 1 and in_channels == out_channels
@@ -113,17 +151,18 @@ class Block(nn.Module):
 class StepLoopNetwork(nn.Module):
     """Images [B, 3, H, W] to logits [B, T, K]; everything is computed T times."""
 
-    def __init__(self, T: int, num_classes: int, width: int, depth: Sequence[int]) -> None:
+    def __init__(self, family: str, T: int, num_classes: int, width: int, depth: Sequence[int]) -> None:
         super().__init__()
         self.T = T
-        self.stem = conv_norm(3, width, 3)
-        self.attention = GatedAttention(T, width)
-        widths = (width, 2 * width, 4 * width, 8 * width)
+        constants = FAMILIES[family]
+        self.stem = conv_norm(3, width, constants.stem_kernel, constants.stem_stride)
+        self.attention = GatedAttention(T, width, constants)
+        widths = [width, *(width * factor for factor in constants.widths)]
         self.stages = nn.Sequential()
-        for (entry, exit), blocks, stride in zip(pairwise(widths), depth, (1, 2, 2), strict=True):
-            first = Block(entry, exit, stride)
-            self.stages.append(nn.Sequential(first, *(Block(exit, exit, 1) for _ in range(blocks - 1))))
-        self.lif = LIF()
+        for (entry, exit), blocks, stride in zip(pairwise(widths), depth, constants.strides, strict=True):
+            first = Block(entry, exit, stride, constants)
+            self.stages.append(nn.Sequential(first, *(Block(exit, exit, 1, constants) for _ in range(blocks - 1))))
+        self.lif = LIF(constants)
         self.classifier = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

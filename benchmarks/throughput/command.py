@@ -8,25 +8,28 @@ from typing import Any
 
 import torch
 
-from benchmarks.agreement import Agreement, check_agreement
+from benchmarks.agreement import check_all, summary
 from benchmarks.command_line import Parser, at_least, new_file, run
-from benchmarks.contender import LAYOUTS, PRECISIONS
+from benchmarks.contender import PRECISIONS
+from benchmarks.convolution_floor import FLOOR
 from benchmarks.environment import describe_environment, format_environment
-from benchmarks.implementations import IMPLEMENTATIONS, REFERENCE, Implementation, NetworkSize
+from benchmarks.implementations import IMPLEMENTATIONS, LAYOUTS, REFERENCE, Implementation, choose_layout, what_runs
+from benchmarks.network_size import NetworkSize, add_network_options, network_size
 from benchmarks.output import write_json
 from benchmarks.throughput import plot
+from benchmarks.throughput.largest_batch import find_largest_batch
 from benchmarks.throughput.measure import Cell, Schedule, measure
-from benchmarks.throughput.report import TABLE, json_cell, table_row
+from benchmarks.throughput.report import LARGEST_BATCH_TABLE, TABLE, json_cell, largest_batch_row, table_row
 from gac.errors import InputError
 from gac.training.device import select_device
-from gac.training.precision import DTYPES
 
 MODULE = "benchmarks.throughput"
 METHOD = (
     "A training step is the forward pass, the cross entropy of the logits' mean over time, the backward pass and SGD"
     " (momentum, weight decay; loss scaling in fp16) on one batch of random images that stays on the device. Evaluation"
     " is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause;"
-    " the implementations take turns."
+    f" the implementations take turns. {FLOOR} is no network but the residual blocks' convolutions alone: forward, data"
+    " gradient and weight gradient (in evaluation: forward)."
 )
 
 
@@ -37,16 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(MODULE, f"Measure the throughput of GAC-MS-ResNet-18 (CIFAR size) on random data. {METHOD}")
+    parser = Parser(MODULE, f"Measure the throughput of a GAC-MS-ResNet on random data. {METHOD}")
     positive = at_least(1)
     parser.add_argument(
         "--implementations",
         nargs="+",
-        choices=IMPLEMENTATIONS,
-        default=list(IMPLEMENTATIONS),
+        choices=[*IMPLEMENTATIONS, FLOOR],
+        default=[*IMPLEMENTATIONS, FLOOR],
         help="what to compare: our network with the CUDA kernels or with SpikingJelly's execution, SpikingJelly's own"
-        " layers, a plain loop over time steps; those that the device cannot run are skipped",
+        " layers, a plain loop over time steps, the convolutions alone; those that the device cannot run are skipped",
     )
+    add_network_options(parser)
     parser.add_argument(
         "--time-steps", nargs="+", type=positive, default=[1, 2, 4, 6, 8], metavar="T", help="numbers of time steps"
     )
@@ -65,12 +69,12 @@ def make_parser() -> Parser:
         help="memory order of images and weights; auto: NHWC in half precision on a GPU, except for the step-loop,"
         " which does not keep it, else NCHW",
     )
-    parser.add_argument("--width", type=positive, default=64, metavar="C", help="channels of the first stage's input")
     parser.add_argument(
-        "--depth", nargs=3, type=positive, default=[3, 3, 2], metavar="N", help="blocks in each of the three stages"
+        "--largest-batch",
+        action="store_true",
+        help="time nothing, but search the largest batch whose training step fits into the GPU's memory, to 1/16 of it"
+        " (--batch does not count then)",
     )
-    parser.add_argument("--image-size", type=at_least(8), default=32, metavar="PIXELS", help="side of the images")
-    parser.add_argument("--num-classes", type=positive, default=100, metavar="K", help="number of classes")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU where there is one")
     parser.add_argument(
         "--warmup", type=at_least(2), default=4, help="untimed steps before the first round; the last gives the memory"
@@ -89,22 +93,26 @@ def _measure_and_report(arguments: Sequence[str]) -> None:
     if device.type == "cuda":
         # Triton launches on the current device, wherever the tensors are.
         torch.cuda.set_device(device)
-    size = NetworkSize(options.width, tuple(options.depth), options.image_size, options.num_classes)
-    implementations, precisions, skipped = _what_runs(options, device)
+    if options.largest_batch:
+        if device.type != "cuda":
+            raise InputError("--largest-batch needs a GPU: on a CPU, memory is not measured and has no fixed end")
+        if set(options.implementations) == {FLOOR}:
+            raise InputError(f"--largest-batch needs an implementation of the network, {FLOOR} is none")
+    size = network_size(options)
+    networks = [name for name in options.implementations if name != FLOOR]
+    implementations, precisions, skipped = what_runs(networks, options.precision, device)
 
     environment = describe_environment(MODULE, arguments, device)
     print(format_environment(environment))
-    network = f"width {size.width}, depth {list(size.depth)}, {size.image_size} x {size.image_size} pixels"
-    print(f"{'network':<14}{network}, {size.num_classes} classes")
+    print(f"{'network':<14}{size}")
     for name, reason in skipped.items():
         print(f"{'skipped':<14}{name}: {reason}")
     if device.type == "cpu":
         print(f"{'memory':<14}not measured on a CPU")
 
-    agreements = _check_all(implementations, size, options.time_steps, precisions, device)
-    for line in _summary(agreements):
+    agreements = check_all(implementations, size, options.time_steps, precisions, device)
+    for line in summary(agreements):
         print(f"{'equality':<14}{line}")
-    print(f"\n{TABLE.header()}", flush=True)
 
     report: dict[str, Any] = {
         "environment": environment,
@@ -112,77 +120,57 @@ def _measure_and_report(arguments: Sequence[str]) -> None:
         "network": asdict(size),
         "skipped": skipped,
         "agreement": [asdict(agreement) for agreement in agreements],
-        "cells": [],
     }
+    if options.largest_batch:
+        _search_largest_batches(implementations, size, precisions, options, device, report)
+    else:
+        _time(implementations, size, precisions, options, device, report)
+
+
+def _search_largest_batches(
+    implementations: Sequence[Implementation],
+    size: NetworkSize,
+    precisions: Sequence[str],
+    options: Namespace,
+    device: torch.device,
+    report: dict[str, Any],
+) -> None:
+    print(f"\n{LARGEST_BATCH_TABLE.header()}", flush=True)
+    report["largest_batches"] = []
+    for T, precision, each in product(dict.fromkeys(options.time_steps), precisions, implementations):
+        torch.manual_seed(0)
+        weights = REFERENCE.build(size, T).state_dict()
+        layout = choose_layout(each, precision, options.layout, device)
+        found = find_largest_batch(each, size, T, precision, layout, weights, device)
+        print(LARGEST_BATCH_TABLE.row(largest_batch_row(found)), flush=True)
+        report["largest_batches"].append(asdict(found))
+        if options.json is not None:
+            write_json(options.json, report)
+
+
+def _time(
+    implementations: Sequence[Implementation],
+    size: NetworkSize,
+    precisions: Sequence[str],
+    options: Namespace,
+    device: torch.device,
+    report: dict[str, Any],
+) -> None:
+    print(f"\n{TABLE.header()}", flush=True)
     schedule = Schedule(options.warmup, options.rounds, options.steps)
+    with_floor = FLOOR in options.implementations
+    report["cells"] = []
     cells: list[Cell] = []
     settings = product(dict.fromkeys(options.time_steps), dict.fromkeys(options.batch), precisions)
     for T, batch, precision in settings:
-        group = measure(implementations, size, T, batch, precision, options.layout, schedule, device)
+        group = measure(implementations, with_floor, size, T, batch, precision, options.layout, schedule, device)
+        floor = next((cell for cell in group if cell.implementation == FLOOR), None)
         for cell in group:
-            print(TABLE.row(table_row(cell)), flush=True)
+            print(TABLE.row(table_row(cell, floor)), flush=True)
         cells += group
         report["cells"] += [json_cell(cell) for cell in group]
         # Written each time: what is measured stays, whatever happens next.
         if options.json is not None:
             write_json(options.json, report)
     if options.plot is not None:
-        plot.draw(cells, size, environment, options.plot)
-
-
-def _what_runs(options: Namespace, device: torch.device) -> tuple[list[Implementation], list[str], dict[str, str]]:
-    """Return the implementations and precisions that can run, and why the others cannot. Raises InputError if none."""
-    missing = {name: IMPLEMENTATIONS[name].missing(device) for name in dict.fromkeys(options.implementations)}
-    lacking = {name: _lacks(device, name) for name in dict.fromkeys(options.precision)}
-    for option, reasons in (("--implementations", missing), ("--precision", lacking)):
-        if all(reasons.values()):
-            raise InputError(f"{option}: nothing can run, {'; '.join(f'{k}: {v}' for k, v in reasons.items())}")
-    skipped = {name: reason for name, reason in (missing | lacking).items() if reason is not None}
-    implementations = [IMPLEMENTATIONS[name] for name in missing if name not in skipped]
-    return implementations, [name for name in lacking if name not in skipped], skipped
-
-
-def _lacks(device: torch.device, precision: str) -> str | None:
-    if precision == "fp16" and device.type != "cuda":
-        return "needs a CUDA device"
-    if precision == "bf16" and device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                return "the GPU has no bfloat16 arithmetic"
-    return None
-
-
-def _check_all(
-    implementations: Sequence[Implementation],
-    size: NetworkSize,
-    time_steps: Sequence[int],
-    precisions: Sequence[str],
-    device: torch.device,
-) -> list[Agreement]:
-    timed_half = [DTYPES[precision] for precision in precisions if precision != "fp32"]
-    dtypes = {
-        implementation.name: [
-            torch.float32,
-            *(timed_half if implementation.neuron_type is REFERENCE.neuron_type else []),
-        ]
-        for implementation in implementations
-    }
-    return [
-        agreement
-        for T in dict.fromkeys(time_steps)
-        for agreement in check_agreement(implementations, size, T, dtypes, device)
-    ]
-
-
-def _summary(agreements: Sequence[Agreement]) -> list[str]:
-    """Return the largest difference of each quantity with its limit, a line for each dtype."""
-    worst: dict[str, dict[str, Agreement]] = {}
-    for agreement in agreements:
-        of_dtype = worst.setdefault(agreement.dtype, {})
-        seen = of_dtype.get(agreement.quantity, agreement)
-        of_dtype[agreement.quantity] = max(seen, agreement, key=lambda each: each.difference)
-    return [
-        f"{dtype}: "
-        + ", ".join(f"{name} {each.difference:.0e} (limit {each.limit:.0e})" for name, each in of_dtype.items())
-        for dtype, of_dtype in worst.items()
-    ]
+        plot.draw(cells, size, report["environment"], options.plot)

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from benchmarks.command_line import MeasurementError
-from benchmarks.contender import Contender
-from benchmarks.implementations import REFERENCE, Implementation, NetworkSize
+from benchmarks.contender import Contender, Workload
+from benchmarks.convolution_floor import FLOOR, ConvolutionFloor
+from benchmarks.implementations import REFERENCE, Implementation, choose_layout
+from benchmarks.network_size import NetworkSize
 from benchmarks.timing import Timing, or_out_of_memory, release_cached_memory, time_in_turns
 
 
@@ -16,7 +19,8 @@ class Cell:
     """The measurements of one implementation at one setting; None is what ran out of memory.
 
     ``layout`` is the memory order of images and weights. ``peak_bytes`` is the most that tensors took at once in a
-    training step, weights and optimiser included; None on a CPU, where it is not measured.
+    training step, weights and optimiser included; None on a CPU, where it is not measured, and for the floor, which
+    has no network's memory.
     """
 
     implementation: str
@@ -40,6 +44,7 @@ class Schedule:
 
 def measure(
     implementations: Sequence[Implementation],
+    with_floor: bool,
     size: NetworkSize,
     T: int,
     batch: int,
@@ -52,6 +57,7 @@ def measure(
 
     Args:
         implementations: What to compare; they take turns.
+        with_floor: Measure the convolutions alone as well; their cell is the last.
         size: Size of the network.
         T: Number of time steps.
         batch: Images per batch.
@@ -65,33 +71,36 @@ def measure(
     """
     torch.manual_seed(0)
     weights = REFERENCE.build(size, T).state_dict()
-    layouts = {each.name: _layout(each, precision, layout, device) for each in implementations}
-    contenders: dict[str, Contender] = {}
+    layouts = {each.name: choose_layout(each, precision, layout, device) for each in implementations}
+    prepare: dict[str, Callable[..., Workload]] = {each.name: partial(Contender, each) for each in implementations}
+    if with_floor:
+        layouts[FLOOR] = choose_layout(REFERENCE, precision, layout, device)
+        prepare[FLOOR] = ConvolutionFloor
+    workloads: dict[str, Workload] = {}
     peaks: dict[str, int] = {}
-    for each in implementations:
+    for name, make in prepare.items():
         before = _allocated(device)
-        contender = or_out_of_memory(
-            lambda each=each: Contender(each, size, T, batch, precision, layouts[each.name], weights, device)
-        )
-        if contender is None:
+        arguments = (size, T, batch, precision, layouts[name], weights, device)
+        workload = or_out_of_memory(lambda make=make, arguments=arguments: make(*arguments))
+        if workload is None:
             continue
-        contenders[each.name] = contender
-        peak = or_out_of_memory(lambda contender=contender: _warm_up(contender, schedule.warmup, device))
+        workloads[name] = workload
+        peak = or_out_of_memory(lambda workload=workload: _warm_up(workload, schedule.warmup, device))
         if peak is not None:
-            peaks[each.name] = peak - before
-        contender.rest()
+            peaks[name] = peak - before
+        workload.rest()
         release_cached_memory(device)
 
     def time_all(calls: dict[str, Callable[[], None]]) -> dict[str, Timing | None]:
-        return time_in_turns(calls, lambda name: contenders[name].rest(), device, schedule.rounds, schedule.steps)
+        return time_in_turns(calls, lambda name: workloads[name].rest(), device, schedule.rounds, schedule.steps)
 
-    train = time_all({name: contenders[name].train_step for name in peaks})
+    train = time_all({name: workloads[name].train_step for name in peaks})
     for name, timing in train.items():
-        if timing is not None and not contenders[name].loss.isfinite():
+        if timing is not None and workloads[name].diverged():
             raise MeasurementError(f"{name}, T={T}, batch {batch}, {precision}: the loss is not finite any more")
-    for contender in contenders.values():
-        contender.network.eval()
-    evaluation = time_all({name: contender.eval_step for name, contender in contenders.items()})
+    for workload in workloads.values():
+        workload.start_evaluation()
+    evaluation = time_all({name: workload.eval_step for name, workload in workloads.items()})
     return [
         Cell(
             name,
@@ -101,28 +110,20 @@ def measure(
             layout,
             train.get(name),
             evaluation.get(name),
-            peaks.get(name) if device.type == "cuda" else None,
+            peaks.get(name) if device.type == "cuda" and name != FLOOR else None,
         )
         for name, layout in layouts.items()
     ]
 
 
-def _layout(implementation: Implementation, precision: str, requested: str, device: torch.device) -> str:
-    if requested != "auto":
-        return requested
-    # What the convolutions of each run fastest with.
-    fast_in_half = device.type == "cuda" and implementation.keeps_channels_last
-    return "NHWC" if precision != "fp32" and fast_in_half else "NCHW"
-
-
-def _warm_up(contender: Contender, steps: int, device: torch.device) -> int:
+def _warm_up(workload: Workload, steps: int, device: torch.device) -> int:
     """Train some steps and return the bytes that tensors took at most in the last (0 on a CPU)."""
     for _ in range(steps - 1):
-        contender.train_step()
+        workload.train_step()
     # From here on: the first step tries algorithms out, which takes memory that training does not.
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    contender.train_step()
+    workload.train_step()
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.implementations import NetworkSize
+from benchmarks.convolution_floor import FLOOR
+from benchmarks.figure import RC, subtitle
+from benchmarks.network_size import NetworkSize
 from benchmarks.throughput.measure import Cell
 from gac.files import atomic_write
 
@@ -19,18 +21,9 @@ STYLES = {
     "ours-torch": ("#009E73", "s"),
     "spikingjelly": ("#D55E00", "^"),
     "step-loop": ("#666666", "D"),
+    FLOOR: ("#000000", "_"),
 }
 PRECISION_TITLES = {"fp32": "float32", "fp16": "float16 autocast", "bf16": "bfloat16 autocast"}
-RC = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#444444",
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-}
 
 
 def draw(cells: Sequence[Cell], size: NetworkSize, environment: Mapping[str, str], path: Path) -> None:
@@ -97,11 +90,9 @@ def make_figure(cells: Sequence[Cell], size: NetworkSize, environment: Mapping[s
             handletextpad=0.5,
             columnspacing=1.2,
         )
-        where = environment["CPU"] if environment["device"] == "CPU" else environment["device"].split(",")[0]
-        network = f"GAC-MS-ResNet, width {size.width}, {size.image_size} × {size.image_size} pixels"
+        network = f"{size.network}, width {size.width}, {size.image_size} × {size.image_size} pixels"
         figure.text(left / width, 1 - 0.12 / height, network, fontsize=10.5, va="top")
-        subtitle = f"{where}; torch {environment['torch'].split(',')[0]}"
-        figure.text(left / width, 1 - 0.36 / height, subtitle, color="#444444", va="top")
+        figure.text(left / width, 1 - 0.36 / height, subtitle(environment), color="#444444", va="top")
     return figure
 
 

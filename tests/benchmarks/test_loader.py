@@ -72,7 +72,7 @@ def test_counts_what_could_not_be_read(tmp_path):
     (cell,) = report["cells"]
     assert cell["skipped_images"] == 2
     assert cell["share_of_need"] is None
-    assert report["transforms"]["auto_augment"] is False
+    assert report["transforms"]["augment"] == "off"
 
 
 @pytest.mark.parametrize(

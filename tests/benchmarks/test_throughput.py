@@ -7,20 +7,27 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based.model import ms_resnet
 from torch import Tensor
 
 from benchmarks import agreement
 from benchmarks.command_line import MeasurementError
+from benchmarks.contender import PRECISIONS
+from benchmarks.convolution_floor import ConvolutionFloor
 from benchmarks.environment import describe_environment
-from benchmarks.implementations import IMPLEMENTATIONS, REFERENCE, Implementation, NetworkSize
+from benchmarks.implementations import IMPLEMENTATIONS, REFERENCE, Implementation
+from benchmarks.network_size import NetworkSize, network_size
 from benchmarks.peers import spikingjelly_network, step_loop
 from benchmarks.throughput import command, plot
+from benchmarks.throughput.largest_batch import find_largest_batch, largest
 from benchmarks.throughput.measure import Cell
 from benchmarks.timing import Timing, time_in_turns
-from gac.neuron import LIFNode
+from gac.neuron import PRESETS, LIFNode
 
 CPU = torch.device("cpu")
-SIZE = NetworkSize(width=4, depth=(1, 1, 1), image_size=8, num_classes=3)
+SIZE = NetworkSize("gac_msresnet18_cifar", width=4, depth=(1, 1, 1), image_size=8, num_classes=3)
+IMAGENET_SIZE = NetworkSize("gac_msresnet18", width=8, depth=(1, 1, 1, 1), image_size=32, num_classes=3)
 SMALL = [
     *("--device", "cpu", "--precision", "fp32", "--time-steps", "2", "--batch", "2"),
     *("--width", "4", "--depth", "1", "1", "1", "--image-size", "8", "--num-classes", "3"),
@@ -36,8 +43,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def check(implementation: Implementation, T: int = 2, dtype: torch.dtype = torch.float32) -> list[agreement.Agreement]:
-    return agreement.check_agreement([implementation], SIZE, T, {implementation.name: [dtype]}, CPU)
+def check(
+    implementation: Implementation, T: int = 2, dtype: torch.dtype = torch.float32, size: NetworkSize = SIZE
+) -> list[agreement.Agreement]:
+    return agreement.check_agreement([implementation], size, T, {implementation.name: [dtype]}, CPU)
 
 
 def test_measures_and_reports(tmp_path, capsys):
@@ -49,9 +58,14 @@ def test_measures_and_reports(tmp_path, capsys):
 
     assert list(report["skipped"]) == ["ours-cupy"]
     assert "skipped       ours-cupy: the CUDA kernels need a CUDA device" in printed.out
-    names = ["ours-torch", "spikingjelly", "step-loop"]
+    names = ["ours-torch", "spikingjelly", "step-loop", "convolution-floor"]
     assert [cell["implementation"] for cell in report["cells"]] == names
-    assert [line.split()[0] for line in printed.out.splitlines()[-3:]] == names
+    rows = [line.split() for line in printed.out.splitlines()[-4:]]
+    assert [row[0] for row in rows] == names
+    *cells, floor = report["cells"]
+    for row, cell in zip(rows, cells, strict=False):
+        # Behind name, T, batch, precision, layout, duration and its two quartiles.
+        assert float(row[8]) == pytest.approx(cell["train"]["median_ms"] / floor["train"]["median_ms"], abs=0.006)
     for cell in report["cells"]:
         assert cell["peak_bytes"] is None
         for phase in ("train", "evaluation"):
@@ -63,7 +77,7 @@ def test_measures_and_reports(tmp_path, capsys):
             assert timing["time_steps_per_second"] == pytest.approx(2 * timing["images_per_second"])
             assert timing["ms_per_time_step"] == pytest.approx(timing["median_ms"] / 2)
     checked = {(each["implementation"], each["dtype"]) for each in report["agreement"]}
-    assert checked == {(name, "float32") for name in names} | {(name, "float64") for name in names[1:]}
+    assert checked == {(name, "float32") for name in names[:3]} | {(name, "float64") for name in names[1:3]}
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
@@ -91,6 +105,9 @@ def test_half_precision_runs_and_is_checked_in_our_neuron(tmp_path, capsys):
         (["--implementations", "authors"], "invalid choice: 'authors'"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
         (["--speed"], "unrecognized arguments: --speed"),
+        (["--network", "msresnet104"], "invalid choice: 'msresnet104'"),
+        (["--network", "gac_msresnet18"], "--depth: gac_msresnet18 has 4 stages, got 3 numbers"),
+        (["--largest-batch"], "--largest-batch needs a GPU"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
@@ -112,12 +129,147 @@ def test_nothing_is_timed_if_the_gate_fails(monkeypatch, capsys):
     assert "train ms" not in printed.out
 
 
+@pytest.mark.parametrize("size", [SIZE, IMAGENET_SIZE], ids=["cifar", "imagenet"])
 @pytest.mark.parametrize("name", ["spikingjelly", "step-loop"])
 @pytest.mark.parametrize("T", [1, 4])
-def test_peers_pass_the_gate(name, T):
-    found = check(IMPLEMENTATIONS[name], T)
+def test_peers_pass_the_gate(name, T, size):
+    found = check(IMPLEMENTATIONS[name], T, size=size)
     assert len(found) == 6
     assert {each.quantity for each in found} >= set(agreement.NETWORK_LIMITS)
+
+
+def test_measures_imagenet_networks(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = [*SMALL, "--network", "gac_msresnet34", "--width", "8", "--depth", "1", "1", "1", "1"]
+    assert command.main([*arguments, "--image-size", "32", "--json", str(file)]) == 0, capsys.readouterr().err
+    report = json.loads(file.read_text())
+    assert report["network"]["network"] == "gac_msresnet34"
+    assert all(cell["train"]["median_ms"] > 0 for cell in report["cells"])
+    assert "gac_msresnet34, width 8, depth [1, 1, 1, 1], 32 x 32 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("gac_msresnet18_cifar", NetworkSize("gac_msresnet18_cifar", 64, (3, 3, 2), 32, 100)),
+        ("gac_msresnet18", NetworkSize("gac_msresnet18", 64, (2, 2, 2, 2), 224, 1000)),
+        ("gac_msresnet34", NetworkSize("gac_msresnet34", 64, (3, 4, 6, 3), 224, 1000)),
+    ],
+)
+def test_sizes_are_the_published_ones_by_default(network, expected):
+    assert network_size(command.make_parser().parse_args(["--network", network])) == expected
+
+
+def test_imagenet_peer_is_spikingjellys_own_network_with_the_coding():
+    """Without the coding, and with the same surrogate, the two classes compute the same."""
+    torch.manual_seed(0)
+    rect = {"surrogate_function": surrogate.Rect(1.0)}
+    constants = {"tau": 4 / 3, "v_threshold": 0.5, "detach_reset": True, "decay_input": False}
+    own = ms_resnet.MSResNet(
+        T=3, num_classes=3, layers=(2, 1, 1, 1), base_channels=4, spiking_neuron=neuron.LIFNode, **rect, **constants
+    ).double()
+    peer = spikingjelly_network.SpikingJellyNetwork("imagenet", 3, 3, 4, (2, 1, 1, 1)).double()
+    peer.encoder = torch.nn.Identity()
+    for module in own.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            # Its last BatchNorm of each block is zero at first.
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    # Both register their parameters in the order in which a block's are named, shortcuts last.
+    assert [p.shape for p in peer.parameters()] == [p.shape for p in own.parameters()]
+    for mine, theirs in zip(peer.parameters(), own.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    got, wanted = peer(images).mean(0), own(images)
+    torch.testing.assert_close(got, wanted)
+    grads = [
+        torch.autograd.grad(logits.square().sum(), network.parameters())
+        for logits, network in ((got, peer), (wanted, own))
+    ]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert any(grad.any() for grad in grads[0][:3])
+
+
+class TestConvolutionFloor:
+    def test_has_every_convolution_of_the_blocks(self):
+        floor = make_floor("fp32", "NCHW")
+        found = sorted((tuple(each.input.shape), tuple(each.weight.shape)) for each in floor._convolutions)
+        frames = 3 * 5
+        assert found == sorted(
+            [
+                ((frames, 4, 8, 8), (8, 4, 3, 3)),
+                ((frames, 8, 8, 8), (8, 8, 3, 3)),
+                ((frames, 4, 8, 8), (8, 4, 1, 1)),
+                ((frames, 8, 8, 8), (16, 8, 3, 3)),
+                ((frames, 16, 4, 4), (16, 16, 3, 3)),
+                ((frames, 8, 8, 8), (16, 8, 1, 1)),
+                ((frames, 16, 4, 4), (32, 16, 3, 3)),
+                ((frames, 32, 2, 2), (32, 32, 3, 3)),
+                ((frames, 16, 4, 4), (32, 16, 1, 1)),
+            ]
+        )
+
+    def test_gradients_are_those_of_the_convolutions(self):
+        for each in make_floor("fp32", "NHWC")._convolutions:
+            x, weight = each.input.clone().requires_grad_(), each.weight.clone().requires_grad_()
+            y = torch.nn.functional.conv2d(x, weight, None, each.stride, each.padding)
+            torch.testing.assert_close(each.forward(), y.detach())
+            wanted = torch.autograd.grad(y, (x, weight), each.grad_output)
+            data, of_weight, of_bias = each.backward()
+            torch.testing.assert_close((data, of_weight), wanted)
+            assert of_bias is None
+
+    def test_inputs_of_3x3_convolutions_are_spikes(self):
+        for each in make_floor("fp32", "NCHW")._convolutions:
+            if each.weight.shape[-1] == 3:
+                assert set(each.input.unique().tolist()) <= {0.0, 1.0}
+            else:
+                assert each.input.unique().numel() > 2
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    def test_has_the_precision_and_the_layout(self, precision):
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        for each in make_floor(precision, "NHWC")._convolutions:
+            for tensor in (each.input, each.weight, each.grad_output):
+                assert tensor.dtype == dtype
+                assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def make_floor(precision: str, layout: str) -> ConvolutionFloor:
+    weights = REFERENCE.build(SIZE, 3).state_dict()
+    return ConvolutionFloor(SIZE, 3, 5, precision, layout, weights, CPU)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 31, 32, 33, 100, 1000, 1023])
+def test_largest_batch_is_found_to_a_sixteenth(limit):
+    tried: list[int] = []
+
+    def fits(batch: int) -> bool:
+        tried.append(batch)
+        return batch <= limit
+
+    found = largest(fits)
+    assert found <= limit <= found + max(0, found // 16)
+    assert len(tried) <= 2 * limit.bit_length() + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_largest_batch_on_a_gpu(monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    limit = 300
+
+    def too_large(self, images: Tensor) -> Tensor:
+        if len(images) > limit:
+            torch.empty(1 << 50, device=images.device)
+        return forward(self, images)
+
+    forward = spikingjelly_network.SpikingJellyNetwork.forward
+    monkeypatch.setattr(spikingjelly_network.SpikingJellyNetwork, "forward", too_large)
+    weights = REFERENCE.build(SIZE, 2).state_dict()
+    found = find_largest_batch(IMPLEMENTATIONS["spikingjelly"], SIZE, 2, "fp32", "NCHW", weights, device)
+    assert limit - 16 <= found.batch <= limit
+    assert found.peak_bytes > 0
 
 
 def wrong_surrogate(monkeypatch):
@@ -196,19 +348,27 @@ class MissesSpikes(LIFNode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("neuron", "quantity"), [(WrongGradient, "neurons' gradients"), (MissesSpikes, "share of changed spikes")]
+    ("neuron_type", "quantity"), [(WrongGradient, "neurons' gradients"), (MissesSpikes, "share of changed spikes")]
 )
-def test_the_gate_finds_defects_of_a_neuron_without_float64(neuron, quantity, dtype):
+def test_the_gate_finds_defects_of_a_neuron_without_float64(neuron_type, quantity, dtype):
     def build(size: NetworkSize, T: int) -> torch.nn.Module:
         network = REFERENCE.build(size, T)
         for module in REFERENCE.neurons(network):
-            module.__class__ = neuron
+            module.__class__ = neuron_type
         return network
 
     sound = Implementation("kernels", REFERENCE.build, LIFNode, float64=False)
     assert len(check(sound, dtype=dtype)) == 2
     with pytest.raises(MeasurementError, match=f"kernels is not the network of ours-torch: {quantity}"):
         check(Implementation("kernels", build, LIFNode, float64=False), dtype=dtype)
+
+
+def test_membranes_that_rounding_may_put_on_either_side_of_a_jump_are_left_out():
+    # h = x at the first step; Rect jumps where h is 0 and 1.
+    x = torch.tensor([[-1e-9, 0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, 1 + 1e-9, 1.1]], dtype=torch.float64)
+    found = agreement._near_a_jump(PRESETS["imagenet"].make("torch"), x)
+    assert found.tolist() == [[True, False, True, False, True, False, True, False]]
+    assert not agreement._near_a_jump(PRESETS["cifar"].make("torch"), x).any()
 
 
 def test_out_of_memory_is_reported_and_the_rest_measured(monkeypatch, tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""Time and memory bandwidth of each fused operation, beside SpikingJelly's neuron and torch's layers."""

@@ -1,0 +1,256 @@
+"""The kernel benchmark at the smallest sizes: it must measure the real operations, and must refuse what is wrong."""
+
+import json
+import time
+
+import pytest
+import torch
+from cuda_on_cpu.launcher import KernelsOnCpu
+
+from benchmarks.comparison import EXEMPT, compare, relative_rms
+from benchmarks.kernels import command, measure, operations
+from benchmarks.kernels.measure import Row, Schedule, Site
+from benchmarks.kernels.operations import OPERATIONS, Setting
+from benchmarks.kernels.report import bandwidth_of_all_layers
+from benchmarks.network_size import network_size
+from benchmarks.replay import capturable_stream, replay
+from benchmarks.timing import Timing
+from gac.ops import runtime
+
+CPU = torch.device("cpu")
+SMALL = [
+    *("--device", "cpu", "--time-steps", "3", "--batch", "2", "--dtype", "float32", "--rounds", "2", "--repeats", "1"),
+    *("--width", "4", "--depth", "2", "1", "1", "--image-size", "8"),
+]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch):
+    monkeypatch.setattr(measure, "CPU_COPY_BYTES", 2**20)
+
+
+def test_measures_and_reports(tmp_path, capsys):
+    files = {"json": tmp_path / "result.json", "png": tmp_path / "result.png"}
+    status = command.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert "on a CPU the operations' references in torch" in printed.out
+    report = json.loads(files["json"].read_text())
+    rows = report["rows"]
+    assert {row["operation"] for row in rows} == set(OPERATIONS)
+    for row in rows:
+        assert row["ours"]["median_ms"] > 0
+        assert row["peer"]["median_ms"] > 0
+        assert row["bytes_per_second"] == pytest.approx(1000 * row["bytes"] / row["ours"]["median_ms"])
+        assert row["share_of_copy"] == pytest.approx(row["bytes_per_second"] / report["copy_bytes_per_second"])
+    passes = {name: {row["pass"] for row in rows if row["operation"] == name} for name in OPERATIONS}
+    assert passes.pop("batch_statistics") == {"forward"}
+    assert all(found == {"forward", "backward"} for found in passes.values())
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_sizes_are_those_of_the_network():
+    options = command.make_parser().parse_args(SMALL)
+    sites = {name: command._sites(each, network_size(options), options) for name, each in OPERATIONS.items()}
+    assert all(site.shape[:2] == (3, 2) for found in sites.values() for site in found)
+    found = {name: {site.shape[2:]: site.layers for site in sites[name]} for name in OPERATIONS}
+    a, b, c, d = (4, 8, 8), (8, 8, 8), (16, 4, 4), (32, 2, 2)
+    assert found == {
+        "lif": {a: 2, b: 4, c: 2, d: 2},
+        "batch_statistics": {b: 5, c: 3, d: 3},
+        "norm_lif": {b: 2, c: 1, d: 1},
+        "residual_lif": {b: 1},
+        "residual_norm_lif": {b: 1, c: 1},
+        "residual": {d: 1},
+        "gate_lif": {a: 1},
+        "lif_pool": {d: 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--operations", "conv"], "invalid choice: 'conv'"),
+        (["--dtype", "float64"], "invalid choice: 'float64'"),
+        (["--repeats", "0"], "argument --repeats: expected a whole number >= 1, got '0'"),
+        (["--plot", "result.pdf"], "expected a file *.png"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert command.main([*SMALL, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_nothing_is_timed_if_the_gate_fails(monkeypatch, capsys):
+    spikingjelly = Setting.spikingjelly
+    monkeypatch.setattr(Setting, "spikingjelly", lambda self, x: spikingjelly(self, 1.001 * x))
+    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("was timed"))
+    assert command.main([*SMALL, "--operations", "norm_lif"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: norm_lif, peer, [3, 2, 8, 8, 8], float32: ")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_the_kernels(name, kernels_on_cpu):
+    """What is timed on a GPU, run on the CPU: the kernels pass the gate, and they are what runs."""
+    torch.manual_seed(0)
+    case = OPERATIONS[name].make_case(Setting((2, 2, 8, 4, 4), torch.float16, "imagenet", CPU, kernels=True))
+    launched = record_launches(kernels_on_cpu)
+    assert all(difference.within for difference in compare(case.ours, case.reference, case.inputs))
+    kind = {"batch_statistics": "batch_moments", "residual_norm_lif": "residual_lif", "residual": "residual_lif"}
+    expected = kind.get(name, name)
+    passes = {kernel.split("<")[0] for kernel in launched}
+    assert any(kernel.startswith(f"{expected}_") for kernel in passes)
+    if case.backward_bytes:
+        assert any(kernel.startswith(f"{expected}_backward") for kernel in passes)
+
+
+def record_launches(launcher: KernelsOnCpu) -> list[str]:
+    launched: list[str] = []
+
+    def record(kernel: runtime.Kernel, *others: object) -> None:
+        launched.append(kernel.instance)
+        launcher(kernel, *others)
+
+    runtime.set_cpu_launcher(record)
+    return launched
+
+
+def test_bytes_are_those_of_the_tensors():
+    """The formulas against a count of what each pass names: activations of 2 * 3 * 4 * 5 * 5 numbers."""
+    shape = (2, 3, 4, 5, 5)
+    x = 2 * (2 * 3 * 4 * 5 * 5)
+    found = {
+        name: (case.forward_bytes / x, case.backward_bytes / x)
+        for name, operation in OPERATIONS.items()
+        for case in [operation.make_case(Setting(shape, torch.float16, "cifar", CPU, kernels=False))]
+    }
+    assert found == {
+        # The last membrane potential: half of the time steps, in twice the bytes.
+        "lif": (3, 3),
+        "batch_statistics": (1, 0),
+        "norm_lif": (3, 5),
+        "residual_lif": (5, 8),
+        "residual_norm_lif": (6, 11),
+        "residual": (4, 5),
+        # A frame is half of a sequence.
+        "gate_lif": (3, 4),
+        "lif_pool": (1, 2),
+    }
+
+
+def test_bandwidth_of_all_layers_weighs_time():
+    def row(layers: int, size: int, ms: float | None) -> Row:
+        timing = None if ms is None else Timing((ms,))
+        return Row("lif", Site((1, 1, 1, 1, 1), layers), "float32", "forward", size, timing, timing)
+
+    assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, 2.0)]) == pytest.approx(1000 * 8000 / 5)
+    assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, None)]) is None
+
+
+def test_out_of_memory_of_the_peer_leaves_ours(monkeypatch):
+    def too_large(self, x):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Setting, "spikingjelly", too_large)
+    site = Site((2, 2, 4, 4, 4), layers=1)
+    rows = measure.measure(OPERATIONS["lif"], site, torch.float32, "cifar", Schedule(1, 1), 1e9, CPU)
+    assert [row.direction for row in rows] == ["forward", "backward"]
+    assert all(row.peer is None and row.ours.median_ms > 0 for row in rows)
+
+
+class TestComparison:
+    def setup_method(self):
+        torch.manual_seed(0)
+        self.case = operations.OPERATIONS["residual_lif"].make_case(
+            Setting((3, 2, 4, 5, 5), torch.float32, "cifar", CPU, kernels=False)
+        )
+
+    def failed(self, change) -> set[str]:
+        def changed(*inputs):
+            return change(dict(self.case.ours(*inputs)))
+
+        found = compare(changed, self.case.reference, self.case.inputs)
+        return {difference.quantity for difference in found if not difference.within}
+
+    def test_passes_what_is_right(self):
+        assert self.failed(lambda outputs: outputs) == set()
+
+    def test_finds_changed_spikes(self):
+        def change(outputs):
+            mask = torch.ones_like(outputs["spikes"])
+            mask[-1, ..., :2] = 0
+            return outputs | {"spikes": outputs["spikes"] * mask}
+
+        assert "share of changed spikes" in self.failed(change)
+
+    def test_finds_a_wrong_stream(self):
+        assert "membrane stream" in self.failed(lambda o: o | {"membrane stream": 1.001 * o["membrane stream"]})
+
+    def test_finds_a_wrong_gradient(self):
+        def change(outputs):
+            spikes = outputs["spikes"]
+            return outputs | {"spikes": spikes.detach() + 1.01 * (spikes - spikes.detach())}
+
+        found = self.failed(change)
+        assert {"gradient of y", "gradient of shortcut", "gradient of weight"} <= found
+        assert "membrane stream" not in found
+
+    def test_nan_is_wrong(self):
+        assert "membrane stream" in self.failed(lambda o: o | {"membrane stream": o["membrane stream"] * float("nan")})
+
+    def test_a_few_in_a_million_may_be_off(self):
+        wanted = torch.randn(1000, 1000, dtype=torch.float64)
+        got = wanted.clone()
+        allowed = int(EXEMPT * wanted.numel())
+        got.view(-1)[:allowed] += 10
+        assert relative_rms(got, wanted) == 0
+        got.view(-1)[allowed] += 10
+        assert relative_rms(got, wanted) == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_replay_makes_all_calls(device):
+    device = torch.device(device)
+    counter, x = torch.zeros((), device=device), torch.ones(4, device=device, requires_grad=True)
+    with capturable_stream(device):
+        y = x * 3
+
+        def differentiate() -> None:
+            (grad,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+            counter.add_(grad[0])
+
+        run = replay([lambda: counter.add_(1), differentiate], device)
+        counter.zero_()
+        run()
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert counter.item() == 2 * (1 + 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(dtype, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = ["--device", "cuda", "--batch", "8", "--dtype", dtype, "--rounds", "2", "--json", str(file)]
+    assert command.main(arguments) == 0, capsys.readouterr().err
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["operation"] for row in rows} == set(OPERATIONS)
+    # Above 1 it would have found its tensors in the cache, or its bytes would be counted wrong.
+    assert all(0 < row["share_of_copy"] < 1.2 for row in rows)
+
+
+def test_times_are_those_of_single_calls():
+    def calls(cases: list, name: str) -> list:
+        return [lambda: time.sleep(0.01)] * len(cases)
+
+    timings = measure._time([None] * 3, calls, 1.0, Schedule(1, 2), CPU)
+    assert set(timings) == {"ours", "peer"}
+    assert all(10 <= timing.median_ms < 25 for timing in timings.values())

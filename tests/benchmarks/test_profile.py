@@ -1,0 +1,158 @@
+"""The profile benchmark: it must add up, and its rules must know the names that kernels have."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.profile import command
+from benchmarks.profile.groups import IDLE, OTHER, kernel_group, operator_group, our_kernels
+from benchmarks.profile.measure import Record, divide_time, profile_steps, read_trace
+from gac.ops.runtime import KERNEL_FOLDER
+
+CPU = torch.device("cpu")
+SMALL = [
+    *("--device", "cpu", "--precision", "fp32", "--time-steps", "2", "--batch", "2", "--warmup", "2", "--steps", "2"),
+    *("--width", "4", "--depth", "1", "1", "1", "--image-size", "8", "--num-classes", "3"),
+]
+
+
+@pytest.mark.parametrize("step", ["training", "evaluation"])
+def test_measures_and_reports(step, tmp_path, capsys):
+    files = {"json": tmp_path / "result.json", "png": tmp_path / "result.png"}
+    arguments = [*SMALL, "--step", step, "--implementations", "ours-cupy", "ours-torch", "step-loop"]
+    status = command.main([*arguments, "--json", str(files["json"]), "--plot", str(files["png"])])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    report = json.loads(files["json"].read_text())
+    assert [each["implementation"] for each in report["breakdowns"]] == ["ours-torch", "step-loop"]
+    for each in report["breakdowns"]:
+        groups = each["groups"]
+        assert sum(group["ms"] for group in groups.values()) == pytest.approx(each["profiled_ms"])
+        for group in groups.values():
+            assert sum(group["names"].values()) == pytest.approx(group["ms"])
+        assert "aten::conv2d" in groups["convolutions"]["names"]
+        backward = any("Backward" in name for name in groups["convolutions"]["names"])
+        assert backward == (step == "training")
+        assert ("optimiser and loss scaling" in groups) == (step == "training")
+        assert groups[IDLE]["ms"] > 0
+    assert f"ours-torch, NCHW: {step} step" in printed.out
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "both"], "invalid choice: 'both'"),
+        (["--precision", "fp16"], "nothing can run, fp16: needs a CUDA device"),
+        (["--implementations", "convolution-floor"], "invalid choice: 'convolution-floor'"),
+        (["--warmup", "1"], "argument --warmup: expected a whole number >= 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert command.main([*SMALL, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("void norm_lif_forward<Float16, 6, 8, (Reset)0>(Float16 const*, float const*)", "norm_lif_forward"),
+        ("lif_backward<float, 6, true, 4, Reset::hard, false, Rect>", "lif_backward"),
+        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
+        ("sm80_xmma_wgrad_implicit_gemm_indexed_f16f16_f16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("void cudnn::ops::nhwcToNchwKernel<__half, __half, float>(float)", "convolutions"),
+        ("void cudnn::bn_fw_tr_1C11_singleread<__half, 512, true>(float)", "BatchNorm"),
+        ("void at::native::batch_norm_backward_reduce_channels_last_kernel<4, float>()", "BatchNorm"),
+        ("_forward_kernel", "neurons (SpikingJelly)"),
+        ("_backward_kernel", "neurons (SpikingJelly)"),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::FusedSgdMathFunctor<float>>",
+            "optimiser and loss scaling",
+        ),
+        ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 7, true, false>()", "loss"),
+        ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNN", "matrix products"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies and casts"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<float>", "copies and casts"),
+        ("Memset (Device)", "copies and casts"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "reductions"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor<float>>", "element by element"),
+        ("void someone_elses_kernel<float>()", OTHER),
+    ],
+)
+def test_kernels_are_grouped_by_name(name, group):
+    assert kernel_group(name) == group
+
+
+def test_all_kernels_of_this_package_are_known():
+    declared = sum(path.read_text().count("__global__ ") for path in KERNEL_FOLDER.glob("*.cu"))
+    assert len(our_kernels()) == declared
+    assert {"lif_forward", "norm_lif_backward_sums", "probe"} <= our_kernels()
+
+
+@pytest.mark.parametrize(
+    ("name", "ancestors", "group"),
+    [
+        ("aten::mul", [], "element by element"),
+        ("aten::mul", ["sj_lif::forward"], "neurons (SpikingJelly)"),
+        ("aten::add_", ["aten::_foreach_add_", "Optimizer.step#SGD.step"], "optimiser and loss scaling"),
+        ("aten::empty", ["aten::mkldnn_convolution", "aten::convolution", "aten::conv2d"], "convolutions"),
+        ("aten::sum", ["autograd::engine::evaluate_function: SumBackward1"], "reductions"),
+        ("aten::detach", [], OTHER),
+    ],
+)
+def test_operators_are_grouped_by_name_and_place(name, ancestors, group):
+    assert operator_group(name, ancestors) == group
+
+
+def test_time_of_overlapping_kernels_is_divided():
+    records = [Record("a", 0, 10), Record("b", 5, 15), Record("c", 5, 15), Record("d", 20, 25), Record("e", 25, 30)]
+    shares, idle = divide_time(records)
+    assert shares == pytest.approx([5 + 5 / 3, 5 / 3 + 5 / 2, 5 / 3 + 5 / 2, 5, 5])
+    assert idle == 5
+    assert sum(shares) + idle == pytest.approx(30)
+
+
+def test_a_trace_is_read_for_what_ran_on_the_gpu():
+    event = {"ph": "X", "ts": 10.5, "dur": 2.0}
+    trace = {
+        "traceEvents": [
+            {**event, "cat": "kernel", "name": "k"},
+            {**event, "cat": "gpu_memcpy", "name": "Memcpy DtoD"},
+            {**event, "cat": "gpu_memset", "name": "Memset (Device)"},
+            {**event, "cat": "gpu_user_annotation", "name": "Optimizer.step"},
+            {**event, "cat": "cuda_runtime", "name": "cudaLaunchKernel"},
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
+    assert [record.name for record in read_trace(trace)] == ["k", "Memcpy DtoD", "Memset (Device)"]
+    assert all((record.start, record.end) == (10.5, 12.5) for record in read_trace(trace))
+
+
+def test_a_wait_is_idle_time():
+    def step() -> None:
+        torch.mm(x, x)
+        time.sleep(0.02)
+
+    x = torch.ones(8, 8)
+    ms, groups = profile_steps(step, 3, CPU)
+    assert groups[IDLE].ms >= 20
+    assert groups["matrix products"].ms > 0
+    assert ms >= 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = [*SMALL[2:], "--device", "cuda", "--precision", "fp16", "--json", str(file)]
+    assert command.main(arguments) == 0, capsys.readouterr().err
+    breakdowns = {each["implementation"]: each for each in json.loads(file.read_text())["breakdowns"]}
+    assert set(breakdowns) == set(IMPLEMENTATIONS)
+    assert {"norm_lif_forward", "residual_lif_backward_sums"} <= set(breakdowns["ours-cupy"]["groups"])
+    assert not our_kernels() & set(breakdowns["spikingjelly"]["groups"])
