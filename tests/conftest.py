@@ -34,6 +34,22 @@ def kernels_on_cpu(compiled_kernels: KernelsOnCpu) -> Iterator[KernelsOnCpu]:
         runtime.set_cpu_launcher(None)
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run: their source compiled for the CPU, or the GPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("kernels_on_cpu")
+    return request.param
+
+
 @pytest.fixture
 def neurons_on_kernels(kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let neurons choose the CUDA kernels for tensors on the CPU."""

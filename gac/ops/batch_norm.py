@@ -11,6 +11,7 @@ import torch
 import torch.distributed.nn.functional
 from torch import Tensor
 
+from gac.errors import InputError
 from gac.ops import channels, runtime
 
 
@@ -29,7 +30,18 @@ class Normalization:
     from_batch: bool
     synchronized: bool = False
 
-    SCHEMA = "Tensor weight, Tensor bias, Tensor mean, Tensor inverse_std"
+    SCHEMA = "Tensor weight, Tensor norm_bias, Tensor mean, Tensor inverse_std"
+
+    def check_fits(self, y: Tensor) -> None:
+        """Raise InputError unless the kernels can apply this to ``y`` [T, B, C, H, W]."""
+        C = y.shape[2]
+        for name, tensor in zip(("weight", "bias", "mean", "inverse_std"), self.tensors, strict=True):
+            fits = tensor.shape == (C,) and tensor.dtype == torch.float32 and tensor.device == y.device
+            if not (fits and tensor.is_contiguous()):
+                raise InputError(
+                    f"BatchNorm's {name} must be a contiguous float32 [C={C}] on {y.device}, "
+                    f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+                )
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,6 +21,8 @@ def check_activations(name: str, x: Tensor, like: Tensor | None = None) -> None:
         raise InputError(f"{name} must be a non-empty [T, B, C, H, W], got shape {list(x.shape)}")
     if len(x) > MAX_T:
         raise InputError(f"the fused operations take up to {MAX_T} time steps, got {len(x)}; use backend='torch'")
+    if x.dtype not in runtime.KERNEL_DTYPES:
+        raise InputError(f"the fused operations take float32, float16 or bfloat16, got {x.dtype}; use backend='torch'")
     if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
         raise InputError(
             f"{name} must be {list(like.shape)}, {like.dtype}, on {like.device} like the other input, "
@@ -40,7 +42,6 @@ def empty_channels_last(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.empty_strided(shape, _channels_last_strides(shape), dtype=like.dtype, device=like.device)
 
 
-@cache
 def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
     *outer, C, H, W = shape
     strides = [1, W * C, C]

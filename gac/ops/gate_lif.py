@@ -57,11 +57,12 @@ def gate_lif(
     Raises:
         InputError: For shapes that do not fit, empty input, T > 16, an unsupported surrogate or dtype.
     """
-    channels.check_activations("input of the gate", x.expand(len(temporal), *x.shape))
-    if temporal.shape[1:] != x.shape[:1] or temporal.device != x.device:
+    if x.ndim != 4 or temporal.ndim != 2 or temporal.shape[1:] != x.shape[:1] or temporal.device != x.device:
         raise InputError(
-            f"temporal attention must be [T, B={len(x)}] on {x.device}, got {list(temporal.shape)} on {temporal.device}"
+            "the gate takes images [B, C, H, W] and temporal attention [T, B] on one device, "
+            f"got {list(x.shape)} on {x.device} and {list(temporal.shape)} on {temporal.device}"
         )
+    channels.check_activations("input of the gate", x.expand(len(temporal), *x.shape))
     if (spatial.shape, spatial.dtype, spatial.device) != (x.shape, x.dtype, x.device):
         raise InputError(
             f"spatial-channel attention must be {list(x.shape)}, {x.dtype}, on {x.device} like the image, "

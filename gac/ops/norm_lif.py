@@ -51,9 +51,11 @@ def norm_lif(
         Spikes [T, B, C, H, W] in the dtype of ``y``, frames in channels_last.
 
     Raises:
-        InputError: For an input of another rank, empty input, T > 16, an unsupported surrogate or dtype.
+        InputError: For an input of another rank, empty input, T > 16, an unsupported surrogate or dtype, and a
+            normalisation that does not fit.
     """
     channels.check_activations("input of BatchNorm and LIF", y)
+    normalization.check_fits(y)
     constants = Constants.of(y.dtype, parameters, surrogate_function)
     return torch.ops.gac.norm_lif(
         y, *normalization.tensors, normalization.from_batch, normalization.synchronized, *constants

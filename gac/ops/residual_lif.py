@@ -60,10 +60,13 @@ def residual_lif(
 
     Raises:
         InputError: For inputs of another rank or that differ in shape, dtype or device, empty input, T > 16, an
-            unsupported surrogate or dtype.
+            unsupported surrogate or dtype, and normalisations that do not fit.
     """
     channels.check_activations("input of the residual sum", y)
     channels.check_activations("shortcut", shortcut, like=y)
+    normalization.check_fits(y)
+    if shortcut_normalization is not None:
+        shortcut_normalization.check_fits(shortcut)
     # Without spikes the constants choose a kernel and are not used.
     constants = (
         Constants(0.0, 0.0, 0.0, 0.0, 0.0, True, "Rect", 1.0)
@@ -249,7 +252,7 @@ def _backward_inputs(
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     y, weight, _, mean, inverse_std, shortcut, *shortcut_tensors, ctx.from_batch, ctx.synchronized = inputs[:12]
     shortcut_weight, _, shortcut_mean, shortcut_inverse_std = shortcut_tensors
-    ctx.constants = inputs[13:]
+    ctx.with_spikes, *ctx.constants = inputs[12:]
     # A shortcut that is added as it is has the gradient of the sum: its values are not needed.
     kept = None if shortcut_weight is None else shortcut
     ctx.save_for_backward(
@@ -264,7 +267,8 @@ def _backward(
     membrane, y, weight, *statistics, shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std = ctx.saved_tensors
     grad, sums = torch.ops.gac.residual_lif_backward_sums(
         grad_membrane,
-        grad_spikes,
+        # Compiled graphs pass a gradient of the empty tensor that stands for no spikes.
+        grad_spikes if ctx.with_spikes else None,
         membrane,
         y,
         *statistics,

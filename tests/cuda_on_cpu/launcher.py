@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -74,7 +75,10 @@ class KernelsOnCpu:
         output = self._folder / f"{digest}.so"
         if not output.exists():
             command = ["g++", *self._flags, f"-I{HERE}", "-x", "c++", "-", "-x", "none", *map(str, libraries)]
-            compiler = subprocess.run([*command, "-o", str(output)], input=text, text=True, capture_output=True)
+            # The compiler itself need not run under the sanitizers.
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            command += ["-o", str(output)]
+            compiler = subprocess.run(command, input=text, text=True, capture_output=True, env=environment)
             if compiler.returncode != 0:
                 raise RuntimeError(f"{name} does not compile:\n{compiler.stderr}")
         return output

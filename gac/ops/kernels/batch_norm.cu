@@ -60,6 +60,8 @@ __device__ __forceinline__ double sum_over_slices(double value) {
     __syncthreads();
     double sum = 0.0;
     if (threadIdx.x < kLanes)
+        // Unrolled all the way it spills on sm_100.
+#pragma unroll 4
         for (int slice = 0; slice < kSlices; ++slice) sum += shared[slice * kLanes + threadIdx.x];
     return sum;
 }
@@ -83,7 +85,9 @@ __global__ void __launch_bounds__(kLanes * kSlices, 1) batch_moments_total(
     sum_of_squares = sum_over_slices(sum_of_squares);
     if (threadIdx.x < kLanes && channel < channels) {
         const double mean = sum / count;
-        const double squared_deviations = fmax(sum_of_squares - count * mean * mean, 0.0);
+        double squared_deviations = sum_of_squares - count * mean * mean;
+        // Rounding; not fmax, which would turn a NaN into 0 and hide it.
+        if (squared_deviations < 0.0) squared_deviations = 0.0;
         moments[channel] = static_cast<float>(mean);
         moments[channels + channel] = static_cast<float>(squared_deviations / count);
         moments[2 * channels + channel] = static_cast<float>(squared_deviations / (count - 1.0));

@@ -57,6 +57,8 @@ __device__ __forceinline__ void sum_over_rows(const Tile<kWidth>& tile, const fl
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
             float sum = 0.0f;
+            // Called once for each time step: unrolled further it only makes the compiler slow.
+#pragma unroll 2
             for (int row = 0; row < tile.rows_per_block; ++row) sum += shared[row * columns + tile.lane * kWidth + i];
             write(i, sum);
         }

@@ -1,0 +1,376 @@
+"""What holds for all fused operators together: chained, compiled, in several processes, on large tensors."""
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, sanitizer_environment
+from ops import fused
+from ops.fused import CIFAR, IMAGENET
+from torch import Tensor
+
+from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, residual_lif, runtime
+from gac.ops.batch_norm import Normalization
+
+# --- A network of all operators
+
+
+def leaves_of_network(device: str, T: int = 6, B: int = 2, C: int = 8, dtype: torch.dtype = torch.float32) -> list:
+    """Return features, temporal and spatial attention, and weight and bias of three BatchNorms."""
+    frame = (B, C, 4, 3)
+    x, spatial = (
+        fused.laid_out(fused.normal(frame, seed, 1.0, 2.0).to(device, dtype), "channels_last") for seed in (0, 1)
+    )
+    parameters = [parameter for seed in range(3) for parameter in fused.parameters_of_norm(C, device, seed)]
+    return [x, fused.normal((T, B), 2, 1.0).to(device), spatial, *parameters]
+
+
+def network(
+    x: Tensor,
+    temporal: Tensor,
+    spatial: Tensor,
+    *parameters: Tensor,
+    neuron: tuple = CIFAR,
+    synchronized: bool = False,
+    running: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """Return firing rates and membrane stream after the gate and two residual blocks; scaling stands for convolution.
+
+    The second block has a normalised shortcut, and a sum without a neuron is behind it.
+    """
+
+    def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+        with torch.no_grad():
+            moments = batch_norm.batch_moments(y)
+            if synchronized:
+                moments = batch_norm.over_all_ranks(moments, y.numel() // y.shape[2])
+            mean, inverse_std = batch_norm.statistics(moments, fused.EPS, 0.1, *running)
+        return Normalization(weight, bias, mean, inverse_std, True, synchronized)
+
+    first, second, third = zip(parameters[::2], parameters[1::2], strict=True)
+    membrane, spikes = gate_lif.gate_lif(x, temporal, spatial, *neuron)
+    y = 2 * spikes - membrane
+    inner = norm_lif.norm_lif(y, normalize(y, *first), *neuron)
+    y = inner + 0.5 * spikes
+    membrane, spikes = residual_lif.residual_lif(y, normalize(y, *second), membrane, None, *neuron)
+    y, shortcut = inner - 0.5 * spikes, 0.5 * membrane
+    membrane, spikes = residual_lif.residual_lif(
+        y, normalize(y, *second), shortcut, normalize(shortcut, *third), *neuron
+    )
+    y = membrane + spikes
+    membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None, None)
+    return lif_pool.lif_pool(membrane, *neuron), membrane
+
+
+def gradients_of_network(x: Tensor, temporal: Tensor, *_: Tensor) -> list[Tensor]:
+    """Return incoming gradients of both outputs."""
+    rates = len(temporal), *x.shape[:2]
+    return [fused.normal(shape, 7).to(x) for shape in (rates, (*rates, *x.shape[2:]))]
+
+
+def run_network(
+    leaves: list,
+    function=network,
+    images: slice = slice(None),
+    gradients: list[Tensor] | None = None,
+    **options: object,
+) -> list[Tensor]:
+    """Return outputs for some images of the batch, and the gradients of all leaves."""
+    (x, temporal, spatial), parameters = leaves[:3], leaves[3:]
+    gradients = [each[:, images] for each in gradients or gradients_of_network(*leaves)]
+    chosen = [x[images], temporal[:, images], spatial[images], *parameters]
+    outputs, found = fused.run(lambda *leaves: function(*leaves, **options), chosen, gradients)
+    return [*outputs, *found]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiles_without_graph_breaks(backend: str, device: str) -> None:
+    if backend == "inductor" and device == "cpu":
+        pytest.skip("inductor fuses multiplications and additions that the eager network rounds one by one")
+    leaves = leaves_of_network(device)
+    torch._dynamo.reset()
+    results = []
+    for function in (network, torch.compile(network, fullgraph=True, backend=backend)):
+        running = torch.zeros(8, device=device), torch.ones(8, device=device)
+        results.append([*run_network(leaves, function, running=running), *running])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert [result.stride() for result in results[1]] == [result.stride() for result in results[0]]
+
+
+# Vectors of channels with idle threads in a block, and one channel a thread.
+widths = pytest.mark.parametrize(("C", "dtype"), [(48, "fp32"), (7, "bf16")], ids=["vectors", "scalars"])
+
+
+@widths
+def test_all_results_are_written(C: int, dtype: str, kernels_on_cpu: KernelsOnCpu) -> None:
+    results = run_network(leaves_of_network("cpu", C=C, dtype=fused.DTYPES[dtype]))
+    fused.assert_has_spikes_and_silence(results[0])
+    assert all(result.isfinite().all() for result in results)
+
+
+@widths
+def test_repeats_bit_for_bit_in_every_order(C: int, dtype: str, kernels_on_cpu: KernelsOnCpu) -> None:
+    leaves = leaves_of_network("cpu", C=C, dtype=fused.DTYPES[dtype])
+    results = []
+    for order in (*ORDERS, "shuffled"):
+        kernels_on_cpu.order = order
+        results.append(run_network(leaves))
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+# --- Two processes
+
+
+def run_rank(rank: int, kernel_folder: Path, folder: Path) -> None:
+    """Run the network on one image of two, as one of two processes, and save the results."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with torch.library._scoped_library("gac", "FRAGMENT") as library:
+        for name, implementation in runtime.OPERATORS.items():
+            library.impl(name.removeprefix("gac::"), implementation, "CPU")
+        runtime.set_cpu_launcher(KernelsOnCpu(kernel_folder))
+        running = torch.zeros(8), torch.ones(8)
+        images = slice(rank, rank + 1)
+        results = run_network(leaves_of_network("cpu"), images=images, synchronized=True, running=running)
+    torch.save([*results, *running], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_with_the_whole_batch(kernels_on_cpu: KernelsOnCpu, tmp_path: Path) -> None:
+    running = torch.zeros(8), torch.ones(8)
+    expected = [*run_network(leaves_of_network("cpu"), running=running), *running]
+    torch.multiprocessing.spawn(run_rank, (kernels_on_cpu._folder, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for number, (whole, *parts) in enumerate(zip(expected, *ranks, strict=True)):
+        if number < 5:  # outputs [T, B, ...], and the gradients of x [B, ...], temporal [T, B] and spatial [B, ...]
+            together = torch.cat(parts, 0 if number in (2, 4) else 1)
+        elif number < 11:  # the gradients of weights and biases, which DistributedDataParallel adds up
+            together = sum(parts)
+        else:
+            together = parts[0]
+            assert torch.equal(parts[1], together)
+        torch.testing.assert_close(together, whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+
+
+# --- Tensors of more than 2^31 elements
+
+# A kernel as its last block alone, that of the largest addresses. The grid that the block sees is the whole one.
+_LAST_BLOCK = """
+#include "{file}"
+template <auto kKernel>
+struct LastBlock;
+template <typename... Parameters, void (*kKernel)(Parameters...)>
+struct LastBlock<kKernel> {{
+    static void run(Parameters... parameters) {{
+        gridDim.x = {blocks}u;
+        blockIdx.x = {blocks}u - 1u;
+        kKernel(parameters...);
+    }}
+}};
+"""
+
+
+class LastBlockOnly:
+    """A CPU launcher that runs of each kernel the last block, and of the second stages only what that block left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._kernels = KernelsOnCpu(folder, kernel_folder=folder)
+        self.launched: list[str] = []
+
+    def __call__(self, kernel: runtime.Kernel, grid: tuple, block: tuple, values: list[np.generic]) -> None:
+        self.launched.append(kernel.instance.split("<")[0])
+        blocks = grid[0]
+        if "total" in kernel.instance:
+            count = values[-2]
+            quantities = 3 if kernel.instance == "batch_moments_total" else grid[1]
+            values = [values[0] + np.uint64(4 * (int(count) - 1) * quantities * int(values[-1])), *values[1:]]
+            values[-2] = np.int32(1)
+            self._kernels(kernel, grid, block, values)
+            return
+        file = f"last_block_{blocks}_{kernel.file}"
+        (self._folder / file).write_text(_LAST_BLOCK.format(file=kernel.file, blocks=blocks))
+        last = runtime.Kernel(file, f"LastBlock<{kernel.instance}>::run", kernel.parameters)
+        self._kernels(last, (1, *grid[1:]), block, values)
+
+
+PIXELS = 128  # of an image: with 8 channels for a thread, what a block takes at a time
+IMAGES = 2**21 + 1
+
+
+def mostly_unmapped(shape: tuple[int, ...], last_image: Tensor) -> Tensor:
+    """Return [..., B, C, H, W] in channels_last, zero but for its last image; untouched pages take no memory."""
+    *outer, C, H, W = shape
+    memory = mmap.mmap(-1, np.prod(shape).item() * 2)
+    x = torch.frombuffer(memory, dtype=torch.float16).view(*outer, H, W, C).movedim(-1, -3)
+    x[..., -1, :, :, :] = last_image
+    return x
+
+
+class TestLargeTensors:
+    """The last image of tensors of more than 2^31 elements a frame gives what it gives alone."""
+
+    T, C = 2, 8
+
+    @pytest.fixture(autouse=True)
+    def _last_block_only(self, kernels_on_cpu: KernelsOnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # torch.empty must not write all of what it returns.
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        monkeypatch.setattr(runtime, "_CPU_BLOCKS", 2**30)
+        self.all_blocks = kernels_on_cpu
+        self.last_block = LastBlockOnly(tmp_path)
+
+    def small_and_large(self, seed: int, T: tuple[int, ...] = (2,)) -> tuple[Tensor, Tensor]:
+        image = fused.laid_out(fused.normal((*T, 1, self.C, PIXELS, 1), seed, 0.5, 2.0).half(), "channels_last")
+        return image, mostly_unmapped((*T, IMAGES, self.C, PIXELS, 1), image[..., 0, :, :, :])
+
+    def compare(self, function: fused.Operation, leaves: list, gradients: list, batch: list[int]) -> None:
+        """``leaves`` and ``gradients``: pairs of a small and a large one; ``batch``: their dimensions of images."""
+        results = []
+        for size, launcher in enumerate((self.all_blocks, self.last_block)):
+            runtime.set_cpu_launcher(launcher)
+            outputs, found = fused.run(function, [pair[size] for pair in leaves], [pair[size] for pair in gradients])
+            results.append([*outputs, *found])
+        for small, large, dim in zip(*results, batch, strict=True):
+            if dim is not None:
+                large = large.narrow(dim, -1, 1)
+            # The kernel without time, residual_lif_backward_inputs, has only the last step in its last block.
+            last = -1 if dim == 1 else ...
+            assert small[last].abs().max() > 0
+            assert torch.equal(large[last], small[last])
+
+    def test_norm_lif(self) -> None:
+        parameters = [(parameter, parameter) for parameter in fused.parameters_of_norm(self.C, "cpu")]
+        self.compare(
+            lambda y, weight, bias: [norm_lif.norm_lif(y, fused.fixed_statistics(y, weight, bias), *IMAGENET)],
+            [self.small_and_large(0), *parameters],
+            [self.small_and_large(1)],
+            [1, 1, None, None],
+        )
+
+    def test_residual_lif(self) -> None:
+        parameters = [(parameter, parameter) for parameter in fused.parameters_of_norm(self.C, "cpu")]
+        of_shortcut = [(parameter, parameter) for parameter in fused.parameters_of_norm(self.C, "cpu", seed=1)]
+
+        def operation(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple:
+            statistics = fused.fixed_statistics(y, weight, bias), fused.fixed_statistics(y, *parameters)
+            return residual_lif.residual_lif(y, statistics[0], shortcut, statistics[1], *IMAGENET)
+
+        self.compare(
+            operation,
+            [self.small_and_large(0), *parameters, self.small_and_large(1), *of_shortcut],
+            [self.small_and_large(2), self.small_and_large(3)],
+            [1, 1, 1, None, None, 1, None, None],
+        )
+
+    def test_gate_lif(self) -> None:
+        temporal = fused.normal((2, 1), 2, 1.0)
+        self.compare(
+            lambda *leaves: gate_lif.gate_lif(*leaves, *IMAGENET),
+            [self.small_and_large(0, ()), (temporal, temporal.repeat(1, IMAGES)), self.small_and_large(1, ())],
+            [self.small_and_large(2), self.small_and_large(3)],
+            [1, 1, 0, 1, 0],
+        )
+
+    def test_lif_pool(self) -> None:
+        grad = fused.normal((2, 1, self.C), 1).half()
+        self.compare(
+            lambda x: [lif_pool.lif_pool(x, *IMAGENET)],
+            [self.small_and_large(0)],
+            [(grad, grad.expand(2, IMAGES, self.C))],
+            [1, 1],
+        )
+
+    def test_batch_moments(self) -> None:
+        small, large = self.small_and_large(0)
+        runtime.set_cpu_launcher(self.last_block)
+        moments = batch_norm.batch_moments(large)
+        runtime.set_cpu_launcher(self.all_blocks)
+        # The last rows of all are the last image at the last time step.
+        torch.testing.assert_close(moments, batch_norm.batch_moments(small[-1:]))
+
+
+# --- Compilation for GPUs, and sanitizers
+
+
+def launched_by(function, *arguments: object, **options: object) -> list[tuple[runtime.Kernel, int]]:
+    """Return kernel and threads of a block for every launch of ``function``; none of them runs."""
+    launches = []
+    before = runtime._cpu_launcher
+    runtime.set_cpu_launcher(lambda kernel, grid, block, values: launches.append((kernel, block[0])))
+    function(*arguments, **options)
+    runtime.set_cpu_launcher(before)
+    return launches
+
+
+def kernels_to_compile(capability: int) -> list[tuple[runtime.Kernel, int]]:
+    """Return all kernels at T = 6, and for one capability at other T the backward ones, which need most registers."""
+    whole, backward = [(6, torch.float16, 16, CIFAR)], []
+    # One capability needs about as many registers as another.
+    if capability == 90:
+        backward = [(16, torch.float32, 16, CIFAR), (12, torch.float16, 16, CIFAR), (8, torch.float32, 16, IMAGENET)]
+    kernels = []
+    for T, dtype, C, neuron in whole + backward:
+        launched = launched_by(run_network, leaves_of_network("cpu", T=T, C=C, dtype=dtype), neuron=neuron)
+        everything = (T, dtype, C, neuron) in whole
+        kernels += [launch for launch in launched if everything or "backward" in launch[0].instance]
+    return list(dict.fromkeys(kernels))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_for_gpus_without_spills(capability: int, kernels_on_cpu: KernelsOnCpu) -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
+    from cupy.cuda import nvrtc
+
+    if capability not in nvrtc.getSupportedArchs():
+        pytest.skip(f"NVRTC {nvrtc.getVersion()} does not compile for compute capability {capability / 10}")
+    for kernel, threads in kernels_to_compile(capability):
+        compiled = runtime.compile_kernel(kernel, capability, ["--ptxas-options=-v"])
+        # The log has the file's other kernels too, where they are no templates.
+        log = compiled.log[compiled.log.index(f"'{compiled.name}'") :]
+        registers, spills = re.search(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill", log)[:2]
+        assert spills == ["0", "0"], kernel.instance
+        assert int(registers[1]) * threads <= 65536, kernel.instance
+
+
+def test_kernels_under_sanitizers(compiled_kernels: KernelsOnCpu) -> None:
+    """Run the network with vectors again, with every access of the kernels checked for bounds and alignment."""
+    if "GAC_TEST_SANITIZE" in os.environ:
+        pytest.skip("this is the run under sanitizers")
+    environment = os.environ | sanitizer_environment() | {"GAC_TEST_SANITIZE": "1"}
+    chosen = "test_all_results_are_written and vectors"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "1 passed" in result.stdout
+
+
+# --- Only on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestDevice:
+    def test_graph_capture(self) -> None:
+        leaves = leaves_of_network("cuda", C=64, dtype=torch.float16)
+        # Made before: what comes from the host cannot be captured.
+        gradients = gradients_of_network(*leaves)
+        run_network(leaves, gradients=gradients)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_network(leaves, gradients=gradients)
+        leaves[0].copy_(leaves[0].flip(0))
+        graph.replay()
+        torch.testing.assert_close(captured, run_network(leaves), rtol=0, atol=0)
+
+    def test_repeats_bit_for_bit(self) -> None:
+        leaves = leaves_of_network("cuda", B=64, C=128, dtype=torch.float16)
+        torch.testing.assert_close(run_network(leaves), run_network(leaves), rtol=0, atol=0)
