@@ -24,8 +24,11 @@ from gac.checkpoint import is_ours, read_checkpoint
 from gac.config import SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
 from gac.files import atomic_write
+from gac.training.distributed import Ranks, is_lost_connection, process_group
+from gac.training.dry_run import dry_run
 from gac.training.engine import train
 from gac.training.health import TrainingDiverged
+from gac.training.overfit import overfit_one_batch
 from gac.training.report import evaluate_checkpoint, format_report
 from gac.training.signals import Interrupted
 from gac.training.writing import ResultsNotWritten, writing
@@ -37,6 +40,8 @@ FIELDS: dict[str, Any] = {
     **{name: hint for name, hint in get_type_hints(Config).items() if name not in SECTIONS},
     **{f"{section}.{name}": hint for section, kind in SECTIONS.items() for name, hint in get_type_hints(kind).items()},
 }
+# What train.py does besides training a run from its beginning.
+MODES = ("resume", "dry-run", "overfit-one-batch")
 # What may differ from the training run when its network is evaluated.
 EVALUATION_FIELDS = [
     *(name for name in FIELDS if name.startswith("data.")),
@@ -54,6 +59,8 @@ class TrainArguments:
     config: Config
     output: Path
     resume: str | None
+    dry_run: bool
+    overfit_one_batch: bool
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,19 @@ class EvalArguments:
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Run train.py's command line and return its exit status."""
 
-    def run(arguments: Sequence[str]) -> None:
-        parsed = parse_train(arguments)
-        train(parsed.config, parsed.output, parsed.resume)
+    def run(arguments: Sequence[str], ranks: Ranks) -> int:
+        parsed = ranks.together(lambda: parse_train(arguments))
+        if ranks.size > 1 and (parsed.dry_run or parsed.overfit_one_batch):
+            ranks.together(_refuse_several)
+        if parsed.dry_run:
+            print(dry_run(parsed.config, parsed.output))
+        elif parsed.overfit_one_batch:
+            learnt, verdict = overfit_one_batch(parsed.config, parsed.output)
+            print(verdict)
+            return 0 if learnt else 1
+        else:
+            train(parsed.config, parsed.output, parsed.resume, ranks=ranks)
+        return 0
 
     return _run(run, arguments)
 
@@ -83,13 +100,16 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 def eval_main(arguments: Sequence[str] | None = None) -> int:
     """Run eval.py's command line and return its exit status."""
 
-    def run(arguments: Sequence[str]) -> None:
-        parsed = parse_eval(arguments)
-        report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.T)
+    def run(arguments: Sequence[str], ranks: Ranks) -> int:
+        parsed = ranks.together(lambda: parse_eval(arguments))
+        report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.T, ranks)
+        if not ranks.first:
+            return 0
         print(format_report(report))
         if parsed.json is not None:
             with writing(parsed.json), atomic_write(parsed.json) as file:
                 file.write(f"{json.dumps(asdict(report), indent=2)}\n".encode())
+        return 0
 
     return _run(run, arguments)
 
@@ -97,7 +117,8 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Return what a command line of train.py asks for. Raises InputError."""
     parser = _make_parser(
-        "train.py --config FILE [--output FOLDER] [--resume auto|FILE] [--SECTION.FIELD VALUE ...]",
+        "train.py --config FILE [--output FOLDER] [--resume auto|FILE | --dry-run | --overfit-one-batch]"
+        " [--SECTION.FIELD VALUE ...]",
         "Train a network and write all results to a run folder.",
     )
     parser.add_argument("--config", type=str, metavar="FILE", help="YAML file with the options below; see configs/.")
@@ -111,17 +132,33 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
         help="auto continues the newest checkpoint of the run folder that is whole, or starts afresh if there is "
         "none; a file continues that checkpoint.",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary folder next "
+        "to --output, which stays as it is.",
+    )
+    parser.add_argument(
+        "--overfit-one-batch",
+        action="store_true",
+        help="Train on the first batch alone, without augmentation and mixing, and say whether it was learnt; the "
+        "exit status is 1 if not. Writes nothing that stays.",
+    )
     parser.add_class_arguments(Config)
     _help_if_asked(parser, arguments)
     config_path, overrides = _take("config", arguments)
-    given = _check_names(overrides, ["config", "output", "resume", *FIELDS])
+    given = _check_names(overrides, ["config", "output", *MODES, *FIELDS])
+    if len(modes := [mode for mode in MODES if mode in given]) > 1:
+        raise InputError(f"--{modes[0]} and --{modes[1]} exclude each other: choose one")
     if config_path is None:
         raise InputError("--config is required: name a YAML file, for example --config configs/digits.yaml")
     from_file, lines = _read_yaml(Path(config_path))
     # Overrides come last, wherever --config stood.
     values = _parse(parser, [*from_file, *overrides], {k: v for k, v in lines.items() if k not in given})
     output = Path(values["output"] or Path("runs", Path(config_path).stem))
-    return TrainArguments(_make_config(values), output, values["resume"])
+    return TrainArguments(
+        _make_config(values), output, values["resume"], values["dry_run"], values["overfit_one_batch"]
+    )
 
 
 def parse_eval(arguments: Sequence[str]) -> EvalArguments:
@@ -171,24 +208,43 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     return EvalArguments(Path(checkpoint), payload, config, T, json_path)
 
 
-def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("gac").setLevel(logging.INFO)
+def _refuse_several() -> None:
+    raise InputError("--dry-run and --overfit-one-batch are for a single process: start train.py without torchrun")
+
+
+def _run(command: Callable[[Sequence[str], Ranks], int], arguments: Sequence[str] | None) -> int:
+    who = ""
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
+        with process_group() as ranks:
+            who = "" if ranks.first else f"rank {ranks.rank}: "
+            logging.basicConfig(format=f"{who}%(message)s", stream=sys.stderr)
+            # What the ranks have in common rank 0 says.
+            logging.getLogger("gac").setLevel(logging.INFO if ranks.first else logging.WARNING)
+            return command(sys.argv[1:] if arguments is None else arguments, ranks)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 2
-    except (TrainingDiverged, ResultsNotWritten) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except TrainingDiverged as error:
+        # All ranks raise it.
+        if not who:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ResultsNotWritten as error:
+        print(f"{who}error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        print(f"error: {reason}; lower train.batch_size or train.eval_batch_size", file=sys.stderr)
+        advice = "lower train.batch_size or train.eval_batch_size, or raise train.accumulate_steps"
+        print(f"{who}error: {reason}; {advice}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
         return interrupted.exit_status
-    return 0
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"{who}error: another process of the run has ended or hangs ({reason})", file=sys.stderr)
+        return 1
 
 
 def _make_parser(usage: str, description: str) -> ArgumentParser:

@@ -38,8 +38,14 @@ class DataConfig:
     resize: int = 256
     """imagefolder: length in pixels that the shorter side of a test image is resized to before the centre
     crop."""
-    auto_augment: bool = False
-    """imagefolder: apply torchvision's AutoAugment (ImageNet policy) to training images."""
+    augment: Literal["off", "autoaugment_cifar10", "autoaugment_imagenet", "randaugment", "trivialaugment"] = "off"
+    """All data sets: torchvision's policy of random operations on training images, after crop and flip."""
+    augment_group: int = 8
+    """All but imagefolder: neighbours in a batch that share one draw of the policy's operations; 1 gives each image
+    its own, at about six times the cost of 8. imagefolder draws for each image, in its workers."""
+    random_erasing: float = 0.0
+    """All data sets: probability that a random rectangle of a training image is filled with the data set's mean
+    colour, after everything else (torchvision's RandomErasing)."""
     workers: int = 8
     """imagefolder: processes that decode images, 0 for none but the training process; batches do not depend on it."""
     synthetic_classes: int = 10
@@ -53,6 +59,8 @@ class DataConfig:
             "data",
             self,
             crop_padding=(self.crop_padding >= 0, "at least 0"),
+            augment_group=(self.augment_group >= 1, "at least 1"),
+            random_erasing=(0 <= self.random_erasing <= 1, "in [0, 1]"),
             image_size=(self.image_size >= 1, "at least 1"),
             resize=(
                 self.resize >= self.image_size or self.name != "imagefolder",
@@ -132,7 +140,14 @@ class TrainConfig:
     nesterov: bool = False
     """Use Nesterov momentum (the authors do not)."""
     weight_decay: float = 5e-5
-    """L2 penalty on all parameters alike, as the authors' code has it."""
+    """L2 penalty on the parameters that train.weight_decay_on names."""
+    weight_decay_on: Literal["all", "weights"] = "all"
+    """all parameters alike, as the authors' code has it, or the weights of convolutions and linear layers alone: not
+    biases and BatchNorm's parameters."""
+    stem_weight_decay: float | None = None
+    """L2 penalty of the stem's parameters, whose channels a strong one can switch off. Default: train.weight_decay."""
+    gradient_clip_norm: float = 0.0
+    """Scale the gradient of all parameters down to this norm when it is larger; 0 turns that off."""
     schedule_step: Literal["epoch", "batch"] = "epoch"
     """Lower the learning rate after every epoch, as the authors do, or after every batch."""
     warmup_epochs: float = 0.0
@@ -147,17 +162,33 @@ class TrainConfig:
     cutmix_probability: float = 0.5
     """Probability that the decision says yes."""
     cutmix_beta: float = 1.0
-    """Parameter of the Beta(beta, beta) distribution that the mixing ratio is drawn from."""
+    """Parameter of the Beta(beta, beta) distribution that CutMix's mixing ratio is drawn from."""
+    mixup_alpha: float = 0.0
+    """mixup: parameter of the Beta(alpha, alpha) distribution that a batch's mixing ratio is drawn from; 0 turns
+    mixup off. With CutMix on as well each batch is left to one of the two, with equal probability."""
+    mix_off_epochs: int = 0
+    """Epochs at the end of the run that have neither CutMix nor mixup."""
+    ema_decay: float = 0.0
+    """Keep a moving average of the weights, of which every step keeps this share (less in the first steps), evaluate
+    it beside the weights and put the better of the two in best.pt; 0 turns that off."""
     amp: Literal["off", "fp16", "bf16"] = "off"
     """Automatic mixed precision: fp16 (with loss scaling), bf16 or off (float32; convolutions in TF32 on a GPU that
     has it, as PyTorch does by default)."""
+    accumulate_steps: int = 1
+    """Run each batch in so many micro-batches, one after another, to need less memory; the gradients are those of the
+    whole, but BatchNorm normalises each micro-batch by itself."""
+    sync_batch_norm: bool = False
+    """With several processes: let BatchNorm take its statistics over the images of all of them, not of each alone."""
     cuda_graph: bool = False
     """Replay each training step on a CUDA device as one captured graph, which takes the host's time per step away; off
     by default, as it has not run on a GPU yet."""
     channels_last: bool = True
     """Keep activations in channels_last memory order on a CUDA device."""
+    checkpoint_activations: bool = False
+    """Keep the inputs of the blocks alone for the backward pass and compute the rest again: less memory, more time,
+    the same result."""
     seed: int = 1000
-    """Seed of the initial weights, data order, augmentation and CutMix; 1000 is the authors'."""
+    """Seed of the initial weights, data order, augmentation, CutMix and mixup; 1000 is the authors'."""
     eval_batch_size: int = 256
     """Images per batch in evaluation."""
     checkpoint_minutes: float = 10.0
@@ -174,12 +205,21 @@ class TrainConfig:
             self,
             epochs=(self.epochs >= 1, "at least 1"),
             batch_size=(self.batch_size >= 1, "at least 1"),
+            accumulate_steps=(
+                1 <= self.accumulate_steps <= self.batch_size,
+                f"from 1 to train.batch_size ({self.batch_size})",
+            ),
             learning_rate=(0 < self.learning_rate < math.inf, "greater than 0"),
             momentum=(
                 self.momentum < 1 and (self.momentum > 0 or (self.momentum == 0 and not self.nesterov)),
                 "in [0, 1), and not 0 with train.nesterov",
             ),
             weight_decay=(0 <= self.weight_decay < math.inf, "at least 0"),
+            stem_weight_decay=(
+                self.stem_weight_decay is None or 0 <= self.stem_weight_decay < math.inf,
+                "at least 0, or null for train.weight_decay",
+            ),
+            gradient_clip_norm=(0 <= self.gradient_clip_norm < math.inf, "at least 0"),
             warmup_epochs=(
                 0 <= self.warmup_epochs < self.epochs,
                 f"at least 0 and below train.epochs ({self.epochs})",
@@ -187,6 +227,12 @@ class TrainConfig:
             label_smoothing=(0 <= self.label_smoothing < 1, "in [0, 1)"),
             cutmix_probability=(0 <= self.cutmix_probability <= 1, "in [0, 1]"),
             cutmix_beta=(0 < self.cutmix_beta < math.inf, "greater than 0"),
+            mixup_alpha=(0 <= self.mixup_alpha < math.inf, "at least 0"),
+            mix_off_epochs=(
+                0 <= self.mix_off_epochs <= self.epochs,
+                f"from 0 to train.epochs ({self.epochs})",
+            ),
+            ema_decay=(0 <= self.ema_decay < 1, "in [0, 1)"),
             seed=(0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
             eval_batch_size=(self.eval_batch_size >= 1, "at least 1"),
             checkpoint_minutes=(0 <= self.checkpoint_minutes < math.inf, "at least 0"),

@@ -13,10 +13,14 @@ from gac.ops import runtime
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
-    """The CUDA kernels compiled by g++, each once per session."""
+    """The CUDA kernels compiled by g++, each once per session, by whichever of pytest-xdist's processes is first."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed; it compiles the CUDA kernels for the CPU")
-    return KernelsOnCpu(tmp_path_factory.mktemp("kernels"), sanitize="GAC_TEST_SANITIZE" in os.environ)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "kernels").mkdir(exist_ok=True)
+    return KernelsOnCpu(folder / "kernels", sanitize="GAC_TEST_SANITIZE" in os.environ)
 
 
 @pytest.fixture

@@ -68,13 +68,22 @@ def test_a_file_and_the_options_above_it(yaml_file) -> None:
 
 def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file) -> None:
     config = Config(
-        data=DataConfig("npz", "12", True, 1, False, 32, 40, True, 0, 3, 9),
+        data=DataConfig(
+            name="npz", root="12", download=True, crop_padding=1, horizontal_flip=False, image_size=32, resize=40,
+            augment="randaugment", augment_group=3, random_erasing=0.5, workers=0, synthetic_classes=3,
+            synthetic_images=9,
+        ),
         model=ModelConfig("msresnet18", "rate", 3, 8, [2, 1], "cifar", 2, 1, "alive", "torch"),
         train=TrainConfig(
-            7, 3, 1e-5, 0.5, True, 0.0, "batch", 1.5, "tet", 0.1, "off", 0.25, 2.0, "bf16", False, 0, 9, 0.5, 4, 1
+            epochs=7, batch_size=3, learning_rate=1e-5, momentum=0.5, nesterov=True, weight_decay=0.0,
+            weight_decay_on="weights", stem_weight_decay=1e-3, gradient_clip_norm=2.0, schedule_step="batch",
+            warmup_epochs=1.5, loss="tet", label_smoothing=0.1, cutmix="off", cutmix_probability=0.25, cutmix_beta=2.0,
+            mixup_alpha=0.5, mix_off_epochs=2, ema_decay=0.9, amp="bf16", accumulate_steps=2, sync_batch_norm=True,
+            cuda_graph=True, channels_last=False, checkpoint_activations=True, seed=0, eval_batch_size=9,
+            checkpoint_minutes=0.5, checkpoint_steps=4, keep_checkpoints=1,
         ),
         device="cuda:1",
-    )
+    )  # fmt: skip
     changed = [name for name, value in config.flat().items() if value != Config().flat()[name]]
     assert set(changed) == set(FIELDS)
     from_file = parse_train(["--config", yaml_file(yaml.safe_dump(config.to_dict()))])
@@ -90,6 +99,28 @@ def test_null_is_a_value_of_optional_fields_only(yaml_file) -> None:
         "run.yaml line 2: train.epochs must be a whole number; got null"
     )
     assert "data.root must be a text" in error_of("--config", yaml_file("data: {root: null}"))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_fast_recipe_is_the_prototypes_with_augmentation_and_averaged_weights(name: str) -> None:
+    assert parse_train(["--config", str(ROOT / f"configs/{name}_fast.yaml")]).config == Config(
+        data=DataConfig(name=name, augment="trivialaugment"),
+        train=TrainConfig(
+            epochs=60, batch_size=256, learning_rate=0.2, nesterov=True, weight_decay=5e-4, weight_decay_on="weights",
+            warmup_epochs=2.0, schedule_step="batch", label_smoothing=0.1, cutmix="batch", mix_off_epochs=8,
+            ema_decay=0.999, amp="fp16",
+        ),
+    )  # fmt: skip
+
+
+def test_a_run_or_a_trial_but_not_both(yaml_file) -> None:
+    path = yaml_file("{}")
+    parsed = parse_train(["--config", path])
+    assert (parsed.dry_run, parsed.overfit_one_batch) == (False, False)
+    assert parse_train(["--dry-run", "--config", path]).dry_run is True
+    assert parse_train(["--config", path, "--overfit-one-batch"]).overfit_one_batch is True
+    assert error_of("--config", path, "--dry-run", "--resume=auto").startswith("--resume and --dry-run exclude each")
+    assert error_of("--config", path, "--overfit-one-batch", "--dry-run").startswith("--dry-run and --overfit-one")
 
 
 def test_config_is_required() -> None:
@@ -202,12 +233,14 @@ def test_every_field_is_documented() -> None:
 def test_running_out_of_memory_names_what_to_lower(
     yaml_file, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_out(*arguments: object) -> None:
+    def run_out(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.5 GiB.\nSee docs")
 
     monkeypatch.setattr(cli, "train", run_out)
     assert train_main(["--config", yaml_file("{}")]) == 1
-    assert capsys.readouterr().err == ("error: CUDA out of memory; lower train.batch_size or train.eval_batch_size\n")
+    assert capsys.readouterr().err == (
+        "error: CUDA out of memory; lower train.batch_size or train.eval_batch_size, or raise train.accumulate_steps\n"
+    )
 
 
 @pytest.mark.parametrize("size", [0, 3000])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gac import create_model
+from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.cli import eval_main, parse_eval
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
@@ -57,6 +58,22 @@ def test_the_scores_are_those_of_the_training_run(run: Path, tmp_path: Path) -> 
     assert f"{line['test_top1']:.2f} %" in rows["top-1"]
     assert process.stdout.count("t = 1..") == 2
     assert "published" not in rows
+
+
+def test_what_is_scored_is_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(CONFIG, train=replace(CONFIG.train, epochs=4, ema_decay=0.9)), tmp_path)
+    payload = read_checkpoint(tmp_path / "best.pt")
+    average = read_checkpoint(tmp_path / "last.pt")["training"]["average"]["model"]
+    for weights, state, what in (("raw", payload["model"], ""), ("ema", average, ", moving average of the weights")):
+        write_checkpoint(tmp_path / f"{weights}.pt", payload | {"weights": weights, "model": state})
+        arguments = ["--checkpoint", str(tmp_path / f"{weights}.pt"), "--json", str(tmp_path / "scores.json")]
+        assert eval_main(arguments) == 0
+        assert f"(after epoch {payload['epoch']}{what})\n" in capsys.readouterr().out
+        report = json.loads((tmp_path / "scores.json").read_text())
+        assert report["weights"] == weights
+        if weights == "ema":
+            lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+            assert report["scores"]["loss"] == pytest.approx(lines[-1]["test_loss_ema"])
 
 
 def test_overrides_apply_to_data_and_execution(run: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_recipe_is_the_published_one(name, monkeypatch):
         data, train = run.config.data, run.config.train
         assert run.config.model.name == f"gac_msresnet{name[1:]}"
         assert (data.name, data.image_size, data.resize) == ("imagefolder", 224, 256)
-        assert (data.auto_augment, data.horizontal_flip) == (True, False)
+        assert (data.augment, data.horizontal_flip) == ("autoaugment_imagenet", False)
         assert (train.cutmix, train.cutmix_probability, train.label_smoothing) == ("batch", 1.0, 0.1)
         assert (train.learning_rate, train.momentum, train.weight_decay) == (0.1, 0.9, 1e-5)
         assert (train.batch_size, train.epochs, train.amp) == (256, 250, "fp16")

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from gac.data.array_set import Split
-from gac.data.augment import CropAndFlip
+from gac.data.augment import Augmentation
 from gac.data.interface import check_start
 from gac.data.normalization import Normalization
 from gac.data.seeding import Stream, derive_seed, epoch_order
+from gac.data.share import WHOLE, Share
+from gac.data.transfer import make_beside
 
 
 class ArrayLoader:
@@ -17,7 +19,8 @@ class ArrayLoader:
 
     With ``shuffle`` the order is a function of (seed, epoch), otherwise it is the arrays'. ``augment`` gets a
     generator on the device seeded by (seed, epoch, batch number): the same pixels at every visit, though CPU
-    and CUDA generators draw different numbers from one seed. Producing a batch never waits for the device.
+    and CUDA generators draw different numbers from one seed. Producing a batch never waits for the work on batches
+    before it.
     """
 
     def __init__(
@@ -29,7 +32,8 @@ class ArrayLoader:
         device: torch.device,
         seed: int,
         shuffle: bool,
-        augment: CropAndFlip | None,
+        augment: Augmentation | None,
+        share: Share = WHOLE,
     ) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
@@ -41,6 +45,7 @@ class ArrayLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
+        self.share = share
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
@@ -48,7 +53,7 @@ class ArrayLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See :meth:`gac.data.Loader.epoch`."""
         check_start(start, len(self))
-        return self._batches(epoch, start)
+        return make_beside(self._batches(epoch, start), self.images.device)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.images.device
@@ -57,8 +62,11 @@ class ArrayLoader:
         for batch in range(start, len(self)):
             span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             chosen = span if order is None else order[span]
-            images = self.images[chosen]
+            images, labels = self.images[chosen], self.labels[chosen]
             if self.augment is not None:
+                # All ranks' images: what an image is given depends on its place among them.
                 generator.manual_seed(derive_seed(self.seed, Stream.BATCH_AUGMENTATION, epoch, batch))
                 images = self.augment(images, generator)
-            yield self.normalization(images), self.labels[chosen]
+            part = self.share.of(len(labels))
+            if part.start < part.stop:
+                yield self.normalization(images[part]), labels[part]

@@ -1,10 +1,28 @@
-"""Random crop and horizontal flip of a whole batch, each image with its own offset and coin."""
+"""Random changes to the training images of a batch that lies on a device; torchvision's policies for image files too.
 
+Every augmentation is a function of the images and of the generator's seed.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision.transforms import v2
+
+from gac.data.seeding import Stream, derive_seed
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+"""Takes uint8 images [B, C, H, W] and a generator on their device, just seeded; returns new ones of that shape."""
+
+POLICIES: dict[str, Callable[[], v2.Transform]] = {
+    "autoaugment_cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    "autoaugment_imagenet": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET),
+    "randaugment": v2.RandAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+}
+"""Torchvision's policies by the values of data.augment."""
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
@@ -44,3 +62,60 @@ class CropAndFlip:
         else:
             flip = torch.zeros(batch, dtype=torch.bool, device=device)
         return crop_and_flip(images, top, left, flip, self.padding)
+
+
+class Policy:
+    """One of :data:`POLICIES`, drawn anew for every ``group`` images of a batch, as torchvision draws for a tensor."""
+
+    def __init__(self, name: str, group: int) -> None:
+        self.group = group
+        self._transform = POLICIES[name]()
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        # torchvision draws from the global generator of the CPU.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(generator.initial_seed(), Stream.POLICY))
+            return torch.cat([self._transform(group) for group in images.split(self.group)])
+
+
+class Erasing:
+    """Torchvision's RandomErasing with a rectangle for each image, drawn on the host.
+
+    Args:
+        probability: Probability that an image gets one.
+        color: What it is filled with, one byte for each channel.
+    """
+
+    def __init__(self, probability: float, color: Sequence[int]) -> None:
+        self.probability = probability
+        self.color = torch.tensor(color, dtype=torch.uint8).view(-1, 1, 1)
+        self._rectangle = v2.RandomErasing()
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        images, color = images.clone(), self.color.to(images.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(generator.initial_seed(), Stream.ERASING))
+            for chosen in (torch.rand(len(images)) < self.probability).nonzero().flatten().tolist():
+                rectangle = self._rectangle.make_params([images[chosen]])
+                if rectangle["v"] is not None:  # otherwise none of ten was small enough
+                    rows = slice(rectangle["i"], rectangle["i"] + rectangle["h"])
+                    columns = slice(rectangle["j"], rectangle["j"] + rectangle["w"])
+                    images[chosen, :, rows, columns] = color
+        return images
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Several augmentations, one after the other."""
+
+    steps: Sequence[Augmentation]
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        for step in self.steps:
+            images = step(images, generator)
+        return images
+
+
+def mean_color(mean: Sequence[float]) -> list[int]:
+    """Return the bytes of a colour whose channels are given in units where white is 1."""
+    return [round(255 * channel) for channel in mean]

@@ -1,6 +1,6 @@
 """From the configuration to loaders."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from gac.config import DataConfig
 from gac.data.array_loader import ArrayLoader
 from gac.data.array_set import ArraySet
-from gac.data.augment import CropAndFlip
+from gac.data.augment import Augmentation, CropAndFlip, Erasing, InTurn, Policy, mean_color
 from gac.data.cifar import load_cifar
 from gac.data.class_folders import ClassFolders, open_folders
 from gac.data.digits import load_digits
@@ -24,6 +24,7 @@ from gac.data.image_folder import (
 from gac.data.interface import Data, DataInfo, Loader
 from gac.data.normalization import Normalization
 from gac.data.npz import load_npz
+from gac.data.share import WHOLE, Share
 from gac.data.synthetic import load_synthetic
 from gac.errors import InputError
 
@@ -39,14 +40,16 @@ def build_data(
     seed: int,
     normalize: bool = True,
     splits: Collection[Literal["train", "test"]] = _SPLITS,
+    share: Share = WHOLE,
 ) -> Data:
     """Open a data set and make the loaders of the splits asked for.
 
     Training batches are shuffled and augmented as functions of ``seed`` and the position in the run; test
     batches are the images in their fixed order. ``normalize`` subtracts the set's mean and divides by its
     standard deviation, both in ``info``; without it images are intensities in [0, 1], which rate, latency and
-    phase coding need. With ``splits=("test",)`` a training part may be missing. Raises InputError if the data
-    set cannot be used, with what is missing or wrong in it, or an argument is out of range.
+    phase coding need. With ``splits=("test",)`` a training part may be missing. Of each batch, whose sizes are
+    those given, the loaders yield ``share``. Raises InputError if the data set cannot be used, with what is missing or
+    wrong in it, or an argument is out of range.
     """
     _check_arguments(batch_size, eval_batch_size, seed, splits)
     device = torch.device(device)
@@ -70,12 +73,14 @@ def build_data(
             "device": device,
             "seed": seed,
             "shuffle": training,
+            "share": share,
         }
         if config.name == "imagefolder":
-            transform = train_transform(config) if training else evaluation_transform(config)
+            transform = train_transform(config, info.mean) if training else evaluation_transform(config)
             options |= {"workers": config.workers, "replace_unreadable": training}
             return ImageFolderLoader(folders[split], transform, **options)
-        return ArrayLoader(arrays.splits[split], augment=_augmentation(config) if training else None, **options)
+        augment = _augmentation(config, info.mean) if training else None
+        return ArrayLoader(arrays.splits[split], augment=augment, **options)
 
     return Data(train=loader("train"), test=loader("test"), info=info)
 
@@ -112,10 +117,15 @@ def _load_arrays(config: DataConfig, splits: Collection[str]) -> ArraySet:
             raise AssertionError(f"{config.name} is not held as arrays")
 
 
-def _augmentation(config: DataConfig) -> CropAndFlip | None:
+def _augmentation(config: DataConfig, mean: Sequence[float]) -> Augmentation | None:
+    steps: list[Augmentation] = []
     if config.crop_padding or config.horizontal_flip:
-        return CropAndFlip(config.crop_padding, config.horizontal_flip)
-    return None
+        steps.append(CropAndFlip(config.crop_padding, config.horizontal_flip))
+    if config.augment != "off":
+        steps.append(Policy(config.augment, config.augment_group))
+    if config.random_erasing > 0:
+        steps.append(Erasing(config.random_erasing, mean_color(mean)))
+    return InTurn(steps) if steps else None
 
 
 def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) -> DataInfo:

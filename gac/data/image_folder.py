@@ -15,10 +15,12 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from gac.config import DataConfig
+from gac.data.augment import POLICIES, mean_color
 from gac.data.class_folders import ClassFolders
 from gac.data.interface import check_start
 from gac.data.normalization import Normalization
 from gac.data.seeding import Stream, derive_seed, epoch_order
+from gac.data.share import WHOLE, Share
 from gac.data.transfer import copy_ahead
 from gac.errors import InputError
 
@@ -30,14 +32,20 @@ TOLERATED_PERCENT = 1
 """Share of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
 
 
-def train_transform(config: DataConfig) -> v2.Transform:
-    """Random resized crop, flip and AutoAugment (as configured) of a PIL image to uint8 [3, size, size]."""
+def train_transform(config: DataConfig, mean: Sequence[float] = IMAGENET_MEAN) -> v2.Transform:
+    """Random resized crop, then flip, policy and erasing as configured, of a PIL image to uint8 [3, size, size].
+
+    Erased rectangles get the colour ``mean``, white being 1.
+    """
     steps: list[v2.Transform] = [v2.RandomResizedCrop(config.image_size)]
     if config.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip())
-    if config.auto_augment:
-        steps.append(v2.AutoAugment())
-    return v2.Compose([*steps, v2.PILToTensor()])
+    if config.augment != "off":
+        steps.append(POLICIES[config.augment]())
+    steps.append(v2.PILToTensor())
+    if config.random_erasing > 0:
+        steps.append(v2.RandomErasing(config.random_erasing, value=mean_color(mean)))
+    return v2.Compose(steps)
 
 
 def evaluation_transform(config: DataConfig) -> v2.Transform:
@@ -147,13 +155,14 @@ def _end_when_told_by(parent: int) -> None:
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
-    """Keys of the batches ``start, start + 1, ...`` of ``epoch``, both set before each iteration."""
+    """Keys of ``share`` of the batches ``start, start + 1, ...`` of ``epoch``, both set before each iteration."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool, share: Share) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.share = share
         self.epoch = 0
         self.start = 0
 
@@ -165,7 +174,8 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         order = epoch_order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
         for batch in range(start, len(self)):
             span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield [(epoch, number) for number in order[span].tolist()]
+            numbers = order[span]
+            yield [(epoch, number) for number in numbers[self.share.of(len(numbers))].tolist()]
 
 
 class ImageFolderLoader:
@@ -178,7 +188,7 @@ class ImageFolderLoader:
     An image that cannot be decoded is named in a warning, once, and counted in ``skipped``. With
     ``replace_unreadable`` the next image in the folders' order that can be decoded takes its place, a function of the
     image number alone; otherwise its batch is smaller, and a batch of which nothing is left does not come. With more
-    than TOLERATED_PERCENT of such images an epoch ends with InputError.
+    than TOLERATED_PERCENT of such images an epoch ends with InputError; each rank counts those that it meets.
     """
 
     def __init__(
@@ -193,6 +203,7 @@ class ImageFolderLoader:
         seed: int,
         shuffle: bool,
         replace_unreadable: bool,
+        share: Share = WHOLE,
     ) -> None:
         self.size = len(folders)
         self.skipped = 0
@@ -202,7 +213,7 @@ class ImageFolderLoader:
         self._replace = replace_unreadable
         self._tolerated = self.size * TOLERATED_PERCENT // 100
         self._named: set[int] = set()
-        self._batches = _Batches(self.size, batch_size, seed, shuffle)
+        self._batches = _Batches(self.size, batch_size, seed, shuffle, share)
         self._loader = DataLoader(
             # One image more than may be unreadable is bound to be readable, unless the set is broken.
             _Images(folders, transform, seed, substitutes=self._tolerated if replace_unreadable else 0),

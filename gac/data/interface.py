@@ -16,6 +16,9 @@ class Loader(Protocol):
     image exactly once, so the last batch may be smaller. ``skipped`` counts the images that could not be read
     among the batches yielded since :meth:`epoch` was called last: in training another image stands for each of
     them, a test set lacks them.
+
+    With a :class:`~gac.data.share.Share` the batches are this rank's parts of them, and ``skipped`` counts this rank's
+    images; ``size`` and ``len(loader)`` stay those of the split. A part without images does not come.
     """
 
     size: int

@@ -16,13 +16,17 @@ class Stream(IntEnum):
     ORDER = 0
     BATCH_AUGMENTATION = 1
     SAMPLE_AUGMENTATION = 2
+    POLICY = 3
+    ERASING = 4
+    RANK_NOISE = 5
 
 
 def derive_seed(seed: int, stream: Stream, *position: int) -> int:
     """Hash the training seed, the stream and a position into a 64-bit seed.
 
     The hash is NumPy's ``SeedSequence(seed, spawn_key=(stream, *position))``, whose result NumPy guarantees
-    not to change between versions. ``position`` is (epoch), (epoch, batch number) or (epoch, image number).
+    not to change between versions. ``position`` is (epoch), (epoch, batch number) or (epoch, image number), or
+    nothing where ``seed`` was itself derived from one.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(stream, *position))
     return int(sequence.generate_state(1, np.uint64)[0])

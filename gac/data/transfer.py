@@ -1,4 +1,4 @@
-"""Batches from the host to a device, one ahead of the computation."""
+"""Batches that are copied to a device, or made on it, beside the computation."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -28,6 +28,30 @@ def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
         present = following
     if present is not None:
         yield present.take()
+
+
+def make_beside(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches, tuples of tensors on ``device``, made by ``batches`` on a stream of its own.
+
+    On a CUDA device some transforms (torchvision's affine ones) wait for what is queued on their stream. On that of
+    the computation this would be the training step on the batch before.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    remaining = iter(batches)
+    while True:
+        with torch.cuda.stream(stream):
+            batch = next(remaining, None)
+        if batch is None:
+            return
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for tensor in batch:
+            tensor.record_stream(current)
+        yield batch
 
 
 class _Copy:

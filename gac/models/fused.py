@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gac.coding.gated import GatedAttentionCoding
 from gac.models.batch_norm import BatchNorm2d
+from gac.models.recompute import recomputed
 from gac.neuron import LIFNode
 from gac.ops.channels import MAX_T
 from gac.ops.gate_lif import gate_lif
@@ -73,6 +74,17 @@ def _gate_fuses(coding: GatedAttentionCoding, following: LIFNode) -> bool:
 
 def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None) -> tuple[Tensor, Tensor | None]:
     """Return the block's output and the spikes of the LIF layer that follows, if one does."""
+    if not (block.checkpoint_activations and torch.is_grad_enabled()):
+        return _compute_block(block, membrane, spikes, following)
+    modules = [block] if following is None else [block, following]
+    return recomputed(
+        lambda membrane, spikes: _compute_block(block, membrane, spikes, following), modules, membrane, spikes
+    )
+
+
+def _compute_block(
+    block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None
+) -> tuple[Tensor, Tensor | None]:
     y = functional.seq_to_ann_forward(spikes, block.conv1.conv)
     if _runs_by_itself(block.lif2):
         spikes = block.lif2(functional.seq_to_ann_forward(y, block.conv1.norm))

@@ -15,6 +15,7 @@ from gac.config import Coding
 from gac.errors import InputError
 from gac.models import fused
 from gac.models.batch_norm import BatchNorm2d
+from gac.models.recompute import recomputed
 from gac.neuron import PRESETS, Backend, LIFNode
 
 
@@ -54,7 +55,9 @@ class ConvNorm(nn.Module):
 class MSBlock(nn.Module):
     """Membrane-shortcut block: LIF-conv-BN twice, added to the real-valued input; nothing follows the addition.
 
-    Where the shape changes, the shortcut is a 1 x 1 convolution with BatchNorm of the real-valued input.
+    Where the shape changes, the shortcut is a 1 x 1 convolution with BatchNorm of the real-valued input. With
+    ``checkpoint_activations`` (an attribute, False at first) training keeps the block's input alone and computes what
+    is inside again for the backward pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, backend: Backend) -> None:
@@ -65,8 +68,14 @@ class MSBlock(nn.Module):
         self.conv2 = ConvNorm(out_channels, out_channels, 3)
         same_shape = stride == 1 and in_channels == out_channels
         self.shortcut = nn.Identity() if same_shape else ConvNorm(in_channels, out_channels, 1, stride)
+        self.checkpoint_activations = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return recomputed(self._forward, [self], x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         y = self.conv1(self.lif1(x))
         return self.conv2(self.lif2(y)) + self.shortcut(x)
 
@@ -184,6 +193,12 @@ class MSResNet(nn.Module, base.StepModule):
         for module in self.modules():
             if isinstance(module, LIFNode):
                 module.backend = backend
+
+    def set_checkpoint_activations(self, value: bool) -> None:
+        """Choose whether the blocks compute their activations again for the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, MSBlock):
+                module.checkpoint_activations = value
 
     def extra_repr(self) -> str:
         return f"T={self.T}, num_classes={self.num_classes}, coding={self.coding_name}"

@@ -3,55 +3,77 @@
 import logging
 import math
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms import v2
 
 from gac.checkpoint import write_checkpoint
 from gac.config import Config
-from gac.data import build_data
+from gac.data import Data, build_data
+from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
 from gac.models import create_model
+from gac.models.batch_norm import BatchNorm2d
+from gac.models.ms_resnet import MSResNet
 from gac.training import random_state
 from gac.training.checkpoints import Cadence
 from gac.training.cuda_graph import Replayed
 from gac.training.device import select_device
+from gac.training.distributed import ALONE, Ranks
+from gac.training.ema import MovingAverage
 from gac.training.evaluate import Evaluation, evaluate
 from gac.training.firing import FiringRates
 from gac.training.health import check_totals, check_weights
 from gac.training.log import log_epoch, log_start
 from gac.training.metrics_file import append_metrics, write_metrics
-from gac.training.optim import learning_rate_at, load_optimizer, make_optimizer, set_learning_rate
+from gac.training.mixing import Mixing
+from gac.training.optim import (
+    learning_rate_at,
+    load_optimizer,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 from gac.training.position import Position
 from gac.training.precision import check_precision
 from gac.training.progress import EpochProgress
 from gac.training.run_folder import RunFolder, check_same_run
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
-from gac.training.totals import Readback, Totals
+from gac.training.totals import Readback, Totals, over_ranks
 from gac.training.versions import versions
 from gac.training.writing import writing
 
 logger = logging.getLogger("gac")
 
 
-def train(config: Config, output: str | Path, resume: str | None = None) -> None:
+def train(
+    config: Config,
+    output: str | Path,
+    resume: str | None = None,
+    part: Callable[[Data], Data] | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
     """Train as ``config`` says and write everything to the folder ``output``.
 
     The folder gets config.yaml, metrics.jsonl (a line an epoch), last.pt (the newest state, to resume from) with
-    older ones beside it, best.pt (the network with the highest test accuracy) and TensorBoard's event files.
-    Accuracies are in percent; the training accuracy counts the labels that images had before CutMix.
+    older ones beside it, best.pt (the network with the highest test accuracy; its entry "weights" says whether they are
+    those trained, "raw", or their moving average, "ema") and TensorBoard's event files. Accuracies are in percent; the
+    training accuracy counts the labels that images had before CutMix and mixup.
 
     Args:
         config: The run.
         output: Its folder.
         resume: "auto" to continue the newest checkpoint in ``output`` that is whole, if there is one, the path of a
             last.pt to continue that one, or None to start afresh.
+        part: Returns what to use of the data set; by default all of it.
+        ranks: The processes of the run, each of which calls this; rank 0 reads and writes the folder.
 
     Raises:
         InputError: For input that cannot be used, and for an output folder that holds another run.
@@ -59,64 +81,118 @@ def train(config: Config, output: str | Path, resume: str | None = None) -> None
         TrainingDiverged: When the loss, a gradient or a weight is no longer finite; the checkpoints stay as they were.
         ResultsNotWritten: When the disk is full or the folder can no longer be written.
     """
-    with Interruption() as interruption:
-        Trainer(config, RunFolder(Path(output)), resume, interruption).run()
+    with Interruption(ranks.largest, second_kills=not ranks.launched) as interruption:
+        Trainer(config, RunFolder(Path(output)), resume, interruption, part, ranks).run()
 
 
 class Trainer:
     """One run: what :func:`train` builds and drives."""
 
-    def __init__(self, config: Config, folder: RunFolder, resume: str | None, interruption: Interruption) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        resume: str | None,
+        interruption: Interruption,
+        part: Callable[[Data], Data] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config = config
+        self.ranks = ranks
         self.folder = folder
         self.interruption = interruption
-        self.device = select_device(config.device)
-        check_precision(self.device, config.train.amp)
+        self.device = ranks.together(self._select_device)
         # Before anything slow, so that a wrong path or a changed configuration is known at once.
-        resumed = folder.checkpoint_to_resume(resume)
-        if resumed is not None:
-            check_same_run(resumed[1], config, resumed[0])
+        resumed = ranks.from_first(lambda: self._read_checkpoint(resume))
 
         random_state.seed_everything(config.train.seed)
-        self.data = build_data(
-            config.data,
-            device=self.device,
-            batch_size=config.train.batch_size,
-            eval_batch_size=config.train.eval_batch_size,
-            seed=config.train.seed,
-            normalize=config.model.takes_normalized_images,
-        )
+        self.data = ranks.together(lambda: self._open_data(part), in_turn=config.data.download)
         self.batches = len(self.data.train)
-        self.network = create_model(
-            num_classes=self.data.info.num_classes,
-            in_channels=self.data.info.channels,
-            **asdict(config.model),
-        )
+        self.network = ranks.together(self._create_network)
         self.memory_format = torch.contiguous_format
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             if config.train.channels_last:
                 self.memory_format = torch.channels_last
         self.network.to(self.device, memory_format=self.memory_format)
-        self.optimizer = make_optimizer(self.network.parameters(), config.train, self.device)
+        self.average = MovingAverage(self.network, config.train.ema_decay) if config.train.ema_decay > 0 else None
+        self.optimizer = make_optimizer(parameter_groups(self.network, config.train), config.train, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
-        self.step = TrainingStep(self.network, self.optimizer, self.scaler, config.train, self.device)
+        self.step = TrainingStep(
+            self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks
+        )
         replays = config.train.cuda_graph and self.device.type == "cuda"
         self._replayed_step = Replayed(self.step, self.device) if replays else None
-        self.cutmix = v2.CutMix(alpha=config.train.cutmix_beta, num_classes=self.data.info.num_classes)
-        self.firing_rates = FiringRates(self.network)
+        self.mixing = Mixing(config.train, self.data.info.num_classes, ranks)
+        self.firing_rates = FiringRates(self.network, ranks)
         self.cadence = Cadence(config.train.checkpoint_minutes, config.train.checkpoint_steps)
         self.position = Position()
         self.history: list[dict[str, float]] = []
+        # Rank 0's alone.
+        self.writer: SummaryWriter | None = None
 
-        folder.create(config)
-        log_start(config, self.data.info, self.network, self.batches, self.device, folder.path)
+        ranks.from_first(lambda: folder.create(config))
+        log_start(config, self.data.info, self.network, self.batches, self.device, folder.path, ranks)
         if resumed is not None:
             self._restore(*resumed)
         elif resume is not None:
             logger.info("there is no %s: starting afresh", folder.checkpoints.newest)
-        with writing(folder.metrics):
-            write_metrics(folder.metrics, self.history)
+        ranks.from_first(self._begin_metrics)
+
+    def _select_device(self) -> torch.device:
+        device = select_device(self.config.device, self.ranks)
+        check_precision(device, self.config.train.amp)
+        if self.config.train.cuda_graph and self.ranks.size > 1:
+            raise InputError(
+                f"train.cuda_graph replays the steps of one process, and there are {self.ranks.size}: leave it off"
+            )
+        return device
+
+    def _read_checkpoint(self, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
+        resumed = self.folder.checkpoint_to_resume(resume)
+        if resumed is not None:
+            check_same_run(resumed[1], self.config, resumed[0])
+        return resumed
+
+    def _open_data(self, part: Callable[[Data], Data] | None) -> Data:
+        config, ranks = self.config, self.ranks.size
+        data = build_data(
+            config.data,
+            device=self.device,
+            batch_size=config.train.batch_size,
+            eval_batch_size=config.train.eval_batch_size,
+            seed=config.train.seed,
+            normalize=config.model.takes_normalized_images,
+            share=self.ranks.share,
+        )
+        smallest = data.train.size % config.train.batch_size or config.train.batch_size
+        if smallest < ranks:
+            raise InputError(
+                f"{ranks} processes cannot share a batch of {smallest} images, which train.batch_size"
+                f" {config.train.batch_size} leaves of {data.train.size}: choose another train.batch_size or start"
+                " fewer processes"
+            )
+        return data if part is None else part(data)
+
+    def _create_network(self) -> MSResNet:
+        network = create_model(
+            num_classes=self.data.info.num_classes,
+            in_channels=self.data.info.channels,
+            **asdict(self.config.model),
+        )
+        network.set_checkpoint_activations(self.config.train.checkpoint_activations)
+        for module in network.modules():
+            if isinstance(module, BatchNorm2d):
+                module.synchronized = self.config.train.sync_batch_norm and self.ranks.size > 1
+        return network
+
+    def _begin_metrics(self) -> None:
+        with writing(self.folder.metrics):
+            write_metrics(self.folder.metrics, self.history)
+
+    def _open_writer(self) -> None:
+        with writing(self.folder.path):
+            self.writer = SummaryWriter(self.folder.path, purge_step=self.position.epoch + 1)
 
     def run(self) -> None:
         """Train the epochs that are left; see :func:`train`."""
@@ -124,13 +200,12 @@ class Trainer:
         if self.position.epoch == epochs:
             logger.info("all %d epochs are done: nothing to do", epochs)
             return
-        with writing(self.folder.path):
-            writer = SummaryWriter(self.folder.path, purge_step=self.position.epoch + 1)
-        with writer:
+        self.ranks.from_first(self._open_writer)
+        with self.writer or nullcontext():
             try:
                 while self.position.epoch < epochs:
                     self._train_epoch()
-                    self._finish_epoch(writer, self._evaluate())
+                    self._finish_epoch(*self._evaluate())
             except Interrupted as interrupted:
                 self._save()
                 logger.info(
@@ -145,44 +220,57 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         position, totals = self.position, self.step.totals
-        if position.mix_epoch is None and self.config.train.cutmix == "epoch":
-            position.mix_epoch = self._toss_cutmix_coin()
+        if position.mix_epoch is None:
+            position.mix_epoch = self.mixing.toss_for_epoch(position.epoch)
         self.network.train()
-        readback = Readback(totals.tensor)
+        readback, suspect = Readback(totals.tensor), False
 
         def poll() -> tuple[float, float] | None:
+            nonlocal suspect
             values = readback.poll()
             if values is None:
                 return None
             now = Totals(*values)
-            check_totals(now, self.config.train, self.batches)
+            suspect = not now.healthy
             return now.mean_loss, now.top1
 
         title = f"epoch {position.epoch + 1}/{self.config.train.epochs}"
         epoch = self.data.train.epoch(position.epoch, start=position.batch)
         started, seconds_before = time.perf_counter(), position.seconds
-        with EpochProgress(title, self.batches, position.batch, poll) as progress:
+        skipped_before = position.skipped_images
+
+        def count() -> None:
+            position.seconds = seconds_before + time.perf_counter() - started
+            position.skipped_images = skipped_before + self.data.train.skipped
+
+        with EpochProgress(title, self.batches, position.batch, poll, self.ranks.first) as progress:
             try:
                 for images, labels in self.interruption.watch(epoch):
                     self._train_step(images, labels)
-                    progress.update(len(labels))
-                    if self.cadence.due(position.step):
-                        position.seconds = seconds_before + time.perf_counter() - started
+                    progress.update(self.step.batch_images or len(labels))
+                    # The clocks of the ranks differ, and so may what they have seen of their own images.
+                    due, suspect = self.ranks.largest(self.cadence.due(position.step) and self.ranks.first, suspect)
+                    if suspect:
+                        self._check_health()
+                    if due:
+                        count()
                         self._save()
             finally:
                 # Waits for the device, so that the clock stops when the work is done.
                 totals.read()
-                position.seconds = seconds_before + time.perf_counter() - started
+                count()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         train, position = self.config.train, self.position
         set_learning_rate(self.optimizer, learning_rate_at(train, position.epoch, position.batch, self.batches))
-        targets = labels
-        if position.mix_epoch or (train.cutmix == "batch" and self._toss_cutmix_coin()):
-            images, targets = self.cutmix(images, labels)
+        images, targets = self.mixing(images, labels, position.epoch, position.mix_epoch)
         images = images.contiguous(memory_format=self.memory_format)
+        if self.ranks.size > 1:
+            done = position.batch * train.batch_size
+            self.step.batch_images = min(train.batch_size, self.data.train.size - done)
         try:
-            (self._replayed_step or self.step)(images, targets, labels)
+            with self._own_noise():
+                (self._replayed_step or self.step)(images, targets, labels)
         except ValueError as error:
             if not str(error).startswith("Expected more than 1 value per channel when training"):
                 raise
@@ -195,20 +283,42 @@ class Trainer:
         position.batch += 1
         position.step += 1
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> tuple[Evaluation, Evaluation | None]:
+        """Score the network and the average of its weights, if there is one, on the test set."""
         # Before the evaluation: its figures mean nothing if the weights are not finite.
         self._check_health()
-        batches = self.firing_rates.watch(self.interruption.watch(self.data.test.epoch(0)))
+        if self.average is not None:
+            self.ranks.first_buffers(self.average.network)
         # Rate coding draws random numbers: an abandoned evaluation must leave none drawn, as resuming repeats it.
         before = random_state.capture(self.device)
         try:
-            return evaluate(self.network, batches, self.device, self.config.train.amp)
+            batches = self.firing_rates.watch(self.interruption.watch(self.data.test.epoch(0)))
+            with self._own_noise():
+                test = evaluate(self.network, batches, self.device, self.config.train.amp, self.ranks)
+            if self.average is None:
+                return test, None
+            batches = self.interruption.watch(self.data.test.epoch(0))
+            with self._own_noise():
+                amp = self.config.train.amp
+                return test, evaluate(self.average.network, batches, self.device, amp, self.ranks)
         except Interrupted:
             random_state.restore(before, self.device)
             raise
 
-    def _finish_epoch(self, writer: SummaryWriter, test: Evaluation) -> None:
-        position, totals = self.position, self.step.totals.read()
+    def _own_noise(self) -> AbstractContextManager:
+        """Return a context in which random numbers of the network's are not those of the other ranks.
+
+        A single process draws them from the generators that all else is drawn from. Of several ranks those generators
+        must stay equal, or CutMix's coins would differ.
+        """
+        if self.ranks.size == 1:
+            return nullcontext()
+        place = self.position.step, self.ranks.rank, int(self.network.training)
+        return random_state.apart(derive_seed(self.config.train.seed, Stream.RANK_NOISE, *place), self.device)
+
+    def _finish_epoch(self, test: Evaluation, average: Evaluation | None) -> None:
+        position, totals = self.position, self._totals()
+        skipped, test_skipped = self._sum(position.skipped_images, self.data.test.skipped)
         metrics = {
             "epoch": position.epoch + 1,
             "step": position.step,
@@ -217,61 +327,88 @@ class Trainer:
             "test_loss": test.loss,
             "test_top1": test.top1,
             "test_top5": test.top5,
+            **({} if average is None else {"test_loss_ema": average.loss, "test_top1_ema": average.top1}),
             "learning_rate": learning_rate_at(self.config.train, position.epoch, self.batches - 1, self.batches),
             "skipped_steps": int(totals.skipped),
+            "skipped_images": skipped,
+            "test_skipped_images": test_skipped,
             "images_per_second": totals.images / position.seconds,
             "seconds": position.seconds,
         }
         rates = self.firing_rates.read()
-        improved = test.top1 > position.best_top1
+        scores = {"raw": test} if average is None else {"raw": test, "ema": average}
+        better = max(scores, key=lambda weights: scores[weights].top1)
+        improved = scores[better].top1 > position.best_top1
         self.history.append(metrics)
         self.position = Position(
             epoch=position.epoch + 1,
             step=position.step,
-            best_top1=max(test.top1, position.best_top1),
+            best_top1=max(scores[better].top1, position.best_top1),
         )
         self.step.totals.begin_epoch()
         # In this order: whatever a crash leaves behind, last.pt is never ahead of the other files.
+        self.ranks.from_first(lambda: self._write_results(metrics, rates, better if improved else None))
+        self._save()
+        evaluating = sum(score.images / score.images_per_second for score in scores.values())
+        log_epoch(metrics, self.config.train.epochs, improved, position.seconds + evaluating)
+
+    def _write_results(
+        self, metrics: dict[str, float], rates: dict[str, float], best: Literal["raw", "ema"] | None
+    ) -> None:
+        """Write metrics, firing rates and, if it is the ``best`` so far, the network with these weights."""
         with writing(self.folder.metrics):
             append_metrics(self.folder.metrics, metrics)
         with writing(self.folder.path):
             for name, value in metrics.items():
                 if name != "epoch":
-                    writer.add_scalar(name, value, metrics["epoch"])
+                    self.writer.add_scalar(name, value, metrics["epoch"])
             for layer, rate in rates.items():
-                writer.add_scalar(f"firing_rate/{layer}", rate, metrics["epoch"])
-            writer.flush()
-        if improved:
+                self.writer.add_scalar(f"firing_rate/{layer}", rate, metrics["epoch"])
+            self.writer.flush()
+        if best is not None:
             with writing(self.folder.best):
-                write_checkpoint(self.folder.best, self._payload())
-        self._save()
-        log_epoch(metrics, self.config.train.epochs, improved, position.seconds + test.images / test.images_per_second)
+                write_checkpoint(self.folder.best, self._payload(best))
 
-    def _toss_cutmix_coin(self) -> bool:
-        return torch.rand(()).item() < self.config.train.cutmix_probability
+    def _totals(self) -> Totals:
+        """Return the totals of all ranks; waits for the device."""
+        return over_ranks(self.ranks.gather(self.step.totals.read()))
+
+    def _sum(self, *counts: int) -> list[int]:
+        """Return the sum of each count over the ranks."""
+        return [sum(each) for each in zip(*self.ranks.gather(counts), strict=True)]
 
     def _check_health(self) -> None:
-        """Raise TrainingDiverged unless every loss, gradient and weight is finite; waits for the device."""
-        check_totals(self.step.totals.read(), self.config.train, self.batches)
+        """Raise TrainingDiverged on all ranks unless every loss, gradient and weight is finite; waits for the device.
+
+        Afterwards the network's running statistics are those of rank 0, on which alone they count.
+        """
+        self.ranks.first_buffers(self.network)
+        check_totals(self._totals(), self.config.train, self.batches)
         check_weights(self.network, self.position.step, self.config.train, self.batches)
 
     def _save(self) -> None:
         """Write last.pt, unless a number in it is not finite."""
         self._check_health()
+        (skipped,) = self._sum(self.position.skipped_images)
         training = {
-            "position": asdict(self.position),
-            "totals": self.step.totals.tensor,
+            "position": asdict(replace(self.position, skipped_images=skipped)),
+            "totals": torch.tensor(self._totals(), dtype=torch.float64),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random_state": random_state.capture(self.device),
+            **({} if self.average is None else {"average": self.average.state_dict()}),
             "history": self.history,
+            "ranks": self.ranks.size,
         }
-        self.folder.checkpoints.write({**self._payload(), "training": training}, self.config.train.keep_checkpoints)
+        payload = {**self._payload(), "training": training}
+        self.ranks.from_first(lambda: self.folder.checkpoints.write(payload, self.config.train.keep_checkpoints))
         self.cadence.restart()
 
-    def _payload(self) -> dict[str, Any]:
+    def _payload(self, weights: Literal["raw", "ema"] = "raw") -> dict[str, Any]:
+        network = self.network if weights == "raw" else self.average.network
         return {
-            "model": self.network.state_dict(),
+            "model": network.state_dict(),
+            "weights": weights,
             "config": self.config.to_dict(),
             "num_classes": self.data.info.num_classes,
             "in_channels": self.data.info.channels,
@@ -285,12 +422,21 @@ class Trainer:
         training = payload["training"]
         self.network.load_state_dict(payload["model"])
         self.position = Position(**training["position"])
-        self.step.totals.tensor.copy_(training["totals"])
+        totals = Totals(*training["totals"].tolist())
+        if not self.ranks.first:
+            # The sums so far are rank 0's, whatever rank they came from.
+            self.position.skipped_images = 0
+            totals = totals._replace(images=0.0, loss=0.0, correct=0.0)
+        self.step.totals.load(totals)
         self.history = training["history"]
         load_optimizer(self.optimizer, training["optimizer"], self.device)
         self.scaler.load_state_dict(training["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(training["average"])
         random_state.restore(training["random_state"], self.device)
         if checkpoint.resolve().parent != self.folder.path.resolve():
             # The best network so far is in another folder; this one keeps the best of what follows.
             self.position.best_top1 = -math.inf
+        if (before := training.get("ranks", 1)) != self.ranks.size:
+            logger.info("this run had %d processes and goes on with %d", before, self.ranks.size)
         logger.info("resuming %s after %d epochs and %d batches", checkpoint, self.position.epoch, self.position.batch)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac.errors import InputError
+from gac.training.distributed import ALONE, Ranks
 from gac.training.precision import autocast
 
 
@@ -32,12 +33,17 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "off"
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    amp: str = "off",
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Run ``network`` in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
 
-    The network returns outputs [T, B, K]. Counts are exact integers, kept on the device until the end. The
-    network is left in the mode it was in. Raises InputError if there are no images.
+    The network returns outputs [T, B, K]. Counts are exact integers, kept on the device until the end, and those of
+    all ranks, each with its own images, are added up. The network is left in the mode it was in. Raises InputError if
+    there are no images.
     """
     was_training = network.training
     network.eval()
@@ -52,10 +58,12 @@ def evaluate(
         loss = batch_loss if loss is None else loss + batch_loss
         images_seen += len(labels)
     network.train(was_training)
-    if correct is None:
+    mine = (images_seen, None if correct is None else correct.tolist(), 0.0 if loss is None else loss.item())
+    seen, hits, losses = zip(*ranks.gather(mine), strict=True)
+    images_seen, total_loss = sum(seen), sum(losses)
+    if images_seen == 0:
         raise InputError("the test set has no images; evaluate on one that has")
-    *by_time, top5 = correct.tolist()
-    total_loss = loss.item()
+    *by_time, top5 = map(sum, zip(*(counts for counts in hits if counts is not None), strict=True))
     return Evaluation(
         images=images_seen,
         correct=by_time[-1],

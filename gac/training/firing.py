@@ -7,6 +7,8 @@ import torch
 from spikingjelly.activation_based import monitor, neuron
 from torch import Tensor, nn
 
+from gac.training.distributed import ALONE, Ranks
+
 logger = logging.getLogger("gac")
 
 
@@ -14,13 +16,14 @@ class FiringRates:
     """Share of neurons and time steps that spike in each layer, over the first images of an evaluation.
 
     Counted on the device by SpikingJelly's monitor. Its hooks keep a layer off the fused path, so they are there for
-    the first batches alone, as many as :attr:`IMAGES` images need, and never in training.
+    the first batches alone, as many as :attr:`IMAGES` images need, and never in training. Ranks count together.
     """
 
     IMAGES = 1024
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, ranks: Ranks = ALONE) -> None:
         self.network = network
+        self.ranks = ranks
         self._spikes: monitor.OutputMonitor | None = None
         self._images = 0
         self._reported: set[str] = set()
@@ -30,7 +33,7 @@ class FiringRates:
         self._images = 0
         with monitor.OutputMonitor(self.network, neuron.BaseNode, _count) as self._spikes:
             for images, labels in batches:
-                if self._images < self.IMAGES:
+                if self._images < self.IMAGES / self.ranks.size:
                     self._images += len(labels)
                 else:
                     self._spikes.remove_hooks()
@@ -39,19 +42,25 @@ class FiringRates:
     def read(self) -> dict[str, float]:
         """Return each layer's firing rate in the evaluation just watched, by the layer's name; waits for the device.
 
+        Every rank must call it.
+
         A layer whose rate is exactly 0 or 1 is warned about, once until it has another rate.
         """
         layers = self._spikes.monitored_layers
-        spikes = torch.stack([torch.stack([count for count, _ in self._spikes[name]]).sum() for name in layers])
+        none = torch.zeros((), dtype=torch.int64)
+        counts = [sum((count for count, _ in self._spikes[name]), none) for name in layers]
         sizes = [sum(size for _, size in self._spikes[name]) for name in layers]
-        rates = {name: count / size for name, count, size in zip(layers, spikes.tolist(), sizes, strict=True)}
+        mine = torch.stack(counts).tolist(), sizes, self._images
+        spikes, sizes, images = zip(*self.ranks.gather(mine), strict=True)
+        by_layer = zip(layers, zip(*spikes, strict=True), zip(*sizes, strict=True), strict=True)
+        rates = {name: sum(count) / sum(size) for name, count, size in by_layer}
         dead = {name: rate for name, rate in rates.items() if rate in (0.0, 1.0)}
-        for name in sorted(dead.keys() - self._reported):
+        for name in sorted(dead.keys() - self._reported) if self.ranks.first else ():
             logger.warning(
                 "dead layer: %s %s for %d test images, so what comes after it learns nothing from it",
                 name,
                 "never spiked" if dead[name] == 0 else "always spiked",
-                self._images,
+                sum(images),
             )
         self._reported = set(dead)
         return rates

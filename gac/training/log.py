@@ -11,13 +11,20 @@ from gac.config import Config
 from gac.data import DataInfo
 from gac.models import describe
 from gac.models.ms_resnet import MSResNet
+from gac.training.distributed import ALONE, Ranks
 from gac.training.precision import describe_precision
 
 logger = logging.getLogger("gac")
 
 
 def log_start(
-    config: Config, info: DataInfo, network: MSResNet, batches: int, device: torch.device, folder: Path
+    config: Config,
+    info: DataInfo,
+    network: MSResNet,
+    batches: int,
+    device: torch.device,
+    folder: Path,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Say what is trained on what; ``batches`` is the number of batches in an epoch."""
     logger.info(
@@ -36,7 +43,7 @@ def log_start(
         "%d epochs of %d batches on %s, precision %s; writing to %s",
         config.train.epochs,
         batches,
-        device,
+        device if ranks.size == 1 else f"{ranks.size} x {device.type}",
         describe_precision(device, config.train.amp),
         folder,
     )
@@ -45,7 +52,7 @@ def log_start(
 def log_epoch(metrics: Mapping[str, float], epochs: int, improved: bool, seconds: float) -> None:
     """Say how an epoch of ``epochs`` went; ``seconds`` is what one takes in all."""
     logger.info(
-        "epoch %d/%d: train loss %.4f, top-1 %.2f %%; test loss %.4f, top-1 %.2f %%%s; learning rate %.3g, "
+        "epoch %d/%d: train loss %.4f, top-1 %.2f %%; test loss %.4f, top-1 %.2f %%%s%s; learning rate %.3g, "
         "%.0f images/s, %.1f s, time left %s%s",
         metrics["epoch"],
         epochs,
@@ -53,6 +60,7 @@ def log_epoch(metrics: Mapping[str, float], epochs: int, improved: bool, seconds
         metrics["train_top1"],
         metrics["test_loss"],
         metrics["test_top1"],
+        f", of the averaged weights {metrics['test_top1_ema']:.2f} %" if "test_top1_ema" in metrics else "",
         " (best so far)" if improved else "",
         metrics["learning_rate"],
         metrics["images_per_second"],

@@ -11,8 +11,24 @@ from torch import Tensor, nn
 from gac.config import TrainConfig
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.SGD:
-    """Return SGD with the same weight decay on all parameters, BatchNorm's included, as the authors' code has it."""
+def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the parameters of ``network`` in groups, one for each weight decay that ``config`` gives some of them."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        decay = config.weight_decay
+        if name.startswith("stem.") and config.stem_weight_decay is not None:
+            decay = config.stem_weight_decay
+        # Biases and BatchNorm's parameters have one number a channel.
+        if config.weight_decay_on == "weights" and parameter.dim() < 2:
+            decay = 0.0
+        groups.setdefault(decay, []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: TrainConfig, device: torch.device
+) -> torch.optim.SGD:
+    """Return SGD for parameters, which all have the configured weight decay, or :func:`parameter_groups`."""
     optimizer = torch.optim.SGD(
         parameters,
         lr=config.learning_rate,

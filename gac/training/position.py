@@ -16,6 +16,8 @@ class Position:
     """Batches done in all."""
     seconds: float = 0.0
     """Seconds spent training in the epoch in progress."""
+    skipped_images: int = 0
+    """Images of the epoch in progress that could not be read."""
     mix_epoch: bool | None = None
     """With train.cutmix epoch: whether the batches of this epoch are mixed; None before it is decided."""
     best_top1: float = -math.inf

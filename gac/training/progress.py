@@ -15,18 +15,26 @@ class EpochProgress:
     """Progress of one epoch: a bar with the time left on a terminal, a line every 30 s elsewhere.
 
     ``poll`` returns the mean loss and the top-1 accuracy in percent so far, or None where it would have to wait for
-    them. It is called once a second, at no other step.
+    them. It is called once a second, at no other step. With ``shown`` False that is all that happens.
     """
 
     POLL_SECONDS = 1.0
     LINE_SECONDS = 30.0
 
-    def __init__(self, title: str, batches: int, done: int, poll: Callable[[], tuple[float, float] | None]) -> None:
+    def __init__(
+        self,
+        title: str,
+        batches: int,
+        done: int,
+        poll: Callable[[], tuple[float, float] | None],
+        shown: bool = True,
+    ) -> None:
         self.title = title
         self.batches = batches
         self.done = done
         self._poll = poll
-        self._on_terminal = sys.stderr.isatty()
+        self._is_shown = shown
+        self._on_terminal = shown and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._images = 0
         self._shown_images = 0
@@ -62,7 +70,7 @@ class EpochProgress:
         self._polled = now
         figures = self._poll()
         elapsed = now - self._shown
-        if figures is None or (self._bar is None and elapsed < self.LINE_SECONDS):
+        if figures is None or not self._is_shown or (self._bar is None and elapsed < self.LINE_SECONDS):
             return
         rate = (self._images - self._shown_images) / elapsed
         self._shown_images, self._shown = self._images, now

@@ -1,6 +1,8 @@
 """The state of every global random generator that a run draws from."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,3 +42,11 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"]:
         torch.cuda.set_rng_state(state["cuda"][0], device)
+
+
+@contextmanager
+def apart(seed: int, device: torch.device) -> Iterator[None]:
+    """Let the block draw from PyTorch's generators of the CPU and of ``device`` seeded anew, and leave no trace."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

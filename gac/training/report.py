@@ -1,16 +1,22 @@
 """What eval.py measures and prints."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gac.checkpoint import build_network, is_ours
 from gac.config import Config
-from gac.data import DataInfo, build_data
+from gac.data import Data, DataInfo, build_data
+from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
 from gac.models.ms_resnet import MSResNet
 from gac.published import PublishedResult, find_published
+from gac.training import random_state
 from gac.training.device import select_device
+from gac.training.distributed import ALONE, Ranks
 from gac.training.evaluate import Evaluation, evaluate
 from gac.training.precision import describe_precision
 from gac.training.versions import versions
@@ -22,6 +28,8 @@ class Report:
 
     checkpoint: str
     epoch: int | None
+    weights: str | None
+    """"raw" for those trained, "ema" for their moving average; None for files that do not say."""
     T: int
     num_classes: int
     parameters: int
@@ -35,7 +43,9 @@ class Report:
     versions: dict[str, str]
 
 
-def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config, T: int | None = None) -> Report:
+def evaluate_checkpoint(
+    path: Path, payload: dict[str, Any], config: Config, T: int | None = None, ranks: Ranks = ALONE
+) -> Report:
     """Score the network of a checkpoint on a test set.
 
     Precision is the training run's where the device has it; the CPU evaluates in float32 what was trained in
@@ -46,11 +56,44 @@ def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config, T: 
         payload: Its content, from ``read_checkpoint``.
         config: The data set and the device; for our checkpoints the training run's with overrides applied.
         T: Number of time steps for networks without gated attention; by default the one they were trained with.
+        ranks: The processes that share the images; every one of them gets the report.
 
     Raises:
         InputError: If the network does not fit the data set, or one of them cannot be used.
     """
-    device = select_device(config.device)
+    device, network, data = ranks.together(lambda: _open(path, payload, config, T, ranks), config.data.download)
+    ours = is_ours(payload)
+    amp = config.train.amp if ours else "off"
+    if amp == "fp16" and device.type != "cuda":
+        amp = "off"
+    # Rate coding must not draw the same numbers for the images of every rank.
+    seed = derive_seed(config.train.seed, Stream.RANK_NOISE, ranks.rank)
+    with random_state.apart(seed, device) if ranks.size > 1 else nullcontext():
+        scores = evaluate(network, data.test.epoch(0), device, amp, ranks)
+    return Report(
+        checkpoint=str(path),
+        epoch=payload.get("epoch") if ours else None,
+        weights=payload.get("weights") if ours else None,
+        T=network.T,
+        num_classes=network.num_classes,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        coding=network.coding_name,
+        data=data.info.name,
+        device=str(device) if ranks.size == 1 else f"{ranks.size} x {device.type}",
+        precision=describe_precision(device, amp),
+        scores=scores,
+        published=find_published(network, _published_name(data.info, scores.images)),
+        # The authors' files do not hold the configuration that they were trained with.
+        config=config.to_dict() if ours else {"data": asdict(config.data), "device": config.device},
+        versions=versions(),
+    )
+
+
+def _open(
+    path: Path, payload: dict[str, Any], config: Config, T: int | None, ranks: Ranks
+) -> tuple[torch.device, MSResNet, Data]:
+    """Return the device, the network on it, and the data set. Raises InputError."""
+    device = select_device(config.device, ranks)
     try:
         network = build_network(payload, T)
     except InputError as error:
@@ -64,35 +107,17 @@ def evaluate_checkpoint(path: Path, payload: dict[str, Any], config: Config, T: 
         seed=config.train.seed,
         normalize=config.model.takes_normalized_images,
         splits=("test",),
+        share=ranks.share,
     )
     _check_fit(path, network, data.info)
-    ours = is_ours(payload)
-    amp = config.train.amp if ours else "off"
-    if amp == "fp16" and device.type != "cuda":
-        amp = "off"
-    scores = evaluate(network.to(device), data.test.epoch(0), device, amp)
-    return Report(
-        checkpoint=str(path),
-        epoch=payload.get("epoch") if ours else None,
-        T=network.T,
-        num_classes=network.num_classes,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        coding=network.coding_name,
-        data=data.info.name,
-        device=str(device),
-        precision=describe_precision(device, amp),
-        scores=scores,
-        published=find_published(network, _published_name(data.info)),
-        # The authors' files do not hold the configuration that they were trained with.
-        config=config.to_dict() if ours else {"data": asdict(config.data), "device": config.device},
-        versions=versions(),
-    )
+    return device, network.to(device), data
 
 
 def format_report(report: Report) -> str:
     """Return the report as a small table."""
     scores = report.scores
-    epoch = "" if report.epoch is None else f" (after epoch {report.epoch})"
+    average = ", moving average of the weights" if report.weights == "ema" else ""
+    epoch = "" if report.epoch is None else f" (after epoch {report.epoch}{average})"
     rows = [
         ("checkpoint", f"{report.checkpoint}{epoch}"),
         ("network", f"{report.parameters / 1e6:.3f} M parameters, {report.coding} coding, T={report.T}"),
@@ -126,7 +151,8 @@ def _check_fit(path: Path, network: MSResNet, info: DataInfo) -> None:
             )
 
 
-def _published_name(info: DataInfo) -> str:
-    # Folders do not say what they hold; ImageNet's validation set has this size.
-    is_imagenet = (info.name, info.num_classes, info.test_size) == ("imagefolder", 1000, 50_000)
+def _published_name(info: DataInfo, images: int) -> str:
+    # Folders do not say what they hold; ImageNet's validation set has this size. Published figures are those of all of
+    # it: with an image that could not be read there is nothing to compare.
+    is_imagenet = (info.name, info.num_classes, images) == ("imagefolder", 1000, 50_000)
     return "imagenet" if is_imagenet else info.name

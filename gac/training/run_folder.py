@@ -11,7 +11,9 @@ from gac.errors import InputError
 from gac.files import atomic_write, remove_leftovers
 from gac.training.checkpoints import Checkpoints
 
-# Where and how fast a run computes and how it is saved, not what it computes: free to change when it resumes.
+# Where and how fast a run computes and how it is saved, not what it computes: free to change when it resumes. Like the
+# number of processes, which is free too, accumulate_steps does change what BatchNorm sees as a batch: a run may have to
+# go on where there is less memory.
 FREE_WHEN_RESUMING = frozenset(
     {
         "device",
@@ -19,7 +21,9 @@ FREE_WHEN_RESUMING = frozenset(
         "data.root",
         "data.download",
         "data.workers",
+        "train.accumulate_steps",
         "train.cuda_graph",
+        "train.checkpoint_activations",
         "train.eval_batch_size",
         "train.checkpoint_minutes",
         "train.checkpoint_steps",

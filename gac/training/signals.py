@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM end a run between two batches, so that it can be resumed."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
 
@@ -16,16 +16,29 @@ class Interrupted(Exception):
         self.exit_status = 128 + signal_number
 
 
+_EXHAUSTED = object()
+
+
+def _alone(*values: float) -> list[float]:
+    return list(values)
+
+
 class Interruption:
     """While its context is open, the first SIGINT or SIGTERM is remembered and a second one kills the process.
 
     For the main thread, the only one in which Python handles signals.
+
+    Args:
+        largest: Returns the largest of each of its arguments over the processes of the run, all of which call it.
+        second_kills: Otherwise further signals change nothing; torchrun may send several, and kills by itself.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, largest: Callable[..., list[float]] = _alone, second_kills: bool = True) -> None:
         self.received: int | None = None
+        self._largest = largest
+        self._second_kills = second_kills
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -40,15 +53,25 @@ class Interruption:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if self._second_kills:
+            for each in self.SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches; once a signal has come, raise Interrupted instead of going on."""
-        for batch in batches:
+        """Yield the batches; once a signal has come to any process, raise Interrupted in all instead of going on.
+
+        All processes call this at the same time and raise before the same batch, also where some have fewer batches.
+        """
+        remaining = iter(batches)
+        batch = None
+        while True:
             # Before the batch, not after it: whoever asks for a batch has finished with the one before.
-            if self.received is not None:
-                raise Interrupted(self.received)
-            yield batch
-        if self.received is not None:
-            raise Interrupted(self.received)
+            received, more = self._largest(self.received or 0, batch is not _EXHAUSTED)
+            if received:
+                raise Interrupted(int(received))
+            if not more:
+                return
+            if batch is not _EXHAUSTED:
+                batch = next(remaining, _EXHAUSTED)
+            if batch is not _EXHAUSTED:
+                yield batch

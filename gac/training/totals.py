@@ -1,6 +1,7 @@
 """What the training steps of an epoch add up to, counted on the device."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ class Totals(NamedTuple):
     """First step that brought the loss scale below 1."""
 
     @property
+    def healthy(self) -> bool:
+        """Whether every step so far was finite."""
+        return min(self.bad_loss, self.bad_gradient, self.bad_scale) == math.inf
+
+    @property
     def mean_loss(self) -> float:
         """The mean loss of an image."""
         return self.loss / self.images
@@ -39,6 +45,20 @@ class Totals(NamedTuple):
     def top1(self) -> float:
         """The training accuracy in percent."""
         return 100 * self.correct / self.images
+
+
+def over_ranks(totals: Sequence[Totals]) -> Totals:
+    """Return the totals of a run from those of its ranks, which have done the same steps on different images."""
+    return Totals(
+        step=totals[0].step,
+        images=sum(each.images for each in totals),
+        loss=sum(each.loss for each in totals),
+        correct=sum(each.correct for each in totals),
+        skipped=totals[0].skipped,
+        bad_loss=min(each.bad_loss for each in totals),
+        bad_gradient=min(each.bad_gradient for each in totals),
+        bad_scale=min(each.bad_scale for each in totals),
+    )
 
 
 class DeviceTotals:
@@ -78,6 +98,10 @@ class DeviceTotals:
         """Set the sums over an epoch to zero; the numbers of steps stay."""
         for total in (self._views.images, self._views.loss, self._views.correct, self._views.skipped):
             total.zero_()
+
+    def load(self, totals: Totals) -> None:
+        """Continue from these totals."""
+        self.tensor.copy_(torch.tensor(totals, dtype=torch.float64))
 
     def read(self) -> Totals:
         """Return the totals; waits for the device."""

@@ -77,10 +77,13 @@ class KernelsOnCpu:
             command = ["g++", *self._flags, f"-I{HERE}", "-x", "c++", "-", "-x", "none", *map(str, libraries)]
             # The compiler itself need not run under the sanitizers.
             environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-            command += ["-o", str(output)]
+            # Another process may be compiling the same.
+            unfinished = output.with_suffix(f".{os.getpid()}")
+            command += ["-o", str(unfinished)]
             compiler = subprocess.run(command, input=text, text=True, capture_output=True, env=environment)
             if compiler.returncode != 0:
                 raise RuntimeError(f"{name} does not compile:\n{compiler.stderr}")
+            os.replace(unfinished, output)
         return output
 
     def _translation_unit(self, kernel: runtime.Kernel) -> str:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as torchvision_functional
 
-from gac.data.augment import CropAndFlip, crop_and_flip
+from gac.data.augment import POLICIES, CropAndFlip, Erasing, InTurn, Policy, crop_and_flip, mean_color
+from gac.data.seeding import Stream, derive_seed
 
 
 def random_images(*shape):
@@ -75,3 +76,72 @@ def test_flip_off_keeps_the_crops():
     mirrored = (flipped != plain).flatten(1).any(1)
     assert 10 < mirrored.sum() < 40
     assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_policy_is_torchvisions_for_each_group(name, channels):
+    images = random_images(10, channels, 8, 8)
+    before = torch.random.get_rng_state()
+    result = Policy(name, group=4)(images, seeded(5))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(5, Stream.POLICY))
+        transform = POLICIES[name]()
+        expected = torch.cat([transform(images[:4]), transform(images[4:8]), transform(images[8:])])
+    assert torch.equal(result, expected)
+    assert (result.dtype, result.shape) == (images.dtype, images.shape)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_differs_between_groups_and_seeds(name):
+    images = random_images(1, 3, 16, 16).expand(64, -1, -1, -1)
+    result = Policy(name, group=8)(images, seeded(1))
+    assert len(result.flatten(1).unique(dim=0)) > 4
+    assert torch.equal(result, Policy(name, group=8)(images, seeded(1)))
+    assert not torch.equal(result, Policy(name, group=8)(images, seeded(2)))
+
+
+def test_erased_rectangles_are_torchvisions():
+    count = 400
+    white = torch.full((count, 3, 32, 32), 255, dtype=torch.uint8)
+    result = Erasing(0.25, [10, 20, 30])(white, seeded(0))
+    assert (white == 255).all()
+    erased = (result != white).all(1)  # [B, H, W]
+    hit = erased.flatten(1).any(1)
+    assert 0.18 < hit.float().mean() < 0.32
+    for mask, image in zip(erased[hit], result[hit], strict=True):
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        rectangle = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+        assert mask[rectangle].all()
+        assert mask[rectangle].sum() == mask.sum()
+        assert (image[:, mask] == torch.tensor([[10], [20], [30]])).all()
+    area = erased[hit].flatten(1).float().mean(1)
+    assert 0.01 < area.min() < 0.05
+    assert 0.28 < area.max() < 0.35  # torchvision's share of the image is 0.02 to 0.33
+    assert len(erased[hit].flatten(1).unique(dim=0)) > 0.9 * hit.sum()
+
+
+def test_erasing_is_a_function_of_the_seed_and_leaves_the_global_generator_alone():
+    images = random_images(20, 1, 8, 8)
+    before = torch.random.get_rng_state()
+    one, same, other = (Erasing(1.0, [0])(images, seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_steps_follow_each_other():
+    white = torch.full((30, 3, 8, 8), 255, dtype=torch.uint8)
+    steps = [Erasing(1.0, [9, 9, 9]), Erasing(1.0, [7, 7, 7])]
+    result = InTurn(steps)(white, seeded(0))
+    assert torch.equal(result, steps[1](steps[0](white, seeded(0)), seeded(0)))
+    assert set(result.unique().tolist()) == {7, 255}  # one seed, one rectangle
+
+
+def test_the_mean_color_is_what_normalisation_makes_zero_of():
+    assert mean_color((0.5, 0.0, 1.0)) == [128, 0, 255]

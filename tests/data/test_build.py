@@ -58,6 +58,10 @@ def test_augmentation_follows_the_configuration():
     mirrored = (flipped != plain).flatten(1).any(1)
     assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], plain.flip(-1), plain))
     assert 0.4 < mirrored.float().mean() < 0.6
+    erased = images(crop_padding=0, horizontal_flip=False, random_erasing=1.0)
+    assert ((erased != plain).flatten(1).any(1)).float().mean() > 0.9
+    changed = images(crop_padding=0, horizontal_flip=False, augment="autoaugment_cifar10")
+    assert (changed != plain).flatten(1).any(1).float().mean() > 0.3
     unmoved = (cropped == plain).flatten(1).all(1)
     assert 0 < unmoved.float().mean() < 0.1  # one offset in 25
 

@@ -16,6 +16,7 @@ from torchvision import transforms
 
 from gac.config import DataConfig
 from gac.data import build_data
+from gac.data.augment import POLICIES
 from gac.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from gac.errors import InputError
 
@@ -114,10 +115,11 @@ def test_every_training_image_comes_once(tmp_path):
     assert torch.equal((images * 255).round()[:, 0], (20.0 * labels).view(-1, 1, 1).expand(-1, 24, 24))
 
 
-@pytest.mark.parametrize("auto_augment", [False, True])
-def test_workers_do_not_change_the_batches(root, auto_augment):
-    alone = build(root, auto_augment=auto_augment).train
-    helped = build(root, auto_augment=auto_augment, workers=2).train
+@pytest.mark.parametrize("augmented", [False, True])
+def test_workers_do_not_change_the_batches(root, augmented):
+    options = {"augment": "trivialaugment", "random_erasing": 0.5} if augmented else {}
+    alone = build(root, **options).train
+    helped = build(root, workers=2, **options).train
     # The workers stay alive from one epoch to the next and must learn its number.
     for epoch in (0, 1):
         assert_same_batches(alone.epoch(epoch), helped.epoch(epoch))
@@ -158,9 +160,16 @@ def test_each_image_has_its_own_crop(tmp_path):
     assert len(images.flatten(1).unique(dim=0)) == 4
 
 
-@pytest.mark.parametrize("option", ["horizontal_flip", "auto_augment"])
-def test_options_change_the_training_images_only(root, option):
-    off, on = build(root, **{option: False}), build(root, **{option: True})
+@pytest.mark.parametrize(
+    ("option", "off", "on"),
+    [
+        ("horizontal_flip", False, True),
+        ("random_erasing", 0.0, 1.0),
+        *(("augment", "off", policy) for policy in POLICIES),
+    ],
+)
+def test_options_change_the_training_images_only(root, option, off, on):
+    off, on = build(root, **{option: off}), build(root, **{option: on})
     assert_same_batches(off.test.epoch(0), on.test.epoch(0))
     pairs = zip(off.train.epoch(0), on.train.epoch(0), strict=True)
     assert any(not torch.equal(one, other) for (one, _), (other, _) in pairs)
@@ -218,7 +227,7 @@ def write_damaged_tree(root: Path, *, images: int = 200) -> Path:
 
 
 def train_loader(root: Path, **options):
-    return build(root, splits=("train",), auto_augment=True, batch_size=32, **options).train
+    return build(root, splits=("train",), augment="autoaugment_imagenet", batch_size=32, **options).train
 
 
 def test_workers_replace_damaged_images_alike(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gac.data.transfer import copy_ahead
+from gac.data.transfer import copy_ahead, make_beside
 
 
 class Numbered(NamedTuple):
@@ -37,3 +37,30 @@ def test_cuda_batches_are_whole_in_order_and_one_ahead():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [(number, mean.item()) for number, mean in sums] == [(n, n) for n in range(12) if n != 2]
+
+
+def test_on_the_cpu_batches_are_made_one_by_one():
+    batches = ((torch.full((2,), number),) for number in range(3))
+    made = make_beside(batches, torch.device("cpu"))
+    assert next(made)[0].tolist() == [0, 0]
+    assert next(batches)[0].tolist() == [1, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_batches_are_made_without_waiting_for_the_computation():
+    device = torch.device("cuda", torch.cuda.current_device())
+    busy = torch.cuda.Event()
+
+    def batches():
+        for number in range(6):
+            # A copy from pageable memory waits for its stream, as torchvision's affine transforms do.
+            yield (torch.full((64, 3, 224, 224), number, dtype=torch.float32).to(device),)
+
+    sums = []
+    for (images,) in make_beside(batches(), device):
+        assert not sums or not busy.query()
+        sums.append(images.double().mean())
+        torch.cuda._sleep(200_000_000)
+        busy.record()
+    assert [mean.item() for mean in sums] == list(range(6))

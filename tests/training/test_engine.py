@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from image_tree import write_split
 from runs import TIMES, assert_same, result_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -24,6 +25,7 @@ from gac.training.checkpoints import Checkpoints
 from gac.training.engine import Trainer, train
 from gac.training.health import TrainingDiverged
 from gac.training.metrics_file import read_metrics
+from gac.training.mixing import Mixing
 from gac.training.optim import make_optimizer
 from gac.training.run_folder import RunFolder
 from gac.training.signals import Interrupted, Interruption
@@ -38,6 +40,21 @@ BATCHES = 3
 CPU = torch.device("cpu")
 # Random numbers in every place that draws some: the encoder, in evaluation too, and CutMix.
 RANDOM = replace(TINY, model=replace(TINY.model, coding="rate"), train=replace(TINY.train, cutmix="batch", loss="tet"))
+# All that the configuration can add to a step.
+EVERYTHING = replace(
+    RANDOM,
+    data=replace(RANDOM.data, augment="randaugment", augment_group=3, random_erasing=0.5),
+    train=replace(
+        RANDOM.train,
+        nesterov=True,
+        weight_decay_on="weights",
+        stem_weight_decay=1e-6,
+        gradient_clip_norm=0.5,
+        mixup_alpha=0.4,
+        ema_decay=0.8,
+        checkpoint_activations=True,
+    ),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +82,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     for line in metrics:
         assert set(line) == TIMES | {
             "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate",
-            "skipped_steps",
+            "skipped_steps", "skipped_images", "test_skipped_images",
         }  # fmt: skip
         assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
     last = read_checkpoint(finished / "last.pt")
@@ -120,7 +137,7 @@ def test_the_seed_decides_the_run(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, BATCHES, BATCHES + 2], ids=["first epoch", "epoch's end", "second epoch"])
-@pytest.mark.parametrize("config", [TINY, RANDOM], ids=["tiny", "random"])
+@pytest.mark.parametrize("config", [TINY, RANDOM, EVERYTHING], ids=["tiny", "random", "everything"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     config: Config, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,9 +160,17 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert_same(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
 
 
-def test_an_evaluation_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stop_at", "options"),
+    # The second batch of five in the second epoch: of the evaluation, and of that of the averaged weights.
+    [(7, {}), (17, {"ema_decay": 0.8})],
+    ids=["raw", "ema"],
+)
+def test_an_evaluation_cut_short_is_done_again(
+    stop_at: int, options: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Small batches, so that some are evaluated before the signal counts.
-    config = replace(RANDOM, train=replace(RANDOM.train, epochs=2, eval_batch_size=2))
+    config = replace(RANDOM, train=replace(RANDOM.train, epochs=2, eval_batch_size=2, **options))
     train(config, tmp_path / "whole")
     forward = engine.create_model("gac_msresnet18_cifar", 3).__class__.forward
     evaluated = []
@@ -153,7 +178,7 @@ def test_an_evaluation_cut_short_is_done_again(tmp_path: Path, monkeypatch: pyte
     def forward_and_signal(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         if not network.training:
             evaluated.append(len(images))
-            if len(evaluated) == 7:  # the second batch of the second evaluation of five
+            if len(evaluated) == stop_at:
                 os.kill(os.getpid(), signal.SIGINT)
         return forward(network, images)
 
@@ -161,7 +186,7 @@ def test_an_evaluation_cut_short_is_done_again(tmp_path: Path, monkeypatch: pyte
         patch.setattr("gac.models.ms_resnet.MSResNet.forward", forward_and_signal)
         with pytest.raises(Interrupted):
             train(config, tmp_path / "parts")
-    assert len(evaluated) == 7
+    assert len(evaluated) == stop_at
     position = read_checkpoint(tmp_path / "parts" / "last.pt")["training"]["position"]
     assert (position["epoch"], position["batch"]) == (1, BATCHES)
     train(config, tmp_path / "parts", resume="auto")
@@ -348,7 +373,7 @@ def test_checkpoints_are_written_when_they_are_due(
 
 
 def test_a_training_step_reads_nothing(tmp_path: Path) -> None:
-    config = replace(TINY, train=replace(TINY.train, cutmix="off"))
+    config = replace(TINY, train=replace(TINY.train, cutmix="off", gradient_clip_norm=1.0))
     with Interruption() as interruption:
         trainer = Trainer(config, RunFolder(tmp_path), None, interruption)
     # Fake tensors have no values: reading one raises. What the host makes itself, such as a constant, it may read.
@@ -377,11 +402,19 @@ def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("cutmix", ["off", "batch"])
-def test_replayed_steps_on_cuda_are_the_steps(tmp_path: Path, cutmix: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cutmix": "off"},
+        {"cutmix": "batch"},
+        {"cutmix": "off", "ema_decay": 0.9, "gradient_clip_norm": 1.0, "checkpoint_activations": True},
+    ],
+    ids=["plain", "cutmix", "everything"],
+)
+def test_replayed_steps_on_cuda_are_the_steps(tmp_path: Path, options: dict[str, Any]) -> None:
     losses = {}
     for replayed in (False, True):
-        tried = replace(TINY.train, epochs=2, cutmix=cutmix, amp="fp16", cuda_graph=replayed)
+        tried = replace(TINY.train, epochs=2, amp="fp16", cuda_graph=replayed, **options)
         folder = tmp_path / str(replayed)
         train(replace(TINY, device="cuda", train=tried), folder)
         losses[replayed] = [line["train_loss"] for line in read_metrics(folder / "metrics.jsonl")]
@@ -465,9 +498,90 @@ def test_cutmix_probability_is_that_of_the_coin(
 
 def test_the_coin_is_tossed_once_an_epoch_or_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tosses = []
-    monkeypatch.setattr(Trainer, "_toss_cutmix_coin", lambda trainer: bool(tosses.append(trainer.position.step)))
+    steps = []
+    train_step = Trainer._train_step
+
+    def count_and_step(trainer: Trainer, *batch: torch.Tensor) -> None:
+        steps.append(len(batch[1]))
+        train_step(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", count_and_step)
+    monkeypatch.setattr(Mixing, "_toss", lambda mixing: bool(tosses.append(len(steps))))
     train(TINY, tmp_path / "epoch")
     assert tosses == [0, BATCHES, 2 * BATCHES]
     tosses.clear()
+    steps.clear()
     train(replace(TINY, train=replace(TINY.train, cutmix="batch")), tmp_path / "batch")
-    assert tosses == list(range(3 * BATCHES))
+    assert tosses == list(range(1, 3 * BATCHES + 1))
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema", "weights", "top1"),
+    [
+        ([50.0, 60.0], [55.0, 58.0], "raw", 60.0),
+        ([50.0, 55.0], [49.0, 58.0], "ema", 58.0),
+        ([50.0], [50.0], "raw", 50.0),
+    ],
+    ids=["raw", "averaged", "equal"],
+)
+def test_best_holds_the_better_of_the_weights_and_their_average(
+    raw: list[float], ema: list[float], weights: str, top1: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([score for pair in zip(raw, ema, strict=True) for score in pair])
+    evaluate = engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: replace(evaluate(*arguments), top1=next(scores)))
+    config = replace(TINY, train=replace(TINY.train, epochs=len(raw), ema_decay=0.5))
+    train(config, tmp_path)
+    best, last = (read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
+    assert (best["epoch"], best["weights"], last["weights"]) == (len(raw), weights, "raw")
+    assert last["training"]["position"]["best_top1"] == top1
+    average = last["training"]["average"]["model"]
+    assert_same(best["model"], last["model"] if weights == "raw" else average)
+    assert not torch.equal(average["head.weight"], last["model"]["head.weight"])
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["test_top1"], line["test_top1_ema"]) for line in metrics] == list(zip(raw, ema, strict=True))
+
+
+def test_the_averaged_weights_are_scored_and_leave_the_training_alone(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "gac"):
+        train(replace(TINY, train=replace(TINY.train, ema_decay=0.5)), tmp_path)
+    assert_same(read_checkpoint(tmp_path / "last.pt")["model"], read_checkpoint(finished / "last.pt")["model"])
+    plain = read_metrics(finished / "metrics.jsonl")
+    for line, other in zip(read_metrics(tmp_path / "metrics.jsonl"), plain, strict=True):
+        assert set(line) == set(other) | {"test_loss_ema", "test_top1_ema"}
+        assert line["test_loss"] == other["test_loss"]
+        assert line["test_loss_ema"] != line["test_loss"]
+        assert f"top-1 {line['test_top1']:.2f} %, of the averaged weights {line['test_top1_ema']:.2f} %" in caplog.text
+
+
+def test_activations_computed_again_change_no_number(finished: Path, tmp_path: Path) -> None:
+    config = replace(TINY, train=replace(TINY.train, checkpoint_activations=True))
+    train(config, tmp_path)
+    assert_same(result_of(tmp_path), result_of(finished))
+
+
+def test_images_that_cannot_be_read_are_counted_over_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_split(tmp_path / "images" / "train", images=100, damaged=("truncated.JPEG",))
+    write_split(tmp_path / "images" / "val", images=100, damaged=("zero_bytes.JPEG",))
+    data = DataConfig(name="imagefolder", root=str(tmp_path / "images"), image_size=8, resize=8, workers=0)
+    config = replace(TINY, data=data, train=replace(TINY.train, epochs=1, batch_size=10))
+    train_step, watch = Trainer._train_step, []
+
+    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
+        train_step(trainer, *batch)
+        watch.append(trainer.data.train.skipped)
+        if trainer.data.train.skipped == 1 and 1 not in watch[:-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_train_step", step_and_signal)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["training"]["position"]["skipped_images"] == 1
+    train(config, tmp_path / "run", resume="auto")
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (line["skipped_images"], line["test_skipped_images"]) == (1, 1)
+    assert sum(watch) < len(watch) == 10

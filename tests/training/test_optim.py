@@ -7,7 +7,7 @@ from spikingjelly.activation_based.functional import temporal_efficient_training
 from torch import nn
 
 from gac.config import TrainConfig
-from gac.training.optim import classification_loss, learning_rate_at, load_optimizer, make_optimizer
+from gac.training.optim import classification_loss, learning_rate_at, load_optimizer, make_optimizer, parameter_groups
 
 BATCHES = 7
 
@@ -53,6 +53,53 @@ def test_weight_decay_is_on_all_parameters_alike() -> None:
     (group,) = optimizer.param_groups
     assert len(group["params"]) == 4
     assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (5e-5, 0.8, False)
+
+
+class Stemmed(nn.Module):
+    """A network with everything that the groups tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
+        self.body = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))
+        self.head = nn.Linear(2, 3)
+
+
+BODY, STEM = ["body.0.weight", "head.weight"], ["stem.0.weight"]
+SMALL = ["body.0.bias", "body.1.weight", "body.1.bias", "head.bias"]
+STEM_SMALL = ["stem.1.weight", "stem.1.bias"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {1e-3: BODY + STEM + SMALL + STEM_SMALL}),
+        ({"weight_decay_on": "weights"}, {1e-3: BODY + STEM, 0.0: SMALL + STEM_SMALL}),
+        ({"stem_weight_decay": 1e-5}, {1e-3: BODY + SMALL, 1e-5: STEM + STEM_SMALL}),
+        (
+            {"weight_decay_on": "weights", "stem_weight_decay": 1e-5},
+            {1e-3: BODY, 1e-5: STEM, 0.0: SMALL + STEM_SMALL},
+        ),
+        ({"weight_decay_on": "weights", "stem_weight_decay": 0.0}, {1e-3: BODY, 0.0: STEM + SMALL + STEM_SMALL}),
+    ],
+)
+def test_weight_decay_is_on_what_the_configuration_says(
+    options: dict[str, object], expected: dict[float, list[str]]
+) -> None:
+    network = Stemmed()
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    config = TrainConfig(weight_decay=1e-3, **options)
+    optimizer = make_optimizer(parameter_groups(network, config), config, torch.device("cpu"))
+    found = {group["weight_decay"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
+    assert found == {decay: set(parameters) for decay, parameters in expected.items()}
+    # What has no decay does not move without a gradient.
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+    zeros = {name for name, value in before.items() if not value.any()}
+    assert moved == set(names.values()) - set(expected.get(0.0, [])) - zeros
 
 
 CPU = torch.device("cpu")

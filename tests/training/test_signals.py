@@ -64,3 +64,24 @@ with module.Interruption() as interruption:
         assert child.stdout.readline().strip() == str(int(signal.SIGINT))
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_processes_with_fewer_batches_wait_for_the_others_and_their_signals() -> None:
+    heard = iter([(0, 1), (0, 1), (0, 1), (signal.SIGINT, 1)])
+    said = []
+
+    def largest(*mine: float) -> tuple[float, ...]:
+        said.append(mine)
+        return next(heard)
+
+    interruption, taken = Interruption(largest), []
+    with pytest.raises(Interrupted, match="SIGINT"):
+        taken.extend(interruption.watch("a"))
+    assert said == [(0, True), (0, True), (0, False), (0, False)]
+
+
+def test_further_signals_may_change_nothing() -> None:
+    with Interruption(second_kills=False) as interruption:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert interruption.received == signal.SIGTERM

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.config import TrainConfig
+from gac.training.ema import MovingAverage
 from gac.training.optim import classification_loss, make_optimizer
 from gac.training.step import TrainingStep
 from gac.training.totals import Totals
@@ -23,7 +24,7 @@ class TwoSteps(nn.Linear):
         return super().forward(images).expand(2, -1, -1)
 
 
-def make_step(config: TrainConfig = CONFIG, scale: float | None = None) -> TrainingStep:
+def make_step(config: TrainConfig = CONFIG, scale: float | None = None, ema_decay: float | None = None) -> TrainingStep:
     """Return a step of a small network, with loss scaling from ``scale`` on, as on a CUDA device, if it is given."""
     torch.manual_seed(0)
     network = TwoSteps(3, 4)
@@ -33,7 +34,8 @@ def make_step(config: TrainConfig = CONFIG, scale: float | None = None) -> Train
         group.update(fused=True, lr=torch.tensor(config.learning_rate))
         optimizer._step_supports_amp_scaling = True
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
-    return TrainingStep(network, optimizer, scaler, config, CPU)
+    average = None if ema_decay is None else MovingAverage(network, ema_decay)
+    return TrainingStep(network, optimizer, scaler, config, CPU, average)
 
 
 def batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -126,3 +128,81 @@ def test_a_loss_scale_that_falls_below_one_is_kept() -> None:
     totals = step.totals.read()
     assert (totals.skipped, totals.bad_scale) == (4, 3)  # 4 -> 2 -> 1 -> 1/2
     assert totals.bad_gradient == math.inf
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["plain", "scaled"])
+@pytest.mark.parametrize("limit", [0.05, 1e6], ids=["clipped", "within"])
+def test_gradients_are_clipped_by_their_norm_without_the_loss_scale(limit: float, scale: float | None) -> None:
+    config = replace(CONFIG, momentum=0.0, weight_decay=0.0, gradient_clip_norm=limit)
+    step, plain = make_step(config, scale), make_step(config).network
+    images, labels = batch(5, 1)
+    classification_loss(plain(images), labels, "mean").backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), limit)
+    assert 0.05 < norm < 1e6
+    before = {name: parameter.detach().clone() for name, parameter in step.network.named_parameters()}
+    step(images, labels, labels)
+    for (name, parameter), other in zip(step.network.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * other.grad)
+
+
+def test_an_overflow_is_skipped_with_clipping_too() -> None:
+    step = make_step(replace(CONFIG, gradient_clip_norm=1.0), scale=2.0**127, ema_decay=0.5)
+    before = step.network.weight.detach().clone()
+    images, labels = batch(4, 1)
+    step(images * 8, labels, labels)
+    assert step.totals.read().skipped == 1
+    assert step.network.weight.equal(before)
+    assert step.average.network.weight.equal(before)
+
+
+def test_a_gradient_that_is_not_finite_is_seen_before_it_is_clipped() -> None:
+    step = make_step(replace(CONFIG, gradient_clip_norm=1.0))
+    images, labels = batch(4, 1)
+    step.network.weight.register_hook(lambda gradient: gradient * math.inf)
+    step(images, labels, labels)
+    assert step.totals.read().bad_gradient == 1
+
+
+def test_every_step_that_is_not_skipped_goes_into_the_average() -> None:
+    step, plain = (make_step(CONFIG, scale, ema_decay=0.5) for scale in (2.0**127, None))
+    images, labels = batch(4, 1)
+    overflows = 0
+    while step.totals.read().skipped == step.totals.read().step:
+        assert overflows < 20
+        step(images * 8, labels, labels)
+        overflows += 1
+    plain(images * 8, labels, labels)
+    assert overflows > 1
+    torch.testing.assert_close(step.average.network.weight, plain.average.network.weight)
+    # One update keeps a tenth.
+    start = make_step().network.weight
+    torch.testing.assert_close(plain.average.network.weight, 0.1 * start + 0.9 * plain.network.weight)
+
+
+@pytest.mark.parametrize("parts", [2, 5, 7])
+def test_micro_batches_add_up_to_the_batch(parts: int) -> None:
+    # 5 images in parts of 3 and 2, and in no more than 5.
+    whole, step = make_step(), make_step(replace(CONFIG, accumulate_steps=parts))
+    sizes = []
+    step.network.register_forward_hook(lambda network, inputs, outputs: sizes.append(len(inputs[0])))
+    images, labels = batch(5, 1)
+    for each in (whole, step):
+        each(images, labels, labels)
+    torch.testing.assert_close(step.network.weight, whole.network.weight)
+    assert sizes == ([3, 2] if parts == 2 else [1] * 5)
+    found, expected = step.totals.read(), whole.totals.read()
+    assert found == expected._replace(loss=found.loss)
+    assert found.loss == pytest.approx(expected.loss)
+
+
+def test_a_part_counts_by_its_share_of_the_batch() -> None:
+    # As on a rank that has 2 of 8 images; the other ranks' gradients would be added.
+    step, plain = make_step(), make_step()
+    step.batch_images = 8
+    images, labels = batch(2, 1)
+    before = plain.network.weight.detach().clone()
+    for each in (step, plain):
+        each(images, labels, labels)
+    decay = CONFIG.learning_rate * CONFIG.weight_decay * before
+    moved = [each.network.weight.detach() - before + decay for each in (step, plain)]
+    torch.testing.assert_close(4 * moved[0], moved[1])

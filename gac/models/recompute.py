@@ -1,0 +1,52 @@
+"""Activation checkpointing: a block's activations are computed again in the backward pass instead of kept for it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import base
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Any], modules: Sequence[nn.Module], *inputs: Tensor) -> Any:
+    """Return ``function(*inputs)``, which runs ``modules``, and keep nothing but the inputs for the backward pass.
+
+    The second computation yields gradients and leaves no other trace: it begins with the neuron states that the first
+    one began with, and the states and buffers (BatchNorm's running statistics) that the first one left stay. Hooks on
+    what is inside are called both times. The function must not draw random numbers.
+    """
+    again = _WithoutTrace(modules)
+    return checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        # There are none to repeat, and a CUDA graph could not capture reading the generator's state.
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), again),
+    )
+
+
+class _WithoutTrace:
+    """A context in which modules compute again what they are about to compute when this is made."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = nn.ModuleList(modules)
+        self._buffers = list(self._modules.buffers())
+        self._states_before = base.extract_memories(self._modules)
+
+    def __enter__(self) -> None:
+        self._kept_buffers = [buffer.clone() for buffer in self._buffers]
+        self._kept_states = base.extract_memories(self._modules)
+        base.load_memories(self._modules, self._states_before)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        base.load_memories(self._modules, self._kept_states)
+        with torch.no_grad():
+            for buffer, kept in zip(self._buffers, self._kept_buffers, strict=True):
+                buffer.copy_(kept)
+        del self._kept_buffers, self._kept_states
