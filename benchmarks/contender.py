@@ -58,6 +58,9 @@ class Contender:
         self.optimizer = torch.optim.SGD(
             network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5, fused=device.type == "cuda"
         )
+        for parameter in network.parameters():
+            # See gac/training/optim.py: a first step that overflows would leave them uninitialised.
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._loss: Tensor | None = None
         self._time_dimension = 1 if implementation.batch_first else 0

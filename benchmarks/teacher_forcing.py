@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from benchmarks.comparison import CHANGED_SPIKES_LIMIT, ROUNDING_LIMITS, Difference, relative_rms, worst
 from gac.models import fused
-from gac.models.ms_resnet import BatchNorm2d, MSResNet
+from gac.models.batch_norm import BatchNorm2d
+from gac.models.ms_resnet import MSResNet
 
 
 @dataclass

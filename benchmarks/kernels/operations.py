@@ -15,7 +15,8 @@ from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
 from torch import Tensor, nn
 
 from benchmarks.comparison import Operation
-from gac.models.ms_resnet import BatchNorm2d, MSBlock, MSResNet
+from gac.models.batch_norm import BatchNorm2d
+from gac.models.ms_resnet import MSBlock, MSResNet
 from gac.neuron import PRESETS
 from gac.ops import batch_norm, gate_lif, lif, lif_pool, norm_lif, residual_lif
 from gac.ops.batch_norm import Normalization

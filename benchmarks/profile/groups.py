@@ -12,6 +12,9 @@ OTHER = "other"
 # The first pattern that is found in the name decides, whatever its case.
 KERNEL_RULES = (
     ("BatchNorm", r"batch_?norm|\bbn_|bn_[fb]w"),
+    # Before the convolutions, whose names have layouts too: these are what channels_last is to avoid.
+    ("layout conversions", r"nchw_?to_?nhwc|nhwc_?to_?nchw"),
+    ("matrix products", r"xmma_gemm(?!.*(fprop|[dw]grad))"),
     ("convolutions", r"conv(?!ert)|cudnn|xmma|implicit_gemm|winograd|[fdw]grad|fprop|nchw|nhwc"),
     ("neurons (SpikingJelly)", r"^_?(forward|backward)_kernel|lif"),
     ("optimiser and loss scaling", r"multi_tensor_apply|sgd|amp_"),

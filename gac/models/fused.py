@@ -16,7 +16,7 @@ import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from gac.coding.gated import GatedAttentionCoding
+from gac.coding.gated import GatedAttentionCoding, GatedAttentionUnit
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.recompute import recomputed
 from gac.neuron import LIFNode
@@ -40,8 +40,9 @@ def possible(net: MSResNet, x: Tensor) -> bool:
         net.step_mode == "m"
         and net.T <= MAX_T
         and not _global_hooks()
+        and all(type(stage) is nn.Sequential and all(map(_own, stage)) for stage in net.stages)
         and all(type(neuron) is LIFNode and neuron.runs_kernels(x) for neuron in _neurons(net))
-        and all(_known(module) and not _hooked(module) for stage in net.stages for module in _bypassed(stage))
+        and not any(_hooked(module) for stage in net.stages for module in _bypassed(stage))
     )
 
 
@@ -59,7 +60,7 @@ def forward(net: MSResNet, x: Tensor) -> Tensor:
 def _encode(net: MSResNet, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
     """Return the first block's input and the spikes of its first LIF layer."""
     coding = net.coding
-    if x.dim() == 4 and isinstance(coding, GatedAttentionCoding) and _gate_fuses(coding, following):
+    if x.dim() == 4 and type(coding) is GatedAttentionCoding and _gate_fuses(coding, following):
         frame = net.stem(x, repeats=net.T)
         temporal, spatial = coding.gate.temporal(frame), coding.gate.spatial_channel(frame)
         return gate_lif(frame, temporal, spatial, *_constants(following))
@@ -69,7 +70,8 @@ def _encode(net: MSResNet, x: Tensor, following: LIFNode) -> tuple[Tensor, Tenso
 
 def _gate_fuses(coding: GatedAttentionCoding, following: LIFNode) -> bool:
     alone = _runs_by_itself(coding.lif) or _runs_by_itself(following)
-    return not (alone or _hooked(coding) or _hooked(coding.gate)) and _same_neuron(coding.lif, following)
+    own = type(coding.gate) is GatedAttentionUnit
+    return own and not (alone or _hooked(coding) or _hooked(coding.gate)) and _same_neuron(coding.lif, following)
 
 
 def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None) -> tuple[Tensor, Tensor | None]:
@@ -139,15 +141,25 @@ def _bypassed(stage: nn.Sequential) -> Iterator[nn.Module]:
             yield block.shortcut.norm
 
 
-def _known(module: nn.Module) -> bool:
-    if not isinstance(module, nn.modules.batchnorm._NormBase):
-        return True
-    # Others (a converted SyncBatchNorm, a frozen or half-precision one) run as their authors wrote them.
+def _own(block: nn.Module) -> bool:
+    """Return whether a block and its layers are this package's; others run as their authors wrote them."""
+    from gac.models.ms_resnet import ConvNorm, MSBlock  # which imports this file
+
+    if type(block) is not MSBlock:
+        return False
+    layers = [block.conv1, block.conv2]
+    if type(block.shortcut) is not nn.Identity:
+        layers.append(block.shortcut)
+    return all(type(layer) is ConvNorm and _applicable(layer.norm) for layer in layers)
+
+
+def _applicable(norm: nn.Module) -> bool:
+    """Return whether the kernels can apply a BatchNorm: not a converted SyncBatchNorm or a half-precision one."""
     return (
-        type(module) is BatchNorm2d
-        and module.momentum is not None
-        and module.running_mean is not None
-        and all(tensor is not None and tensor.dtype == torch.float32 for tensor in (module.weight, module.bias))
+        type(norm) is BatchNorm2d
+        and norm.momentum is not None
+        and norm.running_mean is not None
+        and all(tensor is not None and tensor.dtype == torch.float32 for tensor in (norm.weight, norm.bias))
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.distributed.nn.functional
+import torch.distributed
 from torch import Tensor
 
 from gac.errors import InputError
@@ -82,10 +82,24 @@ def over_all_ranks(moments: Tensor, count: int) -> Tensor:
     # Through sums in float64, in which mean * mean does not cancel the variance.
     mean, variance, _ = moments.double()
     sums = torch.stack((torch.full_like(mean, count), count * mean, count * (variance + mean * mean)))
-    total, sum_, sum_of_squares = torch.distributed.nn.functional.all_reduce(sums)
+    total, sum_, sum_of_squares = _SumOverRanks.apply(sums)
     mean = sum_ / total
     squared_deviations = sum_of_squares - total * mean * mean
     return torch.stack((mean, squared_deviations / total, squared_deviations / (total - 1))).to(moments.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; each rank's part has the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return _SumOverRanks.apply(grad)
 
 
 def statistics(
@@ -106,6 +120,8 @@ def statistics(
     """
     return moments[0], torch.ops.gac.batch_statistics(moments, running_mean, running_var, eps, momentum)
 
+
+_LANES = 8  # kLanes in kernels/batch_norm.cu
 
 torch.library.define("gac::batch_moments", "(Tensor y) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.define(
@@ -132,11 +148,11 @@ def _batch_moments(y: Tensor) -> Tensor:
     width = channels.fitting_width(1, C, y)
     parameters = ("const Element*", "float*", "long long", "int")
     kernel = channels.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, (width,), parameters)
-    blocks, columns = channels.grid(kernel, T * rows, C, width, y.device)
+    blocks, columns = channels.grid(kernel, T * rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 3, C, dtype=torch.float32)
     runtime.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
     moments = _moments_like(y)
-    _launch_total("batch_moments_total", (-(-C // 32),), (partials, moments, blocks, C), factors=0)
+    _launch_total("batch_moments_total", (-(-C // _LANES),), (partials, moments, blocks, C), factors=0)
     return moments
 
 
@@ -148,7 +164,7 @@ def total_of_partials(partials: Tensor, second_factor: Tensor, third_factor: Ten
     blocks, quantities, C = partials.shape
     totals = torch.empty_like(partials[0])
     arguments = (partials, second_factor, third_factor, totals, blocks, C)
-    _launch_total("total_of_partials", (-(-C // 32), quantities), arguments, factors=2)
+    _launch_total("total_of_partials", (-(-C // _LANES), quantities), arguments, factors=2)
     return totals
 
 

@@ -13,6 +13,7 @@ MAX_T = 16
 """The most time steps that the fused operations hold in registers."""
 
 THREADS = 128  # kThreads in kernels/tile.cuh
+REDUCING_BLOCKS = 4  # for each multiprocessor
 
 
 def check_activations(name: str, x: Tensor, like: Tensor | None = None) -> None:
@@ -57,18 +58,19 @@ def rows(x: Tensor) -> int:
     return x[0].numel() // x.shape[2]
 
 
-def vector_width(dtype: torch.dtype, T: int) -> int:
+def vector_width(dtype: torch.dtype, T: int, backward: bool = False) -> int:
     """Return how many neighbouring values a thread takes where their number and address allow it."""
-    # A backward thread holds T x width membrane potentials in registers beside as many inputs and gradients; with
-    # more than these widths the compiler spills.
+    # A backward thread holds T x width membrane potentials in registers beside as many inputs and gradients. With more
+    # than these widths the compiler spills; and 8 at T = 6 leaves room for half as many threads as 4 (by registers; not
+    # measured).
     if dtype == torch.float32:
         return 4 if T <= 8 else 2
-    return 8 if T <= 6 else 4 if T <= 12 else 2
+    return 8 if (3 if backward else 6) >= T else 4 if T <= 12 else 2
 
 
-def fitting_width(T: int, length: int, *tensors: Tensor | None) -> int:
+def fitting_width(T: int, length: int, *tensors: Tensor | None, backward: bool = False) -> int:
     """Return the vector width for ``length`` values in a row; the first tensor decides the dtype."""
-    width = vector_width(tensors[0].dtype, T)
+    width = vector_width(tensors[0].dtype, T, backward)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
     return width if aligned and length % width == 0 else 1
 
@@ -85,13 +87,17 @@ def make_kernel(
     )
 
 
-def grid(kernel: runtime.Kernel, rows: int, channels: int, width: int, device: torch.device) -> tuple[int, int]:
+def grid(
+    kernel: runtime.Kernel, rows: int, channels: int, width: int, device: torch.device, reduces: bool = False
+) -> tuple[int, int]:
     """Return the grid of a kernel that works in tiles (kernels/tile.cuh): blocks over rows, and over channels.
 
-    As many blocks as run at once: a thread then walks several rows and loads what belongs to its channels once.
+    As many blocks as run at once: a thread then walks several rows and loads what belongs to its channels once. A
+    kernel that ``reduces`` gets no more than a few for each multiprocessor, as every block leaves partial sums.
     """
     vectors = channels // width
     lanes = min(vectors, THREADS)
     columns = -(-vectors // lanes)
     needed = -(-rows // (THREADS // lanes))
-    return max(1, min(needed, runtime.resident_blocks(kernel, THREADS, device) // columns)), columns
+    at_once = runtime.resident_blocks(kernel, THREADS, device, REDUCING_BLOCKS if reduces else None)
+    return max(1, min(needed, at_once // columns)), columns

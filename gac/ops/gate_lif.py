@@ -138,7 +138,7 @@ def _gate_lif_backward(
     incoming = [None if grad is None else channels.channels_last(grad) for grad in (grad_membrane, grad_spikes)]
     grad_x, _, grad_spatial = _gradients(None, None, x, temporal)
     T, B, size = len(temporal), len(x), x[0].numel()
-    width = channels.fitting_width(T, size, x, spatial, *incoming)
+    width = channels.fitting_width(T, size, x, spatial, *incoming, backward=True)
     inputs = ("const Element*?", "const Element*?", "const Element*", "const float*", "const Element*")
     parameters = (*inputs, *DYNAMICS, *SURROGATE, "Element*", "float*", "Element*", *_SIZES)
     template = (T, width, neuron.backward_template)

@@ -17,7 +17,8 @@ def reference(x: Tensor, parameters: LIFParameters, surrogate_function: surrogat
 def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase) -> Tensor:
     """Return the firing rate of each channel, image and time step of a LIF layer, without writing its spikes.
 
-    The layer starts from its reset potential. Bit-equal to ``reference``. There is no second derivative.
+    The layer starts from its reset potential. A rate is the number nearest to the exact one; torch's mean on a GPU may
+    differ from it in the last bit. There is no second derivative.
 
     Args:
         x: Membrane stream [T, B, C, H, W] with T <= 16, float32, float16 or bfloat16.
@@ -76,7 +77,7 @@ def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, *constants: object) -> Te
     grad_pooled, x = grad_pooled.contiguous(), channels.channels_last(x)
     grad_x = _gradient_like(grad_pooled, x)
     T, B, C, H, W = x.shape
-    width = channels.fitting_width(T, C, x, grad_pooled)
+    width = channels.fitting_width(T, C, x, grad_pooled, backward=True)
     parameters = ("const Element*", "const Element*", *DYNAMICS, *SURROGATE, "Element*", *_SIZES)
     template = (T, width, neuron.backward_template)
     kernel = channels.make_kernel("lif_pool.cu", "lif_pool_backward", x.dtype, template, parameters)

@@ -97,7 +97,8 @@ def compile_kernel(kernel: Kernel, capability: int, options: Sequence[str] = ())
 
     supported = nvrtc.getSupportedArchs()
     if capability in supported:
-        target, read_binary = f"-arch=sm_{capability}", nvrtc.getCUBIN
+        # CuPy takes the last byte for the end of a string; it is the binary's own, a zero.
+        target, read_binary = f"-arch=sm_{capability}", lambda program: nvrtc.getCUBIN(program) + b"\0"
     else:
         known = max((arch for arch in supported if arch <= capability), default=None)
         if known is None:
@@ -229,18 +230,22 @@ def _loaded_function(kernel: Kernel, device_index: int) -> Callable[..., None]:
 _CPU_BLOCKS = 3
 
 
-def resident_blocks(kernel: Kernel, threads: int, device: torch.device) -> int:
-    """Return how many blocks of ``threads`` threads of a kernel a device runs at once; fixed for a kind of device."""
-    return _CPU_BLOCKS if device.type == "cpu" else _resident_blocks(kernel, threads, device.index)
+def resident_blocks(kernel: Kernel, threads: int, device: torch.device, most: int | None = None) -> int:
+    """Return how many blocks of ``threads`` threads of a kernel a device runs at once; fixed for a kind of device.
+
+    With ``most``, as if a multiprocessor ran no more than that many.
+    """
+    return _CPU_BLOCKS if device.type == "cpu" else _resident_blocks(kernel, threads, device.index, most)
 
 
 @functools.cache
-def _resident_blocks(kernel: Kernel, threads: int, device_index: int) -> int:
+def _resident_blocks(kernel: Kernel, threads: int, device_index: int, most: int | None) -> int:
     from cupy.cuda import driver
 
     with torch.cuda.device(device_index):
         function = _loaded_function(kernel, device_index)
         per_multiprocessor = driver.occupancyMaxActiveBlocksPerMultiprocessor(function.ptr, threads, 0)
+    per_multiprocessor = min(per_multiprocessor, most or per_multiprocessor)
     return per_multiprocessor * torch.cuda.get_device_properties(device_index).multi_processor_count
 
 

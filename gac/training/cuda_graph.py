@@ -1,5 +1,6 @@
 """Work for a device that is captured into a CUDA graph and replayed: one launch instead of a thousand."""
 
+import gc
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,9 @@ class CaptureOnDevice:
         """Return a function that replays ``function`` and returns what it returned when it was captured."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            # What the first calls cached would be held beside the graph's own memory for the rest of the run.
+            # What the first calls cached would be held beside the graph's own memory for the rest of the run, and what
+            # only the garbage collector frees would be freed during a later capture.
+            gc.collect()
             torch.cuda.empty_cache()
             # thread_local: a DataLoader's thread may pin memory meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

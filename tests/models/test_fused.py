@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gac.models import create_model, fused
-from gac.models.ms_resnet import MSResNet
+from gac.models.ms_resnet import MSBlock, MSResNet
 from gac.neuron import LIFNode
 from gac.ops import runtime
 
@@ -141,11 +141,12 @@ def test_a_frozen_batch_norm_stays_as_it_is(device: str) -> None:
 def test_compiles_without_graph_breaks(mode: str, device: str) -> None:
     net = network().to(device).train(mode == "train")
     eager = copy.deepcopy(net)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    # On the CPU inductor would compute what the kernels' shim computes with other rounding, in minutes.
+    compiled = torch.compile(net, backend="aot_eager" if device == "cpu" else "inductor", fullgraph=True)
     x = images(device)
     logits, expected = compiled(x), eager(x)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
-    if mode == "train":
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0 if device == "cpu" else 1e-2)
+    if mode == "train" and device == "cpu":
         logits.logsumexp(-1).sum().backward()
         expected.logsumexp(-1).sum().backward()
         assert_same_gradients(net, eager, 0.0)
@@ -376,13 +377,45 @@ def _single_steps(net: MSResNet) -> None:
     functional.set_step_mode(net, "s")
 
 
-@pytest.mark.parametrize("change", [_convert, _subclass, _single_steps, MSResNet.double], ids=lambda f: f.__name__)
+def _other_block(net: MSResNet) -> None:
+    net.stages[1][0].__class__ = type("Own", (MSBlock,), {})
+
+
+def _other_convolution(net: MSResNet) -> None:
+    net.stages[1][0].conv1 = nn.Conv2d(16, 32, 3, 2, 1)
+
+
+def _other_stage(net: MSResNet) -> None:
+    net.stages[0] = type("Own", (nn.Sequential,), {})(*net.stages[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_convert, _subclass, _single_steps, _other_block, _other_convolution, _other_stage, MSResNet.double],
+    ids=lambda change: change.__name__,
+)
 def test_what_fusion_does_not_know_runs_by_modules(change: Callable, device: str) -> None:
     net = network(coding="direct").to(device)
     x = images(device)
     assert fused.possible(net, x)
     change(net)
     assert not fused.possible(net, x.double() if change is MSResNet.double else x)
+
+
+@pytest.mark.parametrize("part", ["coding", "coding.gate"])
+def test_a_gate_of_ones_own_is_called(part: str, device: str, launched: list[str]) -> None:
+    net, calls = network().to(device), []
+    module = net.get_submodule(part)
+
+    def forward(self: nn.Module, *inputs: Tensor) -> Tensor:
+        calls.append(part)
+        return type(self).__mro__[1].forward(self, *inputs)
+
+    module.__class__ = type("Own", (type(module),), {"forward": forward})
+    net(images(device))
+    assert calls == [part]
+    assert "gate_lif_forward" not in launched
+    assert "residual_lif_forward" in launched
 
 
 def test_more_than_16_steps_run_by_modules(device: str, launched: list[str]) -> None:

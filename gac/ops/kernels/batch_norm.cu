@@ -49,21 +49,20 @@ __global__ void __launch_bounds__(kThreads, 1) batch_moments_partials(
 }
 
 // The block of the second stages: kLanes channels side by side, kSlices threads that share a channel's partials.
-constexpr int kLanes = 32;
-constexpr int kSlices = 32;
+constexpr int kLanes = 8;
+constexpr int kSlices = 128;
 
-// Adds up the kSlices values of each channel in a fixed order; only the first slice gets the sum.
+// Adds up the kSlices values of each channel, always in the same order.
 __device__ __forceinline__ double sum_over_slices(double value) {
     __shared__ double shared[kSlices * kLanes];
     __syncthreads();
     shared[threadIdx.x] = value;
+    for (int half = kSlices / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half * kLanes) shared[threadIdx.x] += shared[threadIdx.x + half * kLanes];
+    }
     __syncthreads();
-    double sum = 0.0;
-    if (threadIdx.x < kLanes)
-        // Unrolled all the way it spills on sm_100.
-#pragma unroll 4
-        for (int slice = 0; slice < kSlices; ++slice) sum += shared[slice * kLanes + threadIdx.x];
-    return sum;
+    return shared[threadIdx.x % kLanes];
 }
 
 // moments [3, channels]: mean, variance and unbiased variance over all rows, from the blocks' partials.

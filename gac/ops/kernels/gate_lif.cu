@@ -12,7 +12,17 @@
 // The block size that gac/ops/gate_lif.py launches with. Each image has blocks_per_image blocks.
 constexpr int kThreads = 128;
 
-__device__ __forceinline__ float sigmoid(float score) { return 1.0f / (1.0f + expf(-score)); }
+// What is stored in half precision is rounded by more than the fast functions' error; an exact division and
+// exponential would take longer than moving the data does.
+template <typename Element>
+__device__ __forceinline__ float sigmoid(float score) {
+    return __fdividef(1.0f, 1.0f + __expf(-score));
+}
+
+template <>
+__device__ __forceinline__ float sigmoid<float>(float score) {
+    return 1.0f / (1.0f + expf(-score));
+}
 
 // Walks the elements of one image, a thread kWidth neighbouring ones at a time.
 template <int kWidth>
@@ -51,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_forward(
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i)
                     gated[k][i] =
-                        from_float<Element>(lif.fires(h[i]) ? sigmoid(a[k] * to_float(spatial_here[i])) : 0.0f);
+                        from_float<Element>(lif.fires(h[i]) ? sigmoid<Element>(a[k] * to_float(spatial_here[i])) : 0.0f);
                 store_vector(membrane + k * images * image_size + neuron, gated[k]);
             });
         run_through_time<kSteps, kWidth, kReset>(
@@ -113,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
         run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
             lif, v_reset, surrogate_a, surrogate_b,
             [&](int k, int i) {
-                const float gate = sigmoid(a[k] * to_float(spatial_here[i]));
+                const float gate = sigmoid<Element>(a[k] * to_float(spatial_here[i]));
                 return to_float(from_float<Element>(lif.fires(h[k][i]) ? gate : 0.0f));
             },
             [&](int k, int i) { return grad_spikes ? to_float(grad_seq[k][i]) : 0.0f; },
@@ -122,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
                 for (int i = 0; i < kWidth; ++i) {
                     const float grad = through_spikes[i] + (grad_membrane ? to_float(direct_seq[k][i]) : 0.0f);
                     const float score_factor = to_float(spatial_here[i]);
-                    const float gate = sigmoid(a[k] * score_factor);
+                    const float gate = sigmoid<Element>(a[k] * score_factor);
                     const float grad_score = lif.fires(h[k][i]) ? grad * gate * (1.0f - gate) : 0.0f;
                     grad_spatial_here[i] += a[k] * grad_score;
                     grad_a[k] += score_factor * grad_score;

@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_backward(
     if (!tile.active) return;
     const LIF lif{decay, gain, bias, threshold, v_reset};
     const long long rows = images * pixels, frame_size = rows * channels;
+    const float share = 1.0f / pixels;
 
     for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
         const long long neuron = row * channels + tile.channel;
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_backward(
         load_sequence(grad_pooled, images * channels, row / pixels * channels + tile.channel, grad_seq);
         run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
             lif, v_reset, surrogate_a, surrogate_b, [&](int k, int i) { return to_float(x_seq[k][i]); },
-            [&](int k, int i) { return to_float(grad_seq[k][i]) / pixels; },
+            [&](int k, int i) { return to_float(grad_seq[k][i]) * share; },
             [&](int k, const float(&grad)[kWidth]) { store_floats(grad_x + k * frame_size, neuron, grad); });
     }
 }
