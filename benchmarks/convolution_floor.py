@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -53,20 +54,27 @@ class ConvolutionFloor:
     ) -> None:
         network = REFERENCE.build(size, T)
         network.load_state_dict(weights)
-        modules = [module for module in network.stages.modules() if isinstance(module, nn.Conv2d)]
-        inputs = record_inputs(network, modules, size.image_size)
-        place = {"device": device, "dtype": DTYPES.get(precision, torch.float32)}
+        self._modules = [module for module in network.stages.modules() if isinstance(module, nn.Conv2d)]
+        self._inputs = record_inputs(network, self._modules, size.image_size)
+        self._T, self._batch, self._layout = T, batch, LAYOUTS[layout]
+        self._place = {"device": device, "dtype": DTYPES.get(precision, torch.float32)}
+
+    @cached_property
+    def _convolutions(self) -> list[_Convolution]:
+        """The convolutions with their tensors on the device, made when a turn begins."""
+        T, batch, place = self._T, self._batch, self._place
         grad_outputs: dict[torch.Size, Tensor] = {}
-        self._convolutions = []
-        for module, frames in zip(modules, inputs, strict=True):
-            x = frames.to(**place).repeat(batch, 1, 1, 1)[: T * batch].contiguous(memory_format=LAYOUTS[layout])
-            weight = module.weight.detach().to(**place, memory_format=LAYOUTS[layout])
+        convolutions = []
+        for module, frames in zip(self._modules, self._inputs, strict=True):
+            x = frames.to(**place).repeat(batch, 1, 1, 1)[: T * batch].contiguous(memory_format=self._layout)
+            weight = module.weight.detach().to(**place, memory_format=self._layout)
             shape = F.conv2d(x[:1], weight, None, module.stride, module.padding).shape
             shape = torch.Size((len(x), *shape[1:]))
             if shape not in grad_outputs:
                 # Shared by convolutions with equal outputs: they are read, never written.
-                grad_outputs[shape] = torch.randn(shape, **place).contiguous(memory_format=LAYOUTS[layout])
-            self._convolutions.append(_Convolution(x, weight, grad_outputs[shape], module.stride, module.padding))
+                grad_outputs[shape] = torch.randn(shape, **place).contiguous(memory_format=self._layout)
+            convolutions.append(_Convolution(x, weight, grad_outputs[shape], module.stride, module.padding))
+        return convolutions
 
     @torch.inference_mode()
     def train_step(self) -> None:
@@ -86,7 +94,8 @@ class ConvolutionFloor:
         """Nothing differs."""
 
     def rest(self) -> None:
-        """Nothing is left behind."""
+        """Free the convolutions' tensors, which the implementations that take their turns now may need."""
+        self.__dict__.pop("_convolutions", None)
 
     def diverged(self) -> bool:
         """Return False: nothing is learned."""
