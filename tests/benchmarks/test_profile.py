@@ -66,7 +66,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
         ("lif_backward<float, 6, true, 4, Reset::hard, false, Rect>", "lif_backward"),
         ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
         ("sm80_xmma_wgrad_implicit_gemm_indexed_f16f16_f16f32_f32_nhwckrsc_nhwc", "convolutions"),
-        ("void cudnn::ops::nhwcToNchwKernel<__half, __half, float>(float)", "convolutions"),
+        ("void cudnn::ops::nhwcToNchwKernel<__half, __half, float>(float)", "layout conversions"),
         ("void cudnn::bn_fw_tr_1C11_singleread<__half, 512, true>(float)", "BatchNorm"),
         ("void at::native::batch_norm_backward_reduce_channels_last_kernel<4, float>()", "BatchNorm"),
         ("_forward_kernel", "neurons (SpikingJelly)"),
