@@ -66,8 +66,8 @@ def make_parser() -> Parser:
         "--layout",
         choices=("auto", *LAYOUTS),
         default="auto",
-        help="memory order of images and weights; auto: NHWC in half precision on a GPU, except for the step-loop,"
-        " which does not keep it, else NCHW",
+        help="memory order of images and weights; auto on a GPU: NHWC for ours-cupy, and in half precision for all but"
+        " the step-loop, which does not keep it; else NCHW",
     )
     parser.add_argument(
         "--largest-batch",

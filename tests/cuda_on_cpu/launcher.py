@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,20 @@ def sanitizer_environment() -> dict[str, str]:
     find = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     libraries = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in find]
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def run_under_sanitizers(tests: str, chosen: str) -> str:
+    """Run tests of a file again, with every access of the kernels checked for bounds and alignment; return the output.
+
+    Args:
+        tests: The file.
+        chosen: Which of its tests, as pytest's -k takes it.
+    """
+    environment = os.environ | sanitizer_environment() | {"GAC_TEST_SANITIZE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", chosen]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
 
 
 class _Dim3(ctypes.Structure):

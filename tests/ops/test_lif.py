@@ -4,16 +4,13 @@ The kernels run on the GPU where there is one, and in any case on the CPU (tests
 allocated memory is NaN: a cell that a kernel leaves unwritten fails the comparison.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, sanitizer_environment
+from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
@@ -489,15 +486,8 @@ def test_vectors_travel_in_16_byte_accesses() -> None:
 
 
 def test_kernels_under_sanitizers(compiled_kernels: KernelsOnCpu) -> None:
-    """Run tests above again, with every access of the kernels checked for bounds and alignment."""
-    if "GAC_TEST_SANITIZE" in os.environ:
-        pytest.skip("this is the run under sanitizers")
-    environment = os.environ | sanitizer_environment() | {"GAC_TEST_SANITIZE": "1"}
-    chosen = "unaligned or (every_length and cpu-6-fp16) or (odd_sizes and contiguous-17-bf16)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout
+    chosen = "(unaligned and cpu) or (every_length and cpu-6-fp16) or (odd_sizes and cpu-contiguous-17-bf16)"
+    assert "3 passed" in run_under_sanitizers(__file__, chosen)
 
 
 # --- Only on a GPU
