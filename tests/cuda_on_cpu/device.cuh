@@ -13,3 +13,14 @@ inline unsigned short half_bits_from_float(float value) {
     memcpy(&bits, &half, sizeof bits);
     return bits;
 }
+
+template <int kWords>
+inline void store_words(void* address, const unsigned int (&words)[kWords]) {
+    // By assignment, so that the sanitizer sees a wrong alignment.
+    struct alignas(4 * kWords) Access {
+        unsigned int words[kWords];
+    };
+    Access access;
+    memcpy(&access, words, sizeof access);
+    *static_cast<Access*>(address) = access;
+}

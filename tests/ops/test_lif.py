@@ -28,11 +28,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative to the largest gradient: rounding of the order of operations (fp32) or of the stored result.
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
 
 def make_input(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str, seed: int = 0) -> Tensor:
     """Half multiples of 1/8, which meet thresholds and window ends exactly, and half ordinary numbers."""
@@ -302,7 +297,7 @@ def test_opcheck(layout: str, with_state: bool, device: str) -> None:
         torch.library.opcheck(torch.ops.gac.lif_backward.default, (grad_spikes, None, *detached, *wanted))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_compiles_without_graph_breaks(backend: str, device: str) -> None:
     def network(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         assert runtime.choose_backend("auto", x) in ("cupy", "torch")
@@ -482,7 +477,8 @@ def test_vectors_travel_in_16_byte_accesses() -> None:
     # No GPU has capability 9.1: the compiler stops at PTX, which can be read.
     ptx = runtime.compile_kernel(kernel, 91).binary.decode()
     assert len(re.findall(r"ld\.global\.nc\.v4\.[bu]32", ptx)) == 6
-    assert len(re.findall(r"st\.global\.v4\.[bu]32", ptx)) == 6
+    # Eight neurons' final potentials take two.
+    assert ptx.count("st.global.v4.b32") == 6 + 2
 
 
 def test_kernels_under_sanitizers(compiled_kernels: KernelsOnCpu) -> None:
@@ -494,7 +490,6 @@ def test_kernels_under_sanitizers(compiled_kernels: KernelsOnCpu) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestDevice:
     def test_on_another_stream(self) -> None:
         stream = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-// What only a GPU has: the PTX instructions that CUDA C++ reaches through headers we do not want.
+// What only a GPU has: PTX instructions that CUDA C++ reaches through headers we do not want, or not at all.
 // The conversions live in cuda_fp16.h, which NVRTC often cannot find on a user's machine.
 // Tests replace this file by one for the CPU (tests/cuda_on_cpu/device.cuh); all other files stay as they are.
 #pragma once
@@ -13,4 +13,17 @@ __device__ __forceinline__ unsigned short half_bits_from_float(float value) {
     unsigned short bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
+}
+
+// One access of 4 kWords bytes. Before sm_100 the compiler splits an assignment into stores of single elements where it
+// cannot prove the address's alignment. The address must be a multiple of 4 kWords.
+template <int kWords>
+__device__ __forceinline__ void store_words(void* address, const unsigned int (&words)[kWords]) {
+    static_assert(kWords == 2 || kWords == 4, "wider than an element, at most 16 bytes");
+    const auto to = __cvta_generic_to_global(address);
+    if constexpr (kWords == 2)
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+    else
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                     : : "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
 }

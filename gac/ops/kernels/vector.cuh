@@ -1,5 +1,6 @@
 // kWidth neighbouring elements that travel together, in accesses of at most 16 bytes.
 #pragma once
+#include "device.cuh"
 
 template <typename Element, int kWidth>
 struct Vector {
@@ -33,10 +34,19 @@ __device__ __forceinline__ Vector<Element, kWidth> load_vector(const Element* ad
     return vector;
 }
 
+// Likewise.
 template <typename Element, int kWidth>
 __device__ __forceinline__ void store_vector(Element* address, const Vector<Element, kWidth>& vector) {
     using Packed = Vector<Element, kWidth>;
     auto* to = reinterpret_cast<typename Packed::Access*>(address);
 #pragma unroll
-    for (int i = 0; i < kWidth / Packed::kPerAccess; ++i) to[i] = vector.access[i];
+    for (int i = 0; i < kWidth / Packed::kPerAccess; ++i) {
+        if constexpr (sizeof(to[i]) > 4) {
+            unsigned int words[sizeof(to[i]) / 4];
+            memcpy(words, &vector.access[i], sizeof words);
+            store_words(to + i, words);
+        } else {
+            to[i] = vector.access[i];
+        }
+    }
 }
