@@ -38,15 +38,15 @@ def kernels_on_cpu(compiled_kernels: KernelsOnCpu) -> Iterator[KernelsOnCpu]:
         runtime.set_cpu_launcher(None)
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
-        ),
-    ]
-)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked gpu, with the reason, where the CUDA kernels cannot run."""
+    if item.get_closest_marker("gpu") is not None:
+        status = runtime.cupy_status(torch.device("cuda", 0))
+        if not status.ok:
+            pytest.skip(status.reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where the kernels run: their source compiled for the CPU, or the GPU."""
     if request.param == "cpu":

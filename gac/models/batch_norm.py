@@ -39,7 +39,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(unbiased, self.momentum)
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
         return y
 
     @torch.no_grad()
@@ -59,5 +59,5 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.synchronized:
             moments = batch_norm.over_all_ranks(moments, count)
         mean, inverse_std = batch_norm.statistics(moments, self.eps, self.momentum, self.running_mean, self.running_var)
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)
         return Normalization(self.weight, self.bias, mean, inverse_std, True, self.synchronized)

@@ -40,9 +40,8 @@ def possible(net: MSResNet, x: Tensor) -> bool:
         net.step_mode == "m"
         and net.T <= MAX_T
         and not _global_hooks()
-        and all(type(stage) is nn.Sequential and all(map(_own, stage)) for stage in net.stages)
+        and all(_bypassable(stage, nn.Sequential) and all(map(_known, stage)) for stage in net.stages)
         and all(type(neuron) is LIFNode and neuron.runs_kernels(x) for neuron in _neurons(net))
-        and not any(_hooked(module) for stage in net.stages for module in _bypassed(stage))
     )
 
 
@@ -132,31 +131,26 @@ def _neurons(net: MSResNet) -> Iterator[LIFNode]:
     yield net.lif
 
 
-def _bypassed(stage: nn.Sequential) -> Iterator[nn.Module]:
-    """Yield the modules of a stage that are not called."""
-    yield stage
-    for block in stage:
-        yield from (block, block.conv1, block.conv1.norm, block.conv2, block.conv2.norm, block.shortcut)
-        if not isinstance(block.shortcut, nn.Identity):
-            yield block.shortcut.norm
-
-
-def _own(block: nn.Module) -> bool:
-    """Return whether a block and its layers are this package's; others run as their authors wrote them."""
+def _known(block: nn.Module) -> bool:
+    """Return whether a block and its layers need not be called: others than this package's run as they were written."""
     from gac.models.ms_resnet import ConvNorm, MSBlock  # which imports this file
 
-    if type(block) is not MSBlock:
+    if not _bypassable(block, MSBlock):
         return False
-    layers = [block.conv1, block.conv2]
-    if type(block.shortcut) is not nn.Identity:
-        layers.append(block.shortcut)
-    return all(type(layer) is ConvNorm and _applicable(layer.norm) for layer in layers)
+    shortcut = block.shortcut
+    layers = (block.conv1, block.conv2) if _bypassable(shortcut, nn.Identity) else (block.conv1, block.conv2, shortcut)
+    return all(_bypassable(layer, ConvNorm) and _applicable(layer.norm) for layer in layers)
+
+
+def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether nothing but ``kind.forward`` would run if ``module`` were called."""
+    return type(module) is kind and not _hooked(module)
 
 
 def _applicable(norm: nn.Module) -> bool:
     """Return whether the kernels can apply a BatchNorm: not a converted SyncBatchNorm or a half-precision one."""
     return (
-        type(norm) is BatchNorm2d
+        _bypassable(norm, BatchNorm2d)
         and norm.momentum is not None
         and norm.running_mean is not None
         and all(tensor is not None and tensor.dtype == torch.float32 for tensor in (norm.weight, norm.bias))

@@ -55,7 +55,8 @@ def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
 
 def rows(x: Tensor) -> int:
     """Return the number of pixels of one frame of ``x`` [T, B, C, H, W]."""
-    return x[0].numel() // x.shape[2]
+    _, B, _, H, W = x.shape
+    return B * H * W
 
 
 def vector_width(dtype: torch.dtype, T: int, backward: bool = False) -> int:

@@ -69,7 +69,7 @@ def gate_lif(
             f"got {list(spatial.shape)}, {spatial.dtype}, on {spatial.device}"
         )
     constants = Constants.of(x.dtype, parameters, surrogate_function)
-    return torch.ops.gac.gate_lif(x, temporal.float(), spatial, *constants)
+    return _operator(x, temporal.float(), spatial, *constants)
 
 
 torch.library.define(
@@ -164,5 +164,4 @@ def _backward(
     return *gradients, *(None for _ in ctx.constants)
 
 
-torch.library.register_autograd("gac::gate_lif", _backward, setup_context=_setup_context)
-runtime.no_second_derivative("gac::gate_lif_backward")
+_operator = runtime.differentiable("gac::gate_lif", _setup_context, _backward)

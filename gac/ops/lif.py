@@ -137,7 +137,7 @@ def lif(
         InputError: For an unsupported surrogate or dtype, empty input, and a ``v`` that does not fit the input.
     """
     _check_input(x_seq, v)
-    return torch.ops.gac.lif_forward(
+    return _operator(
         x_seq,
         v if isinstance(v, Tensor) else None,
         0.0 if isinstance(v, Tensor) else float(v),
@@ -428,7 +428,4 @@ def _backward(
     return grad_x if need_grad_x else None, grad_v_init if need_grad_v else None, *(None for _ in others)
 
 
-torch.library.register_autograd("gac::lif_forward", _backward, setup_context=_setup_context)
-
-
-runtime.no_second_derivative("gac::lif_backward")
+_operator = runtime.differentiable("gac::lif_forward", _setup_context, _backward)

@@ -32,7 +32,7 @@ def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate
         InputError: For an input of another rank, empty input, T > 16, an unsupported surrogate or dtype.
     """
     channels.check_activations("input of LIF and pooling", x)
-    return torch.ops.gac.lif_pool(x, *Constants.of(x.dtype, parameters, surrogate_function))
+    return _operator(x, *Constants.of(x.dtype, parameters, surrogate_function))
 
 
 torch.library.define("gac::lif_pool", f"(Tensor x, {Constants.SCHEMA}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -98,5 +98,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_pooled: Tensor) -> 
     return grad_x, *(None for _ in ctx.constants)
 
 
-torch.library.register_autograd("gac::lif_pool", _backward, setup_context=_setup_context)
-runtime.no_second_derivative("gac::lif_pool_backward")
+_operator = runtime.differentiable("gac::lif_pool", _setup_context, _backward)

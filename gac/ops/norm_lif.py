@@ -57,9 +57,7 @@ def norm_lif(
     channels.check_activations("input of BatchNorm and LIF", y)
     normalization.check_fits(y)
     constants = Constants.of(y.dtype, parameters, surrogate_function)
-    return torch.ops.gac.norm_lif(
-        y, *normalization.tensors, normalization.from_batch, normalization.synchronized, *constants
-    )
+    return _operator(y, *normalization.tensors, normalization.from_batch, normalization.synchronized, *constants)
 
 
 torch.library.define(
@@ -183,6 +181,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor) -> 
     return grad_y, sums[1], sums[0], *(None for _ in range(4 + len(ctx.constants)))
 
 
-torch.library.register_autograd("gac::norm_lif", _backward, setup_context=_setup_context)
-runtime.no_second_derivative("gac::norm_lif_backward_sums")
-runtime.no_second_derivative("gac::norm_lif_backward_input")
+_operator = runtime.differentiable("gac::norm_lif", _setup_context, _backward)

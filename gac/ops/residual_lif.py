@@ -74,7 +74,7 @@ def residual_lif(
         else Constants.of(y.dtype, parameters, surrogate_function)
     )
     normalized = shortcut_normalization is not None
-    membrane, spikes = torch.ops.gac.residual_lif(
+    membrane, spikes = _operator(
         y,
         *normalization.tensors,
         shortcut,
@@ -291,6 +291,4 @@ def _backward(
     return grad_y, *of_normalization, *of_shortcut, *(None for _ in range(3 + len(ctx.constants)))
 
 
-torch.library.register_autograd("gac::residual_lif", _backward, setup_context=_setup_context)
-runtime.no_second_derivative("gac::residual_lif_backward_sums")
-runtime.no_second_derivative("gac::residual_lif_backward_inputs")
+_operator = runtime.differentiable("gac::residual_lif", _setup_context, _backward)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -170,13 +170,19 @@ def launch(
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     typed = _typed_arguments(kernel, arguments, device)
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-            _loaded_function(kernel, device.index)(grid, block, typed, stream=stream)
+        _launch_on_cuda(kernel, device, grid, block, typed)
     elif device.type == "cpu" and _cpu_launcher is not None:
         _cpu_launcher(kernel, grid, block, typed)
     else:
         raise RuntimeError(f"CUDA kernels cannot run on tensors on {device}")
+
+
+def _launch_on_cuda(
+    kernel: Kernel, device: torch.device, grid: tuple[int, ...], block: tuple[int, ...], typed: list[np.generic]
+) -> None:
+    with torch.cuda.device(device):
+        stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
+        _loaded_function(kernel, device.index)(grid, block, typed, stream=stream)
 
 
 @dataclass(frozen=True)
@@ -264,13 +270,56 @@ def implement(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def no_second_derivative(name: str) -> None:
-    """Let differentiating a backward operator fail with a clear message instead of giving zeros."""
+def differentiable(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
+) -> Callable[..., Any]:
+    """Give an operator such as "gac::norm_lif" its derivative, and return the function that calls it.
 
-    def fail(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:
-        raise NotImplementedError(f"{name} has no derivative: the CUDA kernels have none of second order")
+    ``setup_context`` and ``backward`` are what torch.library.register_autograd takes. Differentiating twice fails with
+    a clear message.
+    """
+    short_name = name.removeprefix("gac::")
+    operator = getattr(torch.ops.gac, short_name).default
 
-    torch.library.register_autograd(name, fail)
+    def forward(ctx: torch.autograd.function.FunctionCtx, *arguments: object) -> Any:
+        output = operator(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    def backward_once(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        return _NoSecondDerivative.apply(name, *(None if each is None else each.requires_grad_() for each in results))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+    function = type(short_name, (torch.autograd.Function,), methods)
+    torch.library.register_autograd(name, backward_once, setup_context=setup_context)
+
+    def call(*arguments: object) -> Any:
+        # A compiler is to see the operator. Elsewhere a plain autograd.Function does the same as the one that
+        # torch.library generates for it, in a fraction of the time on the host.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return operator(*arguments)
+        return function.apply(*arguments)
+
+    return call
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients as they are, of which a derivative fails with a clear message instead of being zero."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, name: str, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return gradients
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor | None) -> None:
+        raise NotImplementedError(f"{ctx.name} has no second derivative: the CUDA kernels have none of second order")
 
 
 def cupy_installed() -> bool:
@@ -290,7 +339,7 @@ def toolchain_status() -> CupyStatus:
     try:
         import cupy
         from cupy.cuda import driver, nvrtc
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # CuPy 13 asks NumPy 2 for names that it no longer has
         return CupyStatus(False, f"CuPy cannot be imported: {_first_line(error)}", command)
     cupy_major = driver.get_build_version() // 1000
     if cupy_major != major:

@@ -42,7 +42,7 @@ def run_under_sanitizers(tests: str, chosen: str) -> str:
     return result.stdout
 
 
-class _Dim3(ctypes.Structure):
+class Dim3(ctypes.Structure):
     _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
 
 
@@ -64,7 +64,7 @@ class KernelsOnCpu:
         if sanitize:
             self._flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         self._functions: dict[runtime.Kernel, ctypes._CFuncPtr] = {}
-        self._scheduler = self._compile((HERE / "cuda_on_cpu.cpp").read_text(), "the scheduler")
+        self._scheduler = self.compile((HERE / "cuda_on_cpu.cpp").read_text(), "the scheduler")
 
     def __call__(
         self,
@@ -74,22 +74,34 @@ class KernelsOnCpu:
         arguments: Sequence[np.generic],
     ) -> None:
         """Run a kernel; raises RuntimeError for a compiler error or a barrier that not all threads reach."""
-        if kernel not in self._functions:
-            library = self._compile(self._translation_unit(kernel), kernel.instance, self._scheduler)
-            self._functions[kernel] = ctypes.CDLL(str(library)).run
-            self._functions[kernel].restype = ctypes.c_char_p
+        run = self.function(kernel)
         values = [np.array(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-        sizes = (_Dim3(*(*size, 1, 1)[:3]) for size in (grid, block))
-        error = self._functions[kernel](*sizes, ORDERS.index(self.order), addresses)
+        sizes = (Dim3(*(*size, 1, 1)[:3]) for size in (grid, block))
+        error = run(*sizes, ORDERS.index(self.order), addresses)
         if error is not None:
             raise RuntimeError(f"{kernel.instance}: {error.decode()}")
 
-    def _compile(self, text: str, name: str, *libraries: Path) -> Path:
+    def function(self, kernel: runtime.Kernel) -> ctypes._CFuncPtr:
+        """Return a kernel's function ``run`` (see ``_translation_unit``), compiling it at the first call."""
+        if kernel not in self._functions:
+            library = self.compile(self._translation_unit(kernel), kernel.instance, str(self._scheduler))
+            self._functions[kernel] = ctypes.CDLL(str(library)).run
+            self._functions[kernel].restype = ctypes.c_char_p
+        return self._functions[kernel]
+
+    def compile(self, text: str, name: str, *link: str) -> Path:
+        """Return a shared library made of C++ text, compiled if no process of the session has done so.
+
+        Args:
+            text: The source.
+            name: What it is, for the error message.
+            link: Libraries and options for the linker.
+        """
         digest = hashlib.sha256("\0".join([text, *self._flags]).encode()).hexdigest()[:16]
         output = self._folder / f"{digest}.so"
         if not output.exists():
-            command = ["g++", *self._flags, f"-I{HERE}", "-x", "c++", "-", "-x", "none", *map(str, libraries)]
+            command = ["g++", *self._flags, f"-I{HERE}", "-x", "c++", "-", "-x", "none", *link]
             # The compiler itself need not run under the sanitizers.
             environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
             # Another process may be compiling the same.

@@ -121,7 +121,6 @@ def test_global_generator_is_left_alone():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_batches_need_no_synchronisation():
     loader = make_loader(augment=CropAndFlip(2, horizontal_flip=True), device="cuda")
     batches = loader.epoch(0)

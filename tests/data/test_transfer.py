@@ -20,7 +20,6 @@ def test_on_the_cpu_batches_pass_one_by_one():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_batches_are_whole_in_order_and_one_ahead():
     # Large enough that reading, or reusing, memory before its time shows.
     sent = [
@@ -47,7 +46,6 @@ def test_on_the_cpu_batches_are_made_one_by_one():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_batches_are_made_without_waiting_for_the_computation():
     device = torch.device("cuda", torch.cuda.current_device())
     busy = torch.cuda.Event()

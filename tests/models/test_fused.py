@@ -19,10 +19,8 @@ from gac.ops import runtime
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where the kernels run: their source compiled for the CPU, or the GPU."""
     if request.param == "cpu":
@@ -184,7 +182,7 @@ def test_spikes_normalised_values_and_membranes_are_kept_once(device: str) -> No
         return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
     # For a layer that follows a BatchNorm: convolution output and spikes, instead of these and the normalised values.
-    assert kept_bytes("auto") < 0.65 * kept_bytes("torch")
+    assert kept_bytes("auto") < 0.75 * kept_bytes("torch")
 
 
 # --- Layer by layer: a free-running spiking network is chaotic, so each layer is compared on what it got itself
@@ -334,16 +332,24 @@ def test_a_hook_on_one_neuron_leaves_the_others_fused(layer: str, device: str, l
     assert all(now[name] >= fused_kernels[name] - 1 for name in others)
 
 
-@pytest.mark.parametrize("layer", ["stages.0", "stages.1.0", "stages.1.0.conv1", "stages.1.0.conv2.norm"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "stages.0",
+        *(f"stages.0.0{part}" for part in ("", ".conv1", ".conv2.norm", ".shortcut", ".shortcut.norm")),
+        "stages.0.1.shortcut",
+    ],
+)
 def test_a_hook_on_what_is_bypassed_runs_the_modules(layer: str, device: str, launched: list[str]) -> None:
-    net = network().to(device)
-    calls = []
+    # Of the first two blocks, the first one's shortcut is a convolution.
+    net = network(depth=[2, 1, 1]).to(device).eval()
+    x, calls = images(device, batch=2, side=8), []
     handle = net.get_submodule(layer).register_forward_hook(lambda *_: calls.append(layer))
-    net(images(device))
+    net(x)
     assert calls == [layer]
     assert not any(name.startswith("residual") for name in launched)
     handle.remove()
-    net(images(device))
+    net(x)
     assert calls == [layer]
     assert "residual_lif_forward" in launched
 

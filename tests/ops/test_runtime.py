@@ -1,17 +1,19 @@
 """Compilation, launch checks, and the choice of backend; without a GPU, except where marked."""
 
 import logging
+import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ops.fused import CIFAR, DEFAULT, activations
 
 from gac.errors import InputError
-from gac.ops import lif, runtime
+from gac.ops import lif, lif_pool, runtime
 
 CUDA = torch.device("cuda", 0)
 KERNEL = runtime.Kernel("lif.cu", "f", ("const float*", "Float16*?", "float", "int", "long long"))
@@ -72,6 +74,16 @@ def test_gpus_newer_than_nvrtc_get_ptx() -> None:
     assert runtime.compile_kernel(kernel, 90).binary.startswith(b"\x7fELF")
 
 
+def test_a_cubin_is_whole() -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
+    binary = runtime.compile_kernel(runtime.Kernel("probe.cu", "probe", ("float*",)), 90).binary
+    # In an ELF file one of two tables comes last.
+    segments, sections, *_, segment_size, segment_count, section_size, section_count = struct.unpack_from(
+        "<QQIHHHHH", binary, 32
+    )
+    assert len(binary) == max(segments + segment_size * segment_count, sections + section_size * section_count)
+
+
 # --- Launch
 
 
@@ -128,6 +140,65 @@ def test_the_cpu_has_no_launcher_in_production() -> None:
         runtime.launch(KERNEL, (1,), (32,), (torch.zeros(3), None, 0.5, 7, 8))
 
 
+# --- Operators that have a derivative
+
+
+def rates(x: torch.Tensor) -> torch.Tensor:
+    return lif_pool.lif_pool(x, *CIFAR)
+
+
+def rates_by_the_operator(x: torch.Tensor) -> torch.Tensor:
+    """Return the same as a compiled graph would: by the operator and the Function that torch.library makes for it."""
+    return torch.ops.gac.lif_pool(x, *lif.Constants.of(x.dtype, *CIFAR))
+
+
+def test_one_derivative_for_both_ways_of_calling(device: str) -> None:
+    results, nodes = [], []
+    for function in (rates, rates_by_the_operator):
+        x = activations(DEFAULT, device).requires_grad_()
+        y = function(x)
+        nodes.append(y.grad_fn.name())
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), x)])
+    assert results[0][1].abs().max() > 0
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    # Not torch.library's, which takes a multiple of the time.
+    assert nodes[0] == "lif_poolBackward" != nodes[1]
+
+
+@pytest.mark.parametrize("function", [rates, rates_by_the_operator])
+def test_a_second_derivative_is_refused_only_where_it_is_taken(function: Callable, device: str) -> None:
+    x = activations(DEFAULT, device).requires_grad_()
+    gradients = [torch.autograd.grad(function(x).sum(), x, create_graph=graph)[0] for graph in (False, True)]
+    assert torch.equal(*gradients)
+    with pytest.raises(NotImplementedError, match="gac::lif_pool has no second derivative"):
+        gradients[1].sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_recorded_without_grad_mode(mode: Callable, device: str) -> None:
+    x = activations(DEFAULT, device).requires_grad_()
+    expected = rates(x)
+    with mode():
+        y = rates(x)
+    assert expected.requires_grad
+    assert not y.requires_grad
+    assert torch.equal(y, expected)
+
+
+def test_a_compiler_sees_the_operator(device: str) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph)
+        return graph
+
+    x = activations(DEFAULT, device).requires_grad_()
+    y = torch.compile(rates, fullgraph=True, backend=backend)(x)
+    assert torch.equal(y, rates(x))
+    (graph,) = graphs
+    assert graph.graph.find_nodes(op="call_function", target=torch.ops.gac.lif_pool.default)
+
+
 # --- Status of CuPy: what is missing is played, the rest is the real installation
 
 
@@ -163,9 +234,10 @@ class TestStatus:
             False, "CuPy is not installed", f"pip install cupy-cuda{version[:2]}x"
         )
 
-    def test_cupy_broken(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["ImportError", "AttributeError"])
+    def test_cupy_broken(self, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pretend_cuda(monkeypatch)
-        (tmp_path / "cupy.py").write_text("raise ImportError('\\n=====\\nFailed to import CuPy.\\nBecause.')")
+        (tmp_path / "cupy.py").write_text(f"raise {kind}('\\n=====\\nFailed to import CuPy.\\nBecause.')")
         monkeypatch.syspath_prepend(tmp_path)
         for name in [name for name in sys.modules if name.split(".")[0] == "cupy"]:
             monkeypatch.delitem(sys.modules, name)
@@ -268,6 +340,5 @@ class TestChoice:
         )
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     def test_on_a_gpu(self) -> None:
         assert runtime.choose_backend("auto", torch.zeros(3, device="cuda")) == "cupy"
