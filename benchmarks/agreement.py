@@ -6,8 +6,9 @@ changes a quarter of the last layer's), so there each spiking layer is compared 
 network fed to its layer, rounded, and must give the spikes and the input gradient of the float64 neuron. Everything
 else is the same PyTorch layers in all networks.
 
-The neurons of ours-cupy and ours-torch are checked in every precision that is timed, and where ours-cupy runs fused,
-what it fuses too (benchmarks/teacher_forcing.py). The peers are checked in float32 alone: under autocast their membrane
+The neurons of our networks are checked in every precision that is timed, and where they run fused, what is fused too
+(benchmarks/teacher_forcing.py). Where the steps are replayed, they are compared with the steps
+(benchmarks/replayed_contender.py). The peers are checked in float32 alone: under autocast their membrane
 potentials are half precision, another neuron to the last bit.
 """
 
@@ -24,9 +25,11 @@ from benchmarks.command_line import MeasurementError
 from benchmarks.implementations import LAYOUTS, REFERENCE, Implementation, choose_layout
 from benchmarks.network_size import NetworkSize
 from benchmarks.recording import record_inputs_of
+from benchmarks.replayed_contender import compare_replayed
 from benchmarks.teacher_forcing import compare_fused
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import PRESETS, LIFNode
+from gac.ops import lif
 from gac.training.precision import DTYPES, autocast
 
 BATCH = 2
@@ -148,6 +151,8 @@ def check_agreement(
             if implementation.neuron_type is REFERENCE.neuron_type:
                 reference.load_state_dict(state)
                 found += _compare_fused(implementation, reference, size, T, images, dtype)
+            if implementation.replayed:
+                found += _compare_replayed(implementation, state, size, T, dtype, device)
     return found
 
 
@@ -275,7 +280,7 @@ def _compare_fused(
     images: Tensor,
     dtype: torch.dtype,
 ) -> list[Agreement]:
-    precision = next((name for name, half in DTYPES.items() if half == dtype), "fp32")
+    precision = _precision(dtype)
     layout = choose_layout(implementation, precision, "auto", images.device)
     network = implementation.build(size, T)
     network.load_state_dict(reference.state_dict())
@@ -288,6 +293,27 @@ def _compare_fused(
     ]
 
 
+def _compare_replayed(
+    implementation: Implementation,
+    state: Mapping[str, Tensor],
+    size: NetworkSize,
+    T: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Agreement]:
+    precision = _precision(dtype)
+    layout = choose_layout(implementation, precision, "auto", device)
+    name = str(dtype).removeprefix("torch.")
+    return [
+        _checked(Agreement(implementation.name, T, name, each.quantity, each.difference, each.limit))
+        for each in compare_replayed(implementation, size, T, precision, layout, state, device)
+    ]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return next((name for name, half in DTYPES.items() if half == dtype), "fp32")
+
+
 def _near_a_jump(exact: LIFNode, x_seq: Tensor) -> Tensor:
     """Return where, [T, ...], rounding decides on which side of a jump of the surrogate gradient a membrane is."""
     jump = JUMPS.get(type(exact.surrogate_function))
@@ -298,11 +324,10 @@ def _near_a_jump(exact: LIFNode, x_seq: Tensor) -> Tensor:
     def record(_: nn.Module, arguments: tuple[Tensor]) -> None:
         distances.append((arguments[0].abs() - jump).abs())
 
-    # In float64 the neuron asks its surrogate for every time step.
+    # The reference asks the surrogate at every time step.
     handle = exact.surrogate_function.register_forward_pre_hook(record)
-    functional.reset_net(exact)
     with torch.no_grad():
-        exact(x_seq)
+        lif.reference(x_seq, 0.0, exact.dynamics(), exact.surrogate_function)
     handle.remove()
     distance = torch.stack(distances)
     # On the jump itself all precisions agree: such membranes are exact.

@@ -19,13 +19,13 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 class Workload(Protocol):
     """What is timed: the steps of a :class:`Contender` or of something to compare it with."""
 
-    def train_step(self) -> None:
+    def train_step(self) -> object:
         """Do the work of a training step."""
 
     def start_evaluation(self) -> None:
         """Change from training to evaluation."""
 
-    def eval_step(self) -> None:
+    def eval_step(self) -> object:
         """Do the work of an evaluation step."""
 
     def rest(self) -> None:
@@ -67,8 +67,8 @@ class Contender:
         self._device = device
         self._amp = "off" if precision == "fp32" else precision
 
-    def train_step(self) -> None:
-        """Train on the batch."""
+    def train_step(self) -> Tensor:
+        """Train on the batch and return its loss."""
         self.optimizer.zero_grad()
         with autocast(self._device, self._amp):
             logits = self.network(self.images)
@@ -77,6 +77,7 @@ class Contender:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._loss = loss.detach()
+        return self._loss
 
     def start_evaluation(self) -> None:
         """Let BatchNorm use its running statistics."""
@@ -92,7 +93,7 @@ class Contender:
         functional.reset_net(self.network)
 
     @torch.inference_mode()
-    def eval_step(self) -> None:
-        """Compute the logits of the batch."""
+    def eval_step(self) -> Tensor:
+        """Return the logits of the batch."""
         with autocast(self._device, self._amp):
-            self.network(self.images)
+            return self.network(self.images)

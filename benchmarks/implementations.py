@@ -30,6 +30,8 @@ class Implementation:
         batch_first: The layout is [B, T, ...], logits are [B, T, K]; else [T, B, ...] and [T, B, K].
         keeps_channels_last: Activations stay in the memory order channels_last where the images have it.
         float64: It runs in float64 too.
+        kernels: It needs our CUDA kernels.
+        replayed: Its steps are replays of CUDA graphs.
     """
 
     name: str
@@ -39,10 +41,12 @@ class Implementation:
     batch_first: bool = False
     keeps_channels_last: bool = True
     float64: bool = True
+    kernels: bool = False
+    replayed: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """Return why it cannot run on a device, in one line, or None if it can."""
-        if self.name != "ours-cupy":
+        if not self.kernels:
             return None
         status = runtime.cupy_status(device)
         if status.ok:
@@ -94,7 +98,8 @@ def _build_peer(network: Callable[..., nn.Module]) -> Callable[[NetworkSize, int
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
-        Implementation("ours-cupy", _build_ours("cupy"), LIFNode, float64=False),
+        Implementation("ours-cupy", _build_ours("cupy"), LIFNode, float64=False, kernels=True),
+        Implementation("ours-cupy-graph", _build_ours("cupy"), LIFNode, float64=False, kernels=True, replayed=True),
         Implementation("ours-torch", _build_ours("torch"), LIFNode),
         Implementation(
             "spikingjelly",
@@ -123,7 +128,7 @@ def choose_layout(implementation: Implementation, precision: str, requested: str
     if device.type != "cuda" or not implementation.keeps_channels_last:
         return "NCHW"
     # What the convolutions run fastest with; the fused kernels copy every activation that is not channels_last.
-    return "NHWC" if precision != "fp32" or implementation.name == "ours-cupy" else "NCHW"
+    return "NHWC" if precision != "fp32" or implementation.kernels else "NCHW"
 
 
 def what_runs(

@@ -1,5 +1,6 @@
 """One call that does the work of many, to time operations that are shorter than their launch."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,15 +15,17 @@ def capturable_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def replay(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+def replay(calls: Sequence[Callable[[], object]], device: torch.device, keep: int = 0) -> Callable[[], object]:
     """Return a call that makes all ``calls`` in a row: on a GPU the replay of one CUDA graph of them.
 
-    In a replay the GPU never waits for the host. What the calls return is dropped, its memory used again by the next.
+    In a replay the GPU never waits for the host. What a call returns is dropped, its memory used again, once ``keep``
+    more calls have returned.
     """
 
     def in_a_row() -> None:
+        kept: deque[object] = deque(maxlen=keep)
         for call in calls:
-            call()
+            kept.append(call())
 
     if device.type != "cuda":
         return in_a_row

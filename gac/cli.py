@@ -47,6 +47,7 @@ EVALUATION_FIELDS = [
     *(name for name in FIELDS if name.startswith("data.")),
     "device",
     "train.eval_batch_size",
+    "train.cuda_graph",
     "model.backend",
     "model.T",
 ]

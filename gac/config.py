@@ -180,10 +180,12 @@ class TrainConfig:
     sync_batch_norm: bool = False
     """With several processes: let BatchNorm take its statistics over the images of all of them, not of each alone."""
     cuda_graph: bool = False
-    """Replay each training step on a CUDA device as one captured graph, which takes the host's time per step away; off
-    by default, as it has not run on a GPU yet."""
+    """Replay each step of training and of evaluation on a CUDA device as one captured graph, which takes the host's
+    time per step away; training in one process alone, and not with rate, latency and phase coding. Off by default, as
+    it has not run on a GPU yet."""
     channels_last: bool = True
-    """Keep activations in channels_last memory order on a CUDA device."""
+    """Keep activations in channels_last memory order, which convolutions and the CUDA kernels run fastest with; on the
+    CPU in evaluation alone."""
     checkpoint_activations: bool = False
     """Keep the inputs of the blocks alone for the backward pass and compute the rest again: less memory, more time,
     the same result."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_graph import CaptureByRecording
 
 from gac import create_model
 from gac.checkpoint import read_checkpoint, write_checkpoint
@@ -85,6 +86,29 @@ def test_overrides_apply_to_data_and_execution(run: Path) -> None:
         model=replace(CONFIG.model, backend="torch"),
         train=replace(CONFIG.train, eval_batch_size=7),
     )
+
+
+def test_batches_are_replayed_on_request(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture = CaptureByRecording()
+    monkeypatch.setattr("gac.training.report.select_capture", lambda wanted, device: capture if wanted else None)
+    scores = []
+    for options in ([], ["--train.cuda_graph", "true"]):
+        assert capture.replays == 0
+        arguments = ["--checkpoint", str(run / "best.pt"), "--train.eval_batch_size=2", *options]
+        assert eval_main([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
+        report = json.loads((tmp_path / "scores.json").read_text())
+        assert report["config"]["train"]["cuda_graph"] is bool(options)
+        scores.append({**report["scores"], "images_per_second": None})
+    assert scores[0] == scores[1]
+    assert capture.replays == 2  # of five batches, three of which warm up
+    capsys.readouterr()
+    payload = read_checkpoint(run / "best.pt")
+    payload["config"]["model"]["coding"] = "rate"
+    write_checkpoint(tmp_path / "rate.pt", payload)
+    rate = ["--checkpoint", str(tmp_path / "rate.pt")]
+    assert "cannot replay rate coding" in error_of(capsys, *rate, "--train.cuda_graph=true")
 
 
 def test_a_data_set_with_other_classes_or_channels_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -261,6 +262,23 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
     assert resuming.startswith(f"resuming {older} after ")
 
 
+def test_a_second_run_is_kept_out_of_the_folder_until_the_first_has_ended(
+    runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    expected, _ = uninterrupted
+
+    def start_another(process: int) -> None:
+        for options in ([], ["--resume", "auto"]):
+            assert train_main(["--config", str(runs.config_file), "--output", str(tmp_path), *options]) == 2
+            message = capsys.readouterr().err
+            assert message.startswith(f"error: {tmp_path} is in use by process {process} on ")
+            assert message.count("\n") == 1
+        kill(process)
+
+    assert runs.run(tmp_path, when=(tmp_path / "last.pt").exists, do=start_another) == -signal.SIGKILL
+    finish_and_compare(runs, tmp_path, expected)
+
+
 def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(
     runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -277,6 +295,43 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(
     assert read_checkpoint(last)["step"] > 0
     assert not list(tmp_path.glob(".*"))
     finish_and_compare(runs, tmp_path, expected)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a disk that is always full")
+def test_a_full_disk_that_tensorboard_meets_first_ends_the_run_like_any(
+    runs: Runs, uninterrupted: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, _ = uninterrupted
+
+    def fill_the_disk(process: int) -> None:
+        (events,) = tmp_path.glob("events*")
+        events.unlink()
+        events.symlink_to("/dev/full")
+
+    assert runs.run(tmp_path, when=(tmp_path / "last.pt").exists, do=fill_the_disk) == 1
+    *_, message = runs.stderr.read_text().splitlines()
+    assert message == f"error: cannot write {tmp_path}: No space left on device"
+    finish_and_compare(runs, tmp_path, expected)
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, images in (("before", 20), ("after", 18)):
+        pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
+        labels = np.arange(images) % 2
+        np.savez(tmp_path / f"{name}.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    data = replace(CONFIG.data, name="npz", root=str(tmp_path / "before.npz"))
+    config, output = tmp_path / "npz.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(replace(CONFIG, data=data, train=replace(CONFIG.train, epochs=1)).to_dict()))
+    arguments = ["--config", str(config), "--output", str(output), "--resume", "auto"]
+    assert train_main(arguments) == 0
+    before = (output / "config.yaml").read_text()
+    capsys.readouterr()
+    assert train_main([*arguments, "--data.root", str(tmp_path / "after.npz")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: cannot resume {output / 'last.pt'} with other data (it had 20 training images, now 18, 20 test images,"
+        " now 18): restore the data set or start a new run with another --output\n"
+    )
+    assert (output / "config.yaml").read_text() == before
 
 
 def test_without_a_readable_checkpoint_there_is_one_line(runs: Runs, tmp_path: Path) -> None:

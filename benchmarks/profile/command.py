@@ -20,6 +20,8 @@ from benchmarks.timing import or_out_of_memory, release_cached_memory, time_in_t
 from gac.training.device import select_device
 
 MODULE = "benchmarks.profile"
+# A replayed step has the kernels of the step itself, and no idle time between them.
+PROFILED = [name for name, each in IMPLEMENTATIONS.items() if not each.replayed]
 METHOD = (
     "On a GPU every kernel that the profiler (CUPTI) recorded counts with its duration, shared evenly where kernels"
     " overlap; idle is the time in which none ran. On a CPU every operator counts with its own time, without that of"
@@ -41,8 +43,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--implementations",
         nargs="+",
-        choices=IMPLEMENTATIONS,
-        default=list(IMPLEMENTATIONS),
+        choices=PROFILED,
+        default=PROFILED,
         help="what to profile; those that the device cannot run are skipped",
     )
     add_network_options(parser)

@@ -28,9 +28,14 @@ METHOD = (
     "A training step is the forward pass, the cross entropy of the logits' mean over time, the backward pass and SGD"
     " (momentum, weight decay; loss scaling in fp16) on one batch of random images that stays on the device. Evaluation"
     " is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause;"
-    f" the implementations take turns. {FLOOR} is no network but the residual blocks' convolutions alone: forward, data"
+    " the implementations take turns. ours-cupy-graph is ours-cupy with its steps replayed as CUDA graphs, as"
+    " train.cuda_graph does; its memory is that of the step while it is captured, and stays taken between its steps."
+    f" {FLOOR} is no network but the residual blocks' convolutions alone: forward, data"
     " gradient and weight gradient (in evaluation: forward)."
 )
+
+# By --largest-batch.
+SEARCHED = [name for name, each in IMPLEMENTATIONS.items() if not each.replayed]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +52,9 @@ def make_parser() -> Parser:
         nargs="+",
         choices=[*IMPLEMENTATIONS, FLOOR],
         default=[*IMPLEMENTATIONS, FLOOR],
-        help="what to compare: our network with the CUDA kernels or with SpikingJelly's execution, SpikingJelly's own"
-        " layers, a plain loop over time steps, the convolutions alone; those that the device cannot run are skipped",
+        help="what to compare: our network with the CUDA kernels, called or replayed as CUDA graphs, or with"
+        " SpikingJelly's execution, SpikingJelly's own layers, a plain loop over time steps, the convolutions alone;"
+        " those that the device cannot run are skipped",
     )
     add_network_options(parser)
     parser.add_argument(
@@ -66,14 +72,14 @@ def make_parser() -> Parser:
         "--layout",
         choices=("auto", *LAYOUTS),
         default="auto",
-        help="memory order of images and weights; auto on a GPU: NHWC for ours-cupy, and in half precision for all but"
-        " the step-loop, which does not keep it; else NCHW",
+        help="memory order of images and weights; auto on a GPU: NHWC with our kernels, and in half precision for all"
+        " but the step-loop, which does not keep it; else NCHW",
     )
     parser.add_argument(
         "--largest-batch",
         action="store_true",
         help="time nothing, but search the largest batch whose training step fits into the GPU's memory, to 1/16 of it"
-        " (--batch does not count then)",
+        " (--batch does not count then, and ours-cupy-graph, which needs what ours-cupy needs, is left out)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU where there is one")
     parser.add_argument(
@@ -96,8 +102,9 @@ def _measure_and_report(arguments: Sequence[str]) -> None:
     if options.largest_batch:
         if device.type != "cuda":
             raise InputError("--largest-batch needs a GPU: on a CPU, memory is not measured and has no fixed end")
-        if set(options.implementations) == {FLOOR}:
-            raise InputError(f"--largest-batch needs an implementation of the network, {FLOOR} is none")
+        options.implementations = [name for name in options.implementations if name in SEARCHED]
+        if not options.implementations:
+            raise InputError(f"--largest-batch needs one of the implementations {', '.join(SEARCHED)}")
     size = network_size(options)
     networks = [name for name in options.implementations if name != FLOOR]
     implementations, precisions, skipped = what_runs(networks, options.precision, device)

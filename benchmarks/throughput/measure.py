@@ -11,6 +11,7 @@ from benchmarks.contender import Contender, Workload
 from benchmarks.convolution_floor import FLOOR, ConvolutionFloor
 from benchmarks.implementations import REFERENCE, Implementation, choose_layout
 from benchmarks.network_size import NetworkSize
+from benchmarks.replayed_contender import ReplayedContender
 from benchmarks.timing import Timing, or_out_of_memory, release_cached_memory, time_in_turns
 
 
@@ -19,8 +20,9 @@ class Cell:
     """The measurements of one implementation at one setting; None is what ran out of memory.
 
     ``layout`` is the memory order of images and weights. ``peak_bytes`` is the most that tensors took at once in a
-    training step, weights and optimiser included; None on a CPU, where it is not measured, and for the floor, which
-    has no network's memory.
+    training step, weights and optimiser included (of a replayed step: while it was captured, as the replays work in
+    that memory without asking for any); None on a CPU, where it is not measured, and for the floor, which has no
+    network's memory.
     """
 
     implementation: str
@@ -72,7 +74,9 @@ def measure(
     torch.manual_seed(0)
     weights = REFERENCE.build(size, T).state_dict()
     layouts = {each.name: choose_layout(each, precision, layout, device) for each in implementations}
-    prepare: dict[str, Callable[..., Workload]] = {each.name: partial(Contender, each) for each in implementations}
+    prepare: dict[str, Callable[..., Workload]] = {
+        each.name: partial(ReplayedContender if each.replayed else Contender, each) for each in implementations
+    }
     if with_floor:
         layouts[FLOOR] = choose_layout(REFERENCE, precision, layout, device)
         prepare[FLOOR] = ConvolutionFloor
@@ -120,6 +124,8 @@ def _warm_up(workload: Workload, steps: int, device: torch.device) -> int:
     """Train some steps and return the bytes that tensors took at most in the last (0 on a CPU)."""
     for _ in range(steps - 1):
         workload.train_step()
+    # A replayed step is captured anew.
+    workload.rest()
     # From here on: the first step tries algorithms out, which takes memory that training does not.
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

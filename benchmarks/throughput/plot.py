@@ -18,6 +18,7 @@ from gac.files import atomic_write
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers for print in grey.
 STYLES = {
     "ours-cupy": ("#0072B2", "o"),
+    "ours-cupy-graph": ("#56B4E9", "v"),
     "ours-torch": ("#009E73", "s"),
     "spikingjelly": ("#D55E00", "^"),
     "step-loop": ("#666666", "D"),
@@ -46,7 +47,7 @@ def make_figure(cells: Sequence[Cell], size: NetworkSize, environment: Mapping[s
     # In inches: panels keep their size, and the text its place, whatever their number; a single one is wider to
     # make room for title and legend.
     panel_width, panel_height, gap_x, gap_y = max(2.6, 5.0 / columns), 1.9, 0.2, 0.5
-    left, right, top, bottom = 0.75, 0.2, 0.95, 0.9
+    left, right, top, bottom = 0.75, 0.2, 0.95, 1.1
     width = left + columns * panel_width + (columns - 1) * gap_x + right
     height = bottom + rows * panel_height + (rows - 1) * gap_y + top
     with mpl.rc_context(RC):
@@ -84,7 +85,8 @@ def make_figure(cells: Sequence[Cell], size: NetworkSize, environment: Mapping[s
         figure.legend(
             handles=handles,
             loc="lower center",
-            ncols=len(handles),
+            # In two rows: a single panel is narrower than one.
+            ncols=(len(handles) + 1) // 2,
             frameon=False,
             handlelength=1.6,
             handletextpad=0.5,

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from gac.config import DataConfig
 from gac.data.augment import POLICIES, mean_color
 from gac.data.class_folders import ClassFolders
-from gac.data.interface import check_start
+from gac.data.interface import TOLERATED_PERCENT, check_start, tolerated
 from gac.data.normalization import Normalization
 from gac.data.seeding import Stream, derive_seed, epoch_order
 from gac.data.share import WHOLE, Share
@@ -28,8 +28,6 @@ logger = logging.getLogger("gac")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-TOLERATED_PERCENT = 1
-"""Share of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
 
 
 def train_transform(config: DataConfig, mean: Sequence[float] = IMAGENET_MEAN) -> v2.Transform:
@@ -187,8 +185,9 @@ class ImageFolderLoader:
 
     An image that cannot be decoded is named in a warning, once, and counted in ``skipped``. With
     ``replace_unreadable`` the next image in the folders' order that can be decoded takes its place, a function of the
-    image number alone; otherwise its batch is smaller, and a batch of which nothing is left does not come. With more
-    than TOLERATED_PERCENT of such images an epoch ends with InputError; each rank counts those that it meets.
+    image number alone; otherwise its batch is smaller, and a batch of which nothing is left does not come. An epoch
+    ends with InputError as soon as more of them have come than are tolerated. A rank counts its own: whether all ranks'
+    are too many shows at the end of the epoch (:func:`gac.data.interface.check_readable`).
     """
 
     def __init__(
@@ -211,7 +210,7 @@ class ImageFolderLoader:
         self.normalization = normalization
         self._folders = folders
         self._replace = replace_unreadable
-        self._tolerated = self.size * TOLERATED_PERCENT // 100
+        self._tolerated = tolerated(self.size)
         self._named: set[int] = set()
         self._batches = _Batches(self.size, batch_size, seed, shuffle, share)
         self._loader = DataLoader(

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from gac.errors import InputError
 
+TOLERATED_PERCENT = 1
+"""Share of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
+
 
 class Loader(Protocol):
     """One split of a data set, in batches on one device.
@@ -70,4 +73,18 @@ def check_start(start: int, batches: int) -> None:
         raise InputError(
             f"an epoch of {batches} batches cannot begin at batch {start}; allowed are 0 to {batches}: "
             "resume with the data set and batch size that the run was started with"
+        )
+
+
+def tolerated(images: int) -> int:
+    """Return how many of a split's images may be unreadable in an epoch."""
+    return images * TOLERATED_PERCENT // 100
+
+
+def check_readable(split: str, skipped: int, images: int) -> None:
+    """Raise InputError if more images than tolerated were ``skipped`` in an epoch, by all ranks together."""
+    if skipped > tolerated(images):
+        raise InputError(
+            f"{skipped} of the {images} {split} images cannot be read, more than {TOLERATED_PERCENT} %: replace or"
+            " delete those that the warnings name"
         )

@@ -8,34 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gac.config import ModelConfig
+from gac.errors import InputError
+
 WARM_UP_CALLS = 3
 """Calls with inputs of the same sizes that run as they are, and in which kernels are compiled and chosen."""
 REPLAYS_AHEAD = 8
 """Replays that the host may be ahead of the device; more gain nothing, and a signal would stop the run minutes late."""
 
+Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Makes a function without arguments into one that repeats its work on the device and returns its result."""
+
+
+def select_capture(cuda_graph: bool, device: torch.device) -> Capture | None:
+    """Return what captures the work of a run on ``device``: None where ``train.cuda_graph`` is off, and on the CPU."""
+    return CaptureOnDevice(device) if cuda_graph and device.type == "cuda" else None
+
+
+def check_capturable(model: ModelConfig) -> None:
+    """Raise InputError if the network reads values on the host, which a CUDA graph cannot capture."""
+    if not model.takes_normalized_images:
+        raise InputError(
+            f"train.cuda_graph cannot replay {model.coding} coding, which checks the pixels of every batch on the host:"
+            " leave it off"
+        )
+
 
 class Replayed:
     """A function of tensors whose calls, but for the first few, are replays of a captured CUDA graph.
 
-    The function must not read a tensor's value on the host, and what it keeps from call to call must be in tensors
-    that it changes in place. There is a graph for each combination of the inputs' shapes, strides and dtypes; all of
-    them share their memory. A result is overwritten by the next call.
+    There is a graph for each combination of the inputs' shapes, strides and dtypes. The function must not read a
+    tensor's value on the host. What it keeps from call to call must be in tensors that exist after its first call and
+    that it changes in place: what a captured call makes lies in memory that the next replay writes anew, be it a replay
+    of another function with the same ``capture``. A result is to be used before that.
 
     Args:
         function: What to call with the inputs.
-        device: The CUDA device.
-        capture: Makes a function without arguments into one that repeats its work and returns its result, as
-            :class:`CaptureOnDevice` does; tests put another in its place.
+        capture: Captures it; functions that are never replayed at the same time may share one, and its memory.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        device: torch.device,
-        capture: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], capture: Capture) -> None:
         self.function = function
-        self._capture = CaptureOnDevice(device) if capture is None else capture
+        self._capture = capture
         self._calls: Counter[tuple] = Counter()
         self._graphs: dict[tuple, tuple[list[Tensor], Callable[[], Any]]] = {}
 
@@ -54,7 +68,14 @@ class Replayed:
 
 
 class CaptureOnDevice:
-    """Captures functions into CUDA graphs that share one memory pool, as they never run at the same time."""
+    """Captures functions into CUDA graphs that share one memory pool, to be replayed on one stream.
+
+    A captured function may use the memory of another one, whichever of them is captured first and in whatever order
+    they are replayed, because every replay writes what it reads from the pool. Nothing that lives longer may lie in it:
+    a training step's weights, statistics, momentum, moving average, loss scale, learning rate and totals exist before
+    its capture. Its gradients do lie in the pool, as ``zero_grad`` drops those of the step before, but have no reader
+    after it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from gac.config import TrainConfig
 from gac.errors import InputError
 from gac.training.distributed import ALONE, Ranks
 
@@ -43,3 +44,10 @@ def select_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     # Libraries that know only the current device would otherwise open a context, and allocate, on device 0.
     torch.cuda.set_device(device)
     return device
+
+
+def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:
+    """Return the memory order of weights and of training images on a device, which activations take over."""
+    # On a CPU with AVX2 oneDNN's weight gradient of a strided 1x1 convolution writes beyond its memory in channels_last
+    # where channels are no multiple of 8 (seen with torch 2.14.1). Evaluation has no gradients.
+    return torch.channels_last if config.channels_last and device.type == "cuda" else torch.contiguous_format

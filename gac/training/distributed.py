@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,6 +84,18 @@ class Ranks:
                     message = str(error)
             self._end_if_any(self.gather(message))
         return result
+
+    def check_equal(self, values: Mapping[str, object]) -> None:
+        """Raise InputError, as :meth:`together` does, unless every rank has the same ``values``."""
+        expected, *others = self.gather(values)
+        differing = (
+            f"rank {rank} has {name} {found[name]} and rank 0 {expected[name]}: start all processes with the same"
+            " options, on the same data"
+            for rank, found in enumerate(others, 1)
+            for name in expected
+            if found[name] != expected[name]
+        )
+        self._end_if_any([next(differing, None)])
 
     def _end_if_any(self, messages: list[str | None]) -> None:
         failed = {rank: message for rank, message in enumerate(messages) if message is not None}
@@ -190,10 +202,10 @@ def process_group() -> Iterator[Ranks]:
     _check_restarts()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield ranks
-    finally:
-        torch.distributed.destroy_process_group()
+    yield ranks
+    # After an error the end of the process does that. Were it done before, the others would fail for want of this one
+    # while it still ends, and torchrun could take one of them for the cause.
+    torch.distributed.destroy_process_group()
 
 
 def _from_environment() -> Ranks:

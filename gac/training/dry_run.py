@@ -13,6 +13,7 @@ from gac.training.checkpoints import Checkpoints
 from gac.training.cuda_graph import WARM_UP_CALLS
 from gac.training.device import select_device
 from gac.training.engine import train
+from gac.training.firing import FiringRates
 from gac.training.metrics_file import read_metrics
 from gac.training.scratch import scratch_folder
 
@@ -20,8 +21,9 @@ from gac.training.scratch import scratch_folder
 def dry_run(config: Config, output: Path) -> str:
     """Train a few steps, evaluate a batch, write checkpoints, resume before the last step; say what was done.
 
-    The steps are two, or as many as capture a CUDA graph and replay it where train.cuda_graph asks for one. Everything
-    is written to a temporary folder next to ``output``. Raises what :func:`gac.training.engine.train` does.
+    The steps are two and the batch one, or as many as capture a CUDA graph and replay it where train.cuda_graph asks
+    for one. Everything is written to a temporary folder next to ``output``. Raises what
+    :func:`gac.training.engine.train` does.
     """
     device = select_device(config.device)
     if device.type == "cuda":
@@ -29,17 +31,24 @@ def dry_run(config: Config, output: Path) -> str:
     short = replace(config.train, epochs=1, warmup_epochs=0.0, mix_off_epochs=0)
     # Three: after the epoch, after its last step and after the step before that, to resume from.
     config = replace(config, train=replace(short, checkpoint_steps=1, keep_checkpoints=3))
-    steps = WARM_UP_CALLS + 2 if config.train.cuda_graph else 2
+    steps, batches = 2, 1
+    if config.train.cuda_graph:
+        # Each of two kinds of targets is captured apart, and test batches whose firing rates are counted never.
+        steps = 2 * WARM_UP_CALLS + 3
+        batches = -(-FiringRates.IMAGES // config.train.eval_batch_size) + WARM_UP_CALLS + 2
+    parts = []
 
     def first_batches(data: Data) -> Data:
-        return replace(data, train=FirstBatches(data.train, steps), test=FirstBatches(data.test, 1))
+        parts.append(replace(data, train=FirstBatches(data.train, steps), test=FirstBatches(data.test, batches)))
+        return parts[-1]
 
     done = []
     with scratch_folder(output) as folder:
         train(config, folder / "run", part=first_batches)
         (metrics,) = read_metrics(folder / "run" / "metrics.jsonl")
         done.append(
-            f"trained {metrics['step']} steps with batches of {config.train.batch_size} and evaluated one batch"
+            f"trained {metrics['step']} steps with batches of {config.train.batch_size} and evaluated"
+            f" {len(parts[0].test)} of {config.train.eval_batch_size}"
         )
         if device.type == "cuda":
             done.append(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")

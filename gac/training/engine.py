@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from gac.checkpoint import write_checkpoint
 from gac.config import Config
 from gac.data import Data, build_data
+from gac.data.interface import check_readable
 from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
 from gac.models import create_model
@@ -23,11 +24,11 @@ from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
 from gac.training import random_state
 from gac.training.checkpoints import Cadence
-from gac.training.cuda_graph import Replayed
-from gac.training.device import select_device
+from gac.training.cuda_graph import Replayed, check_capturable, select_capture
+from gac.training.device import memory_format, select_device
 from gac.training.distributed import ALONE, Ranks
 from gac.training.ema import MovingAverage
-from gac.training.evaluate import Evaluation, evaluate
+from gac.training.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.training.firing import FiringRates
 from gac.training.health import check_totals, check_weights
 from gac.training.log import log_epoch, log_start
@@ -43,7 +44,7 @@ from gac.training.optim import (
 from gac.training.position import Position
 from gac.training.precision import check_precision
 from gac.training.progress import EpochProgress
-from gac.training.run_folder import RunFolder, check_same_run
+from gac.training.run_folder import RunFolder, check_same_data, check_same_run
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
 from gac.training.totals import Readback, Totals, over_ranks
@@ -51,6 +52,9 @@ from gac.training.versions import versions
 from gac.training.writing import writing
 
 logger = logging.getLogger("gac")
+
+# What each process of a run may have its own of; everything else must be the same.
+OWN_OF_EACH_RANK = ("data.root", "data.workers")
 
 
 def train(
@@ -81,8 +85,9 @@ def train(
         TrainingDiverged: When the loss, a gradient or a weight is no longer finite; the checkpoints stay as they were.
         ResultsNotWritten: When the disk is full or the folder can no longer be written.
     """
-    with Interruption(ranks.largest, second_kills=not ranks.launched) as interruption:
-        Trainer(config, RunFolder(Path(output)), resume, interruption, part, ranks).run()
+    folder = RunFolder(Path(output))
+    with Interruption(ranks.largest, second_kills=not ranks.launched) as interruption, closing(folder.lock):
+        Trainer(config, folder, resume, interruption, part, ranks).run()
 
 
 class Trainer:
@@ -101,19 +106,23 @@ class Trainer:
         self.ranks = ranks
         self.folder = folder
         self.interruption = interruption
+        ranks.check_equal({name: value for name, value in config.flat().items() if name not in OWN_OF_EACH_RANK})
         self.device = ranks.together(self._select_device)
         # Before anything slow, so that a wrong path or a changed configuration is known at once.
         resumed = ranks.from_first(lambda: self._read_checkpoint(resume))
 
         random_state.seed_everything(config.train.seed)
         self.data = ranks.together(lambda: self._open_data(part), in_turn=config.data.download)
+        info = self.data.info
+        self._sizes = {"training images": info.train_size, "test images": info.test_size, "classes": info.num_classes}
+        ranks.check_equal(self._sizes)
+        if resumed is not None:
+            ranks.together(lambda: check_same_data(resumed[1]["training"], self._sizes, resumed[0]))
         self.batches = len(self.data.train)
         self.network = ranks.together(self._create_network)
-        self.memory_format = torch.contiguous_format
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-            if config.train.channels_last:
-                self.memory_format = torch.channels_last
+        self.memory_format = memory_format(config.train, self.device)
         self.network.to(self.device, memory_format=self.memory_format)
         self.average = MovingAverage(self.network, config.train.ema_decay) if config.train.ema_decay > 0 else None
         self.optimizer = make_optimizer(parameter_groups(self.network, config.train), config.train, self.device)
@@ -121,8 +130,12 @@ class Trainer:
         self.step = TrainingStep(
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks
         )
-        replays = config.train.cuda_graph and self.device.type == "cuda"
-        self._replayed_step = Replayed(self.step, self.device) if replays else None
+        # One for all, so that evaluation runs in the memory of the training step.
+        capture = select_capture(config.train.cuda_graph, self.device)
+        self._replayed_step = None if capture is None else Replayed(self.step, capture)
+        evaluation = (self.device, config.train.amp, config.train.channels_last, capture)
+        self._score = EvaluationStep(self.network, *evaluation)
+        self._score_average = None if self.average is None else EvaluationStep(self.average.network, *evaluation)
         self.mixing = Mixing(config.train, self.data.info.num_classes, ranks)
         self.firing_rates = FiringRates(self.network, ranks)
         self.cadence = Cadence(config.train.checkpoint_minutes, config.train.checkpoint_steps)
@@ -142,6 +155,8 @@ class Trainer:
     def _select_device(self) -> torch.device:
         device = select_device(self.config.device, self.ranks)
         check_precision(device, self.config.train.amp)
+        if self.config.train.cuda_graph:
+            check_capturable(self.config.model)
         if self.config.train.cuda_graph and self.ranks.size > 1:
             raise InputError(
                 f"train.cuda_graph replays the steps of one process, and there are {self.ranks.size}: leave it off"
@@ -149,6 +164,7 @@ class Trainer:
         return device
 
     def _read_checkpoint(self, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
+        self.folder.enter()
         resumed = self.folder.checkpoint_to_resume(resume)
         if resumed is not None:
             check_same_run(resumed[1], self.config, resumed[0])
@@ -194,6 +210,12 @@ class Trainer:
         with writing(self.folder.path):
             self.writer = SummaryWriter(self.folder.path, purge_step=self.position.epoch + 1)
 
+    def _close_writer(self) -> None:
+        if self.writer is not None:
+            # It raises what its thread met once more.
+            with writing(self.folder.path):
+                self.writer.close()
+
     def run(self) -> None:
         """Train the epochs that are left; see :func:`train`."""
         epochs = self.config.train.epochs
@@ -201,21 +223,22 @@ class Trainer:
             logger.info("all %d epochs are done: nothing to do", epochs)
             return
         self.ranks.from_first(self._open_writer)
-        with self.writer or nullcontext():
-            try:
-                while self.position.epoch < epochs:
-                    self._train_epoch()
-                    self._finish_epoch(*self._evaluate())
-            except Interrupted as interrupted:
-                self._save()
-                logger.info(
-                    "%s after %d epochs and %d batches; continue by adding --resume auto --output %s",
-                    interrupted,
-                    self.position.epoch,
-                    self.position.batch,
-                    self.folder.path,
-                )
-                raise
+        try:
+            while self.position.epoch < epochs:
+                self._train_epoch()
+                self._finish_epoch(*self._evaluate())
+        except Interrupted as interrupted:
+            self._save()
+            logger.info(
+                "%s after %d epochs and %d batches; continue by adding --resume auto --output %s",
+                interrupted,
+                self.position.epoch,
+                self.position.batch,
+                self.folder.path,
+            )
+            raise
+        finally:
+            self._close_writer()
         logger.info("best test top-1 %.2f %%, in %s", self.position.best_top1, self.folder.best)
 
     def _train_epoch(self) -> None:
@@ -240,6 +263,8 @@ class Trainer:
         skipped_before = position.skipped_images
 
         def count() -> None:
+            # Waits for the device, so that the clock stops when the work is done.
+            totals.read()
             position.seconds = seconds_before + time.perf_counter() - started
             position.skipped_images = skipped_before + self.data.train.skipped
 
@@ -255,10 +280,11 @@ class Trainer:
                     if due:
                         count()
                         self._save()
-            finally:
-                # Waits for the device, so that the clock stops when the work is done.
-                totals.read()
+            except Interrupted:
                 count()
+                raise
+            # After another error the device may never finish: NCCL waits for a rank that is gone.
+            count()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         train, position = self.config.train, self.position
@@ -294,13 +320,12 @@ class Trainer:
         try:
             batches = self.firing_rates.watch(self.interruption.watch(self.data.test.epoch(0)))
             with self._own_noise():
-                test = evaluate(self.network, batches, self.device, self.config.train.amp, self.ranks)
-            if self.average is None:
+                test = evaluate(self._score, batches, self.ranks)
+            if self._score_average is None:
                 return test, None
             batches = self.interruption.watch(self.data.test.epoch(0))
             with self._own_noise():
-                amp = self.config.train.amp
-                return test, evaluate(self.average.network, batches, self.device, amp, self.ranks)
+                return test, evaluate(self._score_average, batches, self.ranks)
         except Interrupted:
             random_state.restore(before, self.device)
             raise
@@ -319,6 +344,8 @@ class Trainer:
     def _finish_epoch(self, test: Evaluation, average: Evaluation | None) -> None:
         position, totals = self.position, self._totals()
         skipped, test_skipped = self._sum(position.skipped_images, self.data.test.skipped)
+        self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
+        self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
         metrics = {
             "epoch": position.epoch + 1,
             "step": position.step,
@@ -399,6 +426,7 @@ class Trainer:
             **({} if self.average is None else {"average": self.average.state_dict()}),
             "history": self.history,
             "ranks": self.ranks.size,
+            "data": self._sizes,
         }
         payload = {**self._payload(), "training": training}
         self.ranks.from_first(lambda: self.folder.checkpoints.write(payload, self.config.train.keep_checkpoints))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac.errors import InputError
+from gac.training.cuda_graph import Capture, Replayed
 from gac.training.distributed import ALONE, Ranks
 from gac.training.precision import autocast
 
@@ -31,34 +32,72 @@ class Evaluation:
     images_per_second: float
 
 
-@torch.inference_mode()
-def evaluate(
-    network: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-    amp: str = "off",
-    ranks: Ranks = ALONE,
-) -> Evaluation:
-    """Run ``network`` in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
+class EvaluationStep:
+    """Forward and scores of one batch, as work for the device alone.
 
-    The network returns outputs [T, B, K]. Counts are exact integers, kept on the device until the end, and those of
-    all ranks, each with its own images, are added up. The network is left in the mode it was in. Raises InputError if
-    there are no images.
+    Args:
+        network: Returns outputs [T, B, K] for images [B, C, H, W]; in evaluation mode when the step is called.
+        device: Where it runs.
+        amp: Precision: "off", "fp16" or "bf16".
+        channels_last: Whether the images, and with them the activations, are put into this memory order.
+        capture: Lets batches be replayed as CUDA graphs; None runs each of them as it is. The network may be trained on
+            between two calls, in place. Batches that hooks on its modules watch (a monitor's) are never replayed, as no
+            hook is called then.
     """
-    was_training = network.training
-    network.eval()
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        amp: str = "off",
+        channels_last: bool = True,
+        capture: Capture | None = None,
+    ) -> None:
+        self.network = network
+        self.device = device
+        self.amp = amp
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._replayed = None if capture is None else Replayed(self._score, capture)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hits [T + 1] of a batch (top-1 after each time step, then top-5) and its summed loss in float64.
+
+        A replay overwrites what the one before returned.
+        """
+        if self._replayed is None or _has_hooks(self.network):
+            return self._score(images, labels)
+        return self._replayed(images, labels)
+
+    def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.device, self.amp):
+            logits = self.network(images.contiguous(memory_format=self._memory_format))
+        logits = logits.float()
+        # The sum over the first t steps has the same largest entry as their average.
+        by_time = (logits.cumsum(0).argmax(-1) == labels).sum(-1)
+        mean = logits.mean(0)
+        top5 = (mean.topk(min(5, mean.shape[-1])).indices == labels.unsqueeze(-1)).sum()
+        loss = F.cross_entropy(mean, labels, reduction="sum").double()
+        return torch.cat([by_time, top5.unsqueeze(0)]), loss
+
+
+def evaluate(step: EvaluationStep, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> Evaluation:
+    """Run a network in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
+
+    Counts are exact integers, kept on the device until the end, and those of all ranks, each with its own images, are
+    added up. The network is left in the mode it was in. Raises InputError if there are no images.
+    """
+    was_training = step.network.training
+    step.network.eval()
     started = time.perf_counter()
-    images_seen = 0
-    correct = loss = None
+    images_seen = correct = loss = 0
     for images, labels in batches:
-        with autocast(device, amp):
-            logits = network(images)
-        hits, batch_loss = _score(logits.float(), labels)
-        correct = hits if correct is None else correct + hits
-        loss = batch_loss if loss is None else loss + batch_loss
+        hits, batch_loss = step(images, labels)
+        # Into new tensors, the first sum too: the next replay overwrites what the step returned.
+        correct, loss = correct + hits, loss + batch_loss
         images_seen += len(labels)
-    network.train(was_training)
-    mine = (images_seen, None if correct is None else correct.tolist(), 0.0 if loss is None else loss.item())
+    step.network.train(was_training)
+    mine = images_seen, correct.tolist() if images_seen else None, float(loss)
     seen, hits, losses = zip(*ranks.gather(mine), strict=True)
     images_seen, total_loss = sum(seen), sum(losses)
     if images_seen == 0:
@@ -75,11 +114,5 @@ def evaluate(
     )
 
 
-def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hits [T + 1] of a batch (top-1 after each step, then top-5) and its summed loss in float64."""
-    # The sum over the first t steps has the same largest entry as their average.
-    by_time = (logits.cumsum(0).argmax(-1) == labels).sum(-1)
-    mean = logits.mean(0)
-    top5 = (mean.topk(min(5, mean.shape[-1])).indices == labels.unsqueeze(-1)).sum()
-    loss = F.cross_entropy(mean, labels, reduction="sum").double()
-    return torch.cat([by_time, top5.unsqueeze(0)]), loss
+def _has_hooks(network: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

@@ -15,8 +15,9 @@ logger = logging.getLogger("gac")
 class FiringRates:
     """Share of neurons and time steps that spike in each layer, over the first images of an evaluation.
 
-    Counted on the device by SpikingJelly's monitor. Its hooks keep a layer off the fused path, so they are there for
-    the first batches alone, as many as :attr:`IMAGES` images need, and never in training. Ranks count together.
+    Counted on the device by SpikingJelly's monitor. Its hooks keep a layer off the fused path, and a batch from being
+    replayed as a CUDA graph, so they are there for the first batches alone, as many as :attr:`IMAGES` images need, and
+    never in training. Ranks count together.
     """
 
     IMAGES = 1024

@@ -10,14 +10,16 @@ import torch
 from gac.checkpoint import build_network, is_ours
 from gac.config import Config
 from gac.data import Data, DataInfo, build_data
+from gac.data.interface import check_readable
 from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
 from gac.models.ms_resnet import MSResNet
 from gac.published import PublishedResult, find_published
 from gac.training import random_state
-from gac.training.device import select_device
+from gac.training.cuda_graph import check_capturable, select_capture
+from gac.training.device import memory_format, select_device
 from gac.training.distributed import ALONE, Ranks
-from gac.training.evaluate import Evaluation, evaluate
+from gac.training.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.training.precision import describe_precision
 from gac.training.versions import versions
 
@@ -69,7 +71,10 @@ def evaluate_checkpoint(
     # Rate coding must not draw the same numbers for the images of every rank.
     seed = derive_seed(config.train.seed, Stream.RANK_NOISE, ranks.rank)
     with random_state.apart(seed, device) if ranks.size > 1 else nullcontext():
-        scores = evaluate(network, data.test.epoch(0), device, amp, ranks)
+        capture = select_capture(config.train.cuda_graph, device)
+        step = EvaluationStep(network, device, amp, config.train.channels_last, capture)
+        scores = evaluate(step, data.test.epoch(0), ranks)
+    ranks.together(lambda: check_readable("test", data.test.size - scores.images, data.test.size))
     return Report(
         checkpoint=str(path),
         epoch=payload.get("epoch") if ours else None,
@@ -94,6 +99,8 @@ def _open(
 ) -> tuple[torch.device, MSResNet, Data]:
     """Return the device, the network on it, and the data set. Raises InputError."""
     device = select_device(config.device, ranks)
+    if config.train.cuda_graph:
+        check_capturable(config.model)
     try:
         network = build_network(payload, T)
     except InputError as error:
@@ -110,7 +117,7 @@ def _open(
         share=ranks.share,
     )
     _check_fit(path, network, data.info)
-    return device, network.to(device), data
+    return device, network.to(device, memory_format=memory_format(config.train, device)), data
 
 
 def format_report(report: Report) -> str:

@@ -1,5 +1,7 @@
 """The folder that holds everything a run writes, and whether a run may use it."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from gac.config import Config
 from gac.errors import InputError
 from gac.files import atomic_write, remove_leftovers
 from gac.training.checkpoints import Checkpoints
+from gac.training.folder_lock import FolderLock
 
 # Where and how fast a run computes and how it is saved, not what it computes: free to change when it resumes. Like the
 # number of processes, which is free too, accumulate_steps does change what BatchNorm sees as a batch: a run may have to
@@ -33,7 +36,11 @@ FREE_WHEN_RESUMING = frozenset(
 
 
 class RunFolder:
-    """The files of a run: config.yaml, metrics.jsonl, last.pt and older ones, best.pt, TensorBoard's event files."""
+    """The files of a run: config.yaml, metrics.jsonl, last.pt and older ones, best.pt, TensorBoard's event files.
+
+    Attributes:
+        lock: Keeps other runs out, from :meth:`enter` until it is closed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,6 +48,16 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = Checkpoints(path)
         self.best = path / "best.pt"
+        self.lock = FolderLock(path)
+
+    def enter(self) -> None:
+        """Keep other runs out of the folder if it is there; :meth:`create` does so if it is not.
+
+        Raises InputError if another run is in it or it cannot be written.
+        """
+        if self.path.is_dir():
+            with self._reporting():
+                self.lock.acquire()
 
     def checkpoint_to_resume(self, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
         """Return the checkpoint that ``resume`` means, with its content, or None to start afresh.
@@ -81,14 +98,24 @@ class RunFolder:
     def create(self, config: Config) -> None:
         """Make the folder, tidy up after a process that was killed in it and write config.yaml.
 
-        Raises InputError if the folder cannot be made or written.
+        Raises InputError if the folder cannot be made or written, or another run has made it since :meth:`enter`.
         """
-        try:
+        with self._reporting():
             self.path.mkdir(parents=True, exist_ok=True)
+            if not self.lock.held:
+                self.lock.acquire()
+                # That run may have ended too.
+                self.checkpoint_to_resume(None)
             for path in (self.config, self.metrics, self.checkpoints.newest, self.best):
                 remove_leftovers(path)
             with atomic_write(self.config) as file:
                 file.write(yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Turn an OSError of the block into InputError."""
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 f"cannot write the run folder {self.path}: {error.strerror}; choose another --output"
@@ -113,4 +140,19 @@ def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> No
     if "totals" not in payload["training"]:
         raise InputError(
             f"cannot resume {checkpoint}: it was written by gac {payload['versions']['gac']}, which can continue it"
+        )
+
+
+def check_same_data(training: Mapping[str, Any], now: Mapping[str, int], checkpoint: Path) -> None:
+    """Raise InputError if the data set is not the one that ``checkpoint``, whose state is ``training``, had so far.
+
+    data.root may change, but not what is there. ``now`` has the sizes of the data set.
+    """
+    # Checkpoints of earlier versions do not say.
+    before = training.get("data", now)
+    differing = [f"{before[name]} {name}, now {now[name]}" for name in now if before[name] != now[name]]
+    if differing:
+        raise InputError(
+            f"cannot resume {checkpoint} with other data (it had {', '.join(differing)}): restore the data set or"
+            " start a new run with another --output"
         )

@@ -24,13 +24,16 @@ def _alone(*values: float) -> list[float]:
 
 
 class Interruption:
-    """While its context is open, the first SIGINT or SIGTERM is remembered and a second one kills the process.
+    """While its context is open, SIGINT and SIGTERM are remembered; after either of them SIGINT kills the process.
+
+    A second SIGINT is a second Ctrl-C of somebody who does not want to wait. A second SIGTERM asks for nothing new: it
+    comes where a scheduler signals all processes of a job and a script among them passes the signal on.
 
     For the main thread, the only one in which Python handles signals.
 
     Args:
         largest: Returns the largest of each of its arguments over the processes of the run, all of which call it.
-        second_kills: Otherwise further signals change nothing; torchrun may send several, and kills by itself.
+        second_kills: Otherwise a further SIGINT changes nothing either; torchrun may send several, and kills by itself.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -54,8 +57,7 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if self._second_kills:
-            for each in self.SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches; once a signal has come to any process, raise Interrupted in all instead of going on.

@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ SMALL = [
     *("--device", "cpu", "--time-steps", "3", "--batch", "2", "--dtype", "float32", "--rounds", "2", "--repeats", "1"),
     *("--width", "4", "--depth", "2", "1", "1", "--image-size", "8"),
 ]
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,7 @@ class TestComparison:
         assert relative_rms(got, wanted) == pytest.approx(0.01, rel=0.01)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_replay_makes_all_calls(device):
     device = torch.device(device)
     counter, x = torch.zeros((), device=device), torch.ones(4, device=device, requires_grad=True)
@@ -234,9 +234,23 @@ def test_a_replay_makes_all_calls(device):
     assert counter.item() == 2 * (1 + 3)
 
 
+@pytest.mark.parametrize("keep", [0, 2])
+def test_results_are_kept_for_a_while(keep):
+    alive, most = weakref.WeakSet(), 0
+
+    def call() -> torch.Tensor:
+        nonlocal most
+        alive.add(result := torch.zeros(1))
+        most = max(most, len(alive))
+        return result
+
+    replay([call] * 6, CPU, keep)()
+    assert most == keep + 1
+    assert not alive
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(dtype, tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = ["--device", "cuda", "--batch", "8", "--dtype", dtype, "--rounds", "2", "--json", str(file)]

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.profile import command
 from benchmarks.profile.groups import IDLE, OTHER, kernel_group, operator_group, our_kernels
 from benchmarks.profile.measure import Record, divide_time, profile_steps, read_trace
@@ -147,12 +146,11 @@ def test_a_wait_is_idle_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = [*SMALL[2:], "--device", "cuda", "--precision", "fp16", "--json", str(file)]
     assert command.main(arguments) == 0, capsys.readouterr().err
     breakdowns = {each["implementation"]: each for each in json.loads(file.read_text())["breakdowns"]}
-    assert set(breakdowns) == set(IMPLEMENTATIONS)
+    assert set(breakdowns) == set(command.PROFILED)
     assert {"norm_lif_forward", "residual_lif_backward_sums"} <= set(breakdowns["ours-cupy"]["groups"])
     assert not our_kernels() & set(breakdowns["spikingjelly"]["groups"])

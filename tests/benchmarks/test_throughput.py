@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from recorded_graph import CaptureByRecording
 from spikingjelly.activation_based import neuron, surrogate
 from spikingjelly.activation_based.model import ms_resnet
 from torch import Tensor
 
-from benchmarks import agreement
+from benchmarks import agreement, replayed_contender
 from benchmarks.command_line import MeasurementError
 from benchmarks.contender import PRECISIONS
 from benchmarks.convolution_floor import ConvolutionFloor
@@ -56,8 +57,9 @@ def test_measures_and_reports(tmp_path, capsys):
     assert status == 0, printed.err
     report = json.loads(files["json"].read_text())
 
-    assert list(report["skipped"]) == ["ours-cupy"]
-    assert "skipped       ours-cupy: the CUDA kernels need a CUDA device" in printed.out
+    assert list(report["skipped"]) == ["ours-cupy", "ours-cupy-graph"]
+    for name in report["skipped"]:
+        assert f"skipped       {name}: the CUDA kernels need a CUDA device" in printed.out
     names = ["ours-torch", "spikingjelly", "step-loop", "convolution-floor"]
     assert [cell["implementation"] for cell in report["cells"]] == names
     rows = [line.split() for line in printed.out.splitlines()[-4:]]
@@ -95,6 +97,7 @@ def test_half_precision_runs_and_is_checked_in_our_neuron(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--implementations", "ours-cupy"], "nothing can run, ours-cupy: the CUDA kernels need a CUDA device"),
+        (["--implementations", "ours-cupy-graph"], "nothing can run, ours-cupy-graph: the CUDA kernels need a CUDA"),
         (["--precision", "fp16"], "nothing can run, fp16: needs a CUDA device"),
         (["--batch", "0"], "argument --batch: expected a whole number >= 1, got '0'"),
         (["--image-size", "4"], "argument --image-size: expected a whole number >= 8"),
@@ -254,7 +257,19 @@ def test_largest_batch_is_found_to_a_sixteenth(limit):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_replayed_steps_on_a_gpu(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    names = ["ours-cupy", "ours-cupy-graph"]
+    arguments = [*SMALL, "--device", "cuda", "--precision", "fp32", "fp16", "--implementations", *names]
+    assert command.main([*arguments, "--json", str(file)]) == 0, capsys.readouterr().err
+    cells = json.loads(file.read_text())["cells"]
+    assert [cell["implementation"] for cell in cells] == names * 2
+    for cell in cells:
+        assert cell["peak_bytes"] > 0
+        assert all(cell[phase]["median_ms"] > 0 for phase in ("train", "evaluation"))
+
+
+@pytest.mark.gpu
 def test_largest_batch_on_a_gpu(monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
     limit = 300
@@ -369,6 +384,33 @@ def test_membranes_that_rounding_may_put_on_either_side_of_a_jump_are_left_out()
     found = agreement._near_a_jump(PRESETS["imagenet"].make("torch"), x)
     assert found.tolist() == [[True, False, True, False, True, False, True, False]]
     assert not agreement._near_a_jump(PRESETS["cifar"].make("torch"), x).any()
+
+
+REPLAYED = dataclasses.replace(REFERENCE, name="ours-cupy-graph", float64=False, replayed=True)
+
+
+def test_replayed_steps_are_checked_and_timed(monkeypatch, tmp_path, capsys):
+    captures = []
+
+    def capture(device: torch.device) -> CaptureByRecording:
+        captures.append(CaptureByRecording())
+        return captures[-1]
+
+    monkeypatch.setattr(replayed_contender, "CaptureOnDevice", capture)
+    monkeypatch.setitem(IMPLEMENTATIONS, REPLAYED.name, REPLAYED)
+    file = tmp_path / "result.json"
+    arguments = [*SMALL, "--precision", "bf16", "--implementations", REPLAYED.name, "--json", str(file)]
+    assert command.main(arguments) == 0, capsys.readouterr().err
+    report = json.loads(file.read_text())
+    assert [cell["implementation"] for cell in report["cells"]] == [REPLAYED.name]
+    found = {(each["dtype"], each["quantity"]): each["difference"] for each in report["agreement"]}
+    for dtype in ("float32", "bfloat16"):
+        for quantity in ("loss", "gradients", "weights' change", "running statistics", "logits"):
+            assert found[dtype, f"replayed: {quantity}"] == 0
+    # Training and evaluation in the gate for each dtype; the warm-up, whose last step gives the memory; two turns of
+    # training and two of evaluation, each of an untimed step and two timed ones.
+    assert [capture.replays for capture in captures] == [2, 2] * 2 + [1, 1] + [3, 3] + [3, 3]
+    assert all(capture.captured == 1 for capture in captures)
 
 
 def test_out_of_memory_is_reported_and_the_rest_measured(monkeypatch, tmp_path, capsys):

@@ -4,12 +4,13 @@ Usage: several_ranks.py FOLDER [KERNELS]. FOLDER gets rank0.pt, rank1.pt and the
 compiled for the CPU. One program for many tests, as importing everything in every process takes longer than all of it.
 """
 
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -26,12 +27,18 @@ from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.ops import runtime
 from gac.training import checkpoints, engine
-from gac.training.distributed import Ranks, process_group
+from gac.training.distributed import ALONE, Ranks, process_group
+from gac.training.ema import MovingAverage
 from gac.training.engine import Trainer, train
+from gac.training.evaluate import Evaluation
 from gac.training.health import TrainingDiverged
+from gac.training.mixing import Mixing
+from gac.training.optim import make_optimizer, parameter_groups
 from gac.training.report import evaluate_checkpoint
 from gac.training.run_folder import RunFolder
 from gac.training.signals import Interrupted, Interruption
+from gac.training.step import TrainingStep
+from gac.training.totals import Totals
 
 # 43 images leave a batch of 3 at the end, and 10 test images one of 1: an uneven and an empty part.
 SYNCHRONIZED = Config(
@@ -55,6 +62,8 @@ PLAIN = replace(SYNCHRONIZED, train=replace(SYNCHRONIZED.train, sync_batch_norm=
 # 48 images: all parts and their micro-batches are even.
 EVEN = replace(PLAIN.data, synthetic_images=48)
 ACCUMULATING = replace(PLAIN, data=EVEN, train=replace(PLAIN.train, accumulate_steps=2))
+# Checkpoints within the epochs too.
+RESTARTED = replace(PLAIN, train=replace(PLAIN.train, epochs=8, checkpoint_steps=4))
 RATE = replace(
     PLAIN, model=replace(PLAIN.model, coding="rate"), train=replace(PLAIN.train, learning_rate=0.05, epochs=3)
 )
@@ -64,6 +73,71 @@ def folder_config(root: Path) -> Config:
     """Return the configuration of a run on an image folder."""
     data = DataConfig(name="imagefolder", root=str(root), image_size=16, resize=18, workers=0)
     return replace(SYNCHRONIZED, data=data, train=replace(SYNCHRONIZED.train, epochs=1, eval_batch_size=25))
+
+
+ALL_AT_ONCE = {
+    "learning_rate": 0.5,
+    "gradient_clip_norm": 0.2,
+    "ema_decay": 0.9,
+    "loss": "tet",
+    "label_smoothing": 0.1,
+    "cutmix": "batch",
+    "cutmix_probability": 1.0,
+    "mixup_alpha": 0.5,
+    "weight_decay": 0.01,
+}
+# Whether BatchNorm is synchronised, and what else differs from ALL_AT_ONCE.
+EXACT_CASES: dict[str, tuple[bool, dict[str, object]]] = {
+    "all at once": (True, {}),
+    "nothing mixed": (True, {"cutmix": "off", "mixup_alpha": 0.0, "loss": "mean"}),
+    "accumulating": (True, {"accumulate_steps": 2}),
+    "recomputed": (True, {"checkpoint_activations": True}),
+    "accumulating and recomputed": (True, {"accumulate_steps": 2, "checkpoint_activations": True}),
+    "channels last": (True, {"channels_last": True}),
+    "own statistics": (False, {}),
+    "own statistics, accumulating and recomputed": (False, {"accumulate_steps": 2, "checkpoint_activations": True}),
+}
+# The last batch of an epoch is uneven.
+EXACT_BATCHES = (8, 8, 7)
+
+
+def exact_config(case: str) -> Config:
+    synchronized, options = EXACT_CASES[case]
+    options = {"sync_batch_norm": synchronized, **ALL_AT_ONCE, **options}
+    return replace(SYNCHRONIZED, train=replace(SYNCHRONIZED.train, **options))
+
+
+def exact_steps(
+    config: Config, ranks: Ranks = ALONE, order: Callable[[int], Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Totals]:
+    """Train a few steps in float64; return the state dicts of the network and of its average, and the totals.
+
+    ``order`` gives the order in which a batch of a number of images, once mixed, is trained on.
+    """
+    torch.manual_seed(0)
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    network = create_model(num_classes=3, in_channels=3, **asdict(config.model)).double().to(memory_format=layout)
+    network.set_checkpoint_activations(config.train.checkpoint_activations)
+    for module in network.modules():
+        if isinstance(module, BatchNorm2d):
+            module.synchronized = config.train.sync_batch_norm and ranks.size > 1
+    device = torch.device("cpu")
+    average = MovingAverage(network, config.train.ema_decay)
+    optimizer = make_optimizer(parameter_groups(network, config.train), config.train, device)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step = TrainingStep(network, optimizer, scaler, config.train, device, average, ranks)
+    mixing = Mixing(config.train, 3, ranks)
+    generator = torch.Generator().manual_seed(1)
+    for size in EXACT_BATCHES:
+        images = torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64).contiguous(memory_format=layout)
+        labels = torch.randint(3, (size,), generator=generator)
+        images, labels = images[ranks.share.of(size)], labels[ranks.share.of(size)]
+        mixed, targets = mixing(images, labels, 0, None)
+        if order is not None:
+            mixed, targets, labels = (each[order(size)] for each in (mixed, targets, labels))
+        step.batch_images = size if ranks.size > 1 else None
+        step(mixed.contiguous(memory_format=layout), targets, labels)
+    return network.state_dict(), average.network.state_dict(), step.totals.read()
 
 
 def frames(shape: tuple[int, ...]) -> Tensor:
@@ -161,6 +235,21 @@ def stop_after(step: int, number: int, rank: int) -> None:
     Trainer._train_step = step_and_signal
 
 
+@contextmanager
+def stop_in_evaluation(number: int, rank: int) -> Iterator[None]:
+    """Let a rank send itself a signal before its second evaluation, which is the first of the averaged weights."""
+    evaluate, calls = engine.evaluate, itertools.count(1)
+
+    def signal_and_evaluate(*arguments: object) -> Evaluation:
+        ranks = arguments[-1]
+        if next(calls) == 2 and ranks.rank == rank:
+            os.kill(os.getpid(), number)
+        return evaluate(*arguments)
+
+    with mock.patch.object(engine, "evaluate", signal_and_evaluate):
+        yield
+
+
 def break_loss_of_rank_1() -> None:
     """Let rank 1's outputs be infinite in the second step, and the totals be looked at after every step."""
     train_step = Trainer._train_step
@@ -210,9 +299,14 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
     results: dict[str, object] = {"batch_norm": batch_norms(ranks)}
     if kernels is not None:
         results["fused"] = fused_step(kernels, slice(0, 3) if ranks.first else slice(3, 4), synchronized=True)
-    for name, config in (("synchronized", SYNCHRONIZED), ("plain", PLAIN), ("accumulating", ACCUMULATING)):
+    results["exact"] = {case: exact_steps(exact_config(case), ranks) for case in EXACT_CASES}
+    runs = {"synchronized": SYNCHRONIZED, "plain": PLAIN, "accumulating": ACCUMULATING, "never restarted": RESTARTED}
+    for name, config in runs.items():
         train(config, folder / name, ranks=ranks)
     train(folder_config(folder / "images"), folder / "folder", ranks=ranks)
+    for split in ("train", "val"):
+        config = folder_config(folder / f"broken {split}")
+        results[f"broken {split}"] = message_of(config, folder / f"run of broken {split}", ranks)
     train(SYNCHRONIZED, folder / "one_then_two", "auto", ranks=ranks)
     results["noise"], results["coins"] = noise_and_coins(folder / "rate", ranks)
 
@@ -226,6 +320,10 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
     results["sigterm"] = message_of(PLAIN, folder / "interrupted", ranks)
     Trainer._train_step = train_step
     train(PLAIN, folder / "interrupted", "auto", ranks=ranks)
+    with stop_in_evaluation(signal.SIGTERM, rank=1):
+        results["in evaluation"] = message_of(PLAIN, folder / "in evaluation", ranks)
+    results["stopped in evaluation at"] = read_checkpoint(folder / "in evaluation" / "last.pt")["training"]["position"]
+    train(PLAIN, folder / "in evaluation", "auto", ranks=ranks)
     stop_after(BATCHES + 2, signal.SIGINT, rank=0)
     results["sigint"] = message_of(SYNCHRONIZED, folder / "two_then_one", ranks)
     Trainer._train_step = train_step
@@ -242,6 +340,9 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
         "name": replace(PLAIN, model=replace(PLAIN.model, name="resnet")),
         "graph": replace(PLAIN, train=replace(PLAIN.train, cuda_graph=True)),
         "folder": replace(PLAIN, train=replace(PLAIN.train, epochs=9)),
+        "options": replace(PLAIN, train=replace(PLAIN.train, seed=10 + ranks.rank)),
+        # As where one machine has an older copy of the data.
+        "data": replace(PLAIN, data=replace(PLAIN.data, name="npz", root=str(folder / f"of_rank_{ranks.rank}.npz"))),
     }
     for name, config in refused.items():
         output = folder / ("plain" if name == "folder" else "refused")

@@ -13,15 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.run
 import yaml
-from image_tree import write_split
+from image_tree import CLASSES, write_split
 from runs import assert_same, result_of, without_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import several_ranks
-from training.several_ranks import ACCUMULATING, BATCHES, PLAIN, SYNCHRONIZED, folder_config
+from training.several_ranks import ACCUMULATING, BATCHES, PLAIN, RESTARTED, SYNCHRONIZED, folder_config
 
 from gac.checkpoint import read_checkpoint
 from gac.cli import parse_eval, parse_train
@@ -36,6 +37,7 @@ from gac.training.engine import Trainer, train
 from gac.training.metrics_file import read_metrics
 from gac.training.report import evaluate_checkpoint
 from gac.training.signals import Interrupted
+from gac.training.totals import over_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +57,12 @@ def torchrun(*arguments: str, max_restarts: int = 0) -> list[str]:
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
+def write_npz(path: Path, images: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(images) % 3
+    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
 
 
 def interrupt_single_process(config: Config, folder: Path, step: int) -> None:
@@ -87,6 +95,14 @@ def launched(tmp_path_factory: pytest.TempPathFactory, fused) -> tuple[Path, lis
     folder = tmp_path_factory.mktemp("two")
     write_split(folder / "images" / "train", images=100, damaged=("truncated.JPEG",))
     write_split(folder / "images" / "val", images=100, damaged=("zero_bytes.JPEG",))
+    for split, other in (("train", "val"), ("val", "train")):
+        broken = folder / f"broken {split}"
+        write_split(broken / split, images=100, damaged=("zero_bytes.JPEG",))
+        # The last image is rank 1's, in training as in evaluation, and this one is rank 0's.
+        sorted((broken / split / CLASSES[0]).iterdir())[3].write_bytes(b"")
+        (broken / other).symlink_to(folder / "images" / other)
+    for rank, images in enumerate((16, 8)):
+        write_npz(folder / f"of_rank_{rank}.npz", images)
     interrupt_single_process(SYNCHRONIZED, folder / "one_then_two", BATCHES + 1)
     command = torchrun(several_ranks.__file__, str(folder), *([] if fused is None else [str(fused[0])]))
     process = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
@@ -155,6 +171,50 @@ def test_micro_batches_on_two_ranks_are_those_of_one(launched, tmp_path: Path) -
     assert_metrics_close(launched[0] / "accumulating", tmp_path, but="test")
 
 
+def micro_batches(images: int, steps: int) -> torch.Tensor:
+    """Return a batch in the order in which two ranks see it: all of their first micro-batches, then the second ones."""
+    parts = [part.tensor_split(steps) for part in torch.arange(images).tensor_split(2)]
+    return torch.cat([torch.cat(each) for each in zip(*parts, strict=True)])
+
+
+@pytest.mark.parametrize("case", several_ranks.EXACT_CASES)
+def test_steps_of_two_processes_are_those_of_one(launched, case: str) -> None:
+    config = several_ranks.exact_config(case)
+    steps = config.train.accumulate_steps
+    if config.train.sync_batch_norm:
+        expected = several_ranks.exact_steps(config, order=lambda images: micro_batches(images, steps))
+        but = "$^"
+    else:
+        # Each rank's part is a micro-batch. The running statistics are those of rank 0's images alone.
+        apart = replace(config, train=replace(config.train, accumulate_steps=2 * steps))
+        expected = several_ranks.exact_steps(apart)
+        but = "running|tracked"
+    parts = [results["exact"][case] for results in launched[1]]
+    for number in range(2):
+        for name, tensor in expected[number].items():
+            if not re.search(but, name):
+                assert torch.equal(parts[0][number][name], parts[1][number][name]), name
+                # The loss is computed in float32.
+                torch.testing.assert_close(parts[0][number][name], tensor, rtol=1e-5, atol=1e-7)
+    found = over_ranks([totals for *_, totals in parts])
+    assert found == pytest.approx(expected[2], rel=1e-5)
+    assert found.images == sum(several_ranks.EXACT_BATCHES)
+
+
+def test_the_options_of_these_steps_change_them() -> None:
+    config = several_ranks.exact_config("all at once")
+    network, average, totals = several_ranks.exact_steps(config)
+    weight = "stages.1.0.conv1.conv.weight"
+    assert (network[weight] - average[weight]).abs().max() > 1e-4
+    for name in ("gradient_clip_norm", "label_smoothing", "mixup_alpha", "weight_decay"):
+        changed = replace(config, train=replace(config.train, **{name: 0.0}))
+        assert (several_ranks.exact_steps(changed)[0][weight] - network[weight]).abs().max() > 1e-3, name
+    for name, value in (("loss", "mean"), ("cutmix", "off"), ("accumulate_steps", 2)):
+        changed = replace(config, train=replace(config.train, **{name: value}))
+        assert (several_ranks.exact_steps(changed)[0][weight] - network[weight]).abs().max() > 1e-3, name
+    assert totals.healthy
+
+
 @pytest.mark.parametrize("case", several_ranks.BATCH_NORM_CASES)
 def test_synchronised_batch_norm(launched, case: str) -> None:
     shape, repeats = several_ranks.BATCH_NORM_CASES[case]
@@ -219,6 +279,16 @@ def test_images_that_cannot_be_read_are_counted_once(launched, tmp_path: Path) -
     assert_metrics_close(folder / "folder", tmp_path)
 
 
+@pytest.mark.parametrize(("split", "which"), [("train", "training"), ("val", "test")])
+def test_each_rank_below_the_limit_and_all_above_it_end_the_run(launched, split: str, which: str) -> None:
+    folder, (first, second) = launched
+    assert first[f"broken {split}"] == (
+        f"2 of the 100 {which} images cannot be read, more than 1 %: replace or delete those that the warnings name"
+    )
+    assert second[f"broken {split}"] == 2
+    assert not list((folder / f"run of broken {split}").glob("*.pt"))
+
+
 def test_coins_are_equal_and_noise_is_not(launched) -> None:
     first, second = launched[1]
     assert torch.equal(first["coins"], second["coins"])
@@ -234,6 +304,14 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launched) -> None:
 
 def test_interrupted_and_resumed_it_ends_as_if_nothing_had_happened(launched) -> None:
     assert_same(result_of(launched[0] / "interrupted"), result_of(launched[0] / "plain"))
+
+
+def test_interrupted_in_evaluation_it_ends_as_if_nothing_had_happened(launched) -> None:
+    folder, results = launched
+    assert [result["in evaluation"] for result in results] == [143, 143]
+    position = results[0]["stopped in evaluation at"]
+    assert (position["epoch"], position["batch"]) == (0, BATCHES)
+    assert_same(result_of(folder / "in evaluation"), result_of(folder / "plain"))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(launched, single: Path) -> None:
@@ -263,6 +341,8 @@ def test_divergence_on_one_rank_ends_all_at_the_same_step(launched) -> None:
         ("name", r"unknown network 'resnet'"),
         ("graph", r"train\.cuda_graph replays the steps of one process, and there are 2: leave it off"),
         ("folder", r"cannot resume .* \(train\.epochs 2 -> 9\)"),
+        ("options", r"rank 1 has train\.seed 11 and rank 0 10: start all processes with the same options, on the same"),
+        ("data", r"rank 1 has training images 8 and rank 0 16: start"),
         ("on rank 1", r"rank 1: there is no folder$"),
     ],
 )
@@ -322,14 +402,23 @@ class Run:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
-def test_a_killed_rank_restarts_the_job_and_in_the_end_fails_it(tmp_path: Path) -> None:
-    run = Run(LONG, tmp_path, "--resume", "auto", max_restarts=1)
+def test_a_job_with_a_killed_rank_restarts_and_ends_as_if_nothing_had_happened(launched, tmp_path: Path) -> None:
+    run = Run(RESTARTED, tmp_path, "--resume", "auto", max_restarts=1)
     run.wait_for(1)
     os.kill(run.rank(1), signal.SIGKILL)
-    epochs = run.epochs()
-    run.wait_for(epochs + 1)
+    assert run.process.wait(timeout=120) == 0, run.stderr
     assert run.stderr.count("starting afresh") == 1
     assert run.stderr.count(f"resuming {run.output}/last.pt after ") == 1
+    assert_same(result_of(run.output), result_of(launched[0] / "never restarted"))
+    best, expected = (read_checkpoint(folder / "best.pt") for folder in (run.output, launched[0] / "never restarted"))
+    assert best["epoch"] == expected["epoch"]
+    assert_same(best["model"], expected["model"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_a_killed_rank_fails_the_job_and_is_named(tmp_path: Path) -> None:
+    run = Run(LONG, tmp_path)
+    run.wait_for(0)
     os.kill(run.rank(1), signal.SIGKILL)
     assert run.process.wait(timeout=60) == 1
     report = run.stderr.partition("Root Cause")[2]
@@ -349,6 +438,20 @@ def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> No
 
 
 # --- Without torchrun
+
+
+def test_after_an_error_the_group_is_left_to_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    with process_group() as ranks:
+        assert ranks == Ranks(1, 2, 1, launched=True)
+    assert left == [True]
+    with pytest.raises(ValueError, match="there is no step"), process_group():
+        raise ValueError("there is no step")
+    assert left == [True]
 
 
 def test_one_process_joins_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

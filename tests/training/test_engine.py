@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
 from gac.training import checkpoints, engine, step
 from gac.training.checkpoints import Checkpoints
+from gac.training.cuda_graph import CaptureOnDevice
 from gac.training.engine import Trainer, train
 from gac.training.health import TrainingDiverged
 from gac.training.metrics_file import read_metrics
@@ -401,7 +402,6 @@ def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "options",
     [
@@ -411,18 +411,28 @@ def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -
     ],
     ids=["plain", "cutmix", "everything"],
 )
-def test_replayed_steps_on_cuda_are_the_steps(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_replayed_steps_on_cuda_are_the_steps(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    captured: list[Callable] = []
+    capture = CaptureOnDevice.__call__
+    monkeypatch.setattr(
+        CaptureOnDevice, "__call__", lambda self, function: captured.append(function) or capture(self, function)
+    )
     losses = {}
     for replayed in (False, True):
-        tried = replace(TINY.train, epochs=2, amp="fp16", cuda_graph=replayed, **options)
+        # Each size of batch, and with CutMix each kind of targets, is called three times before it is captured.
+        tried = replace(TINY.train, epochs=8, amp="fp16", cuda_graph=replayed, **options)
         folder = tmp_path / str(replayed)
         train(replace(TINY, device="cuda", train=tried), folder)
         losses[replayed] = [line["train_loss"] for line in read_metrics(folder / "metrics.jsonl")]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+        assert (len(captured) >= 2) == replayed
+    # Rounding alone differs, but one spike more or less changes all that follow.
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fp16_on_cuda_resumes_with_its_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(TINY, device="cuda", train=replace(TINY.train, amp="fp16"))
     train_step = Trainer._train_step

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gac.models import create_model
 from gac.neuron import LIFNode
-from gac.training.evaluate import evaluate
+from gac.training.evaluate import EvaluationStep, evaluate
 from gac.training.firing import FiringRates
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def batches(*values: float) -> list[tuple[Tensor, Tensor]]:
 
 
 def rates_of(firing: FiringRates, *values: float) -> dict[str, float]:
-    evaluate(firing.network, firing.watch(batches(*values)), CPU)
+    evaluate(EvaluationStep(firing.network, CPU, channels_last=False), firing.watch(batches(*values)))
     return firing.read()
 
 
@@ -88,7 +88,8 @@ def test_a_dead_layer_is_named_once_until_it_lives(caplog: pytest.LogCaptureFixt
 def test_every_coding_has_its_layers(coding: str) -> None:
     network = create_model("msresnet18_cifar", 3, 2, coding=coding, width=4, depth=[1, 1, 1])
     firing = FiringRates(network)
-    evaluate(network, firing.watch([(torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))]), CPU)
+    images, labels = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    evaluate(EvaluationStep(network, CPU), firing.watch([(images, labels)]))
     layers = [name for name, module in network.named_modules() if isinstance(module, neuron.BaseNode)]
     assert list(firing.read()) == layers
     assert ("coding.lif" in layers) is (coding == "gac")

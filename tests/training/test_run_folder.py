@@ -9,7 +9,7 @@ import yaml
 from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
-from gac.training.run_folder import FREE_WHEN_RESUMING, RunFolder, check_same_run
+from gac.training.run_folder import FREE_WHEN_RESUMING, RunFolder, check_same_data, check_same_run
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
         (tmp_path / f".{name}.abc123.tmp").touch()
     (tmp_path / ".notes.tmp").touch()
     RunFolder(tmp_path).create(Config())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.tmp", "config.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.tmp", "config.yaml", "run.lock"]
 
 
 def test_create_writes_the_whole_configuration(tmp_path: Path) -> None:
@@ -109,6 +109,36 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write the run folder"):
         RunFolder(tmp_path / "file").create(Config())
+
+
+def test_a_folder_that_is_there_is_entered_and_none_is_made(tmp_path: Path) -> None:
+    there, missing = RunFolder(tmp_path), RunFolder(tmp_path / "missing")
+    there.enter()
+    assert there.lock.held
+    missing.enter()
+    assert not missing.path.exists()
+    missing.create(Config())
+    assert missing.lock.held
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_run_that_came_in_between_is_not_overwritten(resume: str | None, tmp_path: Path) -> None:
+    slow = RunFolder(tmp_path / "run")
+    slow.enter()
+    assert slow.checkpoint_to_resume(resume) is None
+    fast = RunFolder(tmp_path / "run")
+    fast.create(Config(train=TrainConfig(seed=7)))
+    write_checkpoint(fast.path / "last.pt", {"step": 1})
+    fast.lock.close()
+    with pytest.raises(InputError, match="holds a run already"):
+        slow.create(Config())
+    assert Config.from_dict(yaml.safe_load(fast.config.read_text())).train.seed == 7
+
+
+def test_a_folder_that_cannot_be_written_is_named_on_entering(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(InputError, match=f"cannot write the run folder {tmp_path}: Is a directory; choose another"):
+        RunFolder(tmp_path).enter()
 
 
 def payload_of(config: Config, **training: object) -> dict[str, object]:
@@ -163,3 +193,13 @@ def test_the_state_of_an_older_version_is_not_resumed() -> None:
     del payload["training"]["totals"]
     with pytest.raises(InputError, match=r"last\.pt: it was written by gac 0\.9, which can continue it"):
         check_same_run(payload, Config(), Path("last.pt"))
+
+
+def test_other_data_are_not_trained_on() -> None:
+    now = {"training images": 90, "test images": 10, "classes": 3}
+    check_same_data({"data": now}, now, Path("last.pt"))
+    check_same_data({}, now, Path("last.pt"))
+    before = {"training images": 100, "test images": 10, "classes": 4}
+    message = r"cannot resume last\.pt with other data \(it had 100 training images, now 90, 4 classes, now 3\): "
+    with pytest.raises(InputError, match=message):
+        check_same_data({"data": before}, now, Path("last.pt"))

@@ -48,7 +48,8 @@ def test_the_handlers_of_before_are_back_afterwards() -> None:
     assert [signal.getsignal(number) for number in Interruption.SIGNALS] == before
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_signal_ends_the_process_at_once_and_sigterm_does_not(first: signal.Signals) -> None:
     # Loads the module's file alone: importing the package takes seconds.
     program = f"""
 import importlib.util, os, signal, time
@@ -56,14 +57,15 @@ spec = importlib.util.spec_from_file_location("signals", {signals.__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 with module.Interruption() as interruption:
-    os.kill(os.getpid(), signal.SIGINT)
-    print(interruption.received, flush=True)
+    for number in (signal.{first.name}, signal.SIGTERM, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+        print(interruption.received, flush=True)
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline().strip() == str(int(signal.SIGINT))
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=10) == -signal.SIGTERM
+        assert [int(child.stdout.readline()) for _ in range(3)] == [first, signal.SIGTERM, signal.SIGTERM]
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=10) == -signal.SIGINT
 
 
 def test_processes_with_fewer_batches_wait_for_the_others_and_their_signals() -> None:

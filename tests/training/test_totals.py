@@ -19,7 +19,6 @@ def test_on_the_cpu_the_values_are_those_of_now() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_a_copy_comes_once_the_device_has_reached_it() -> None:
     tensor = torch.zeros(2, dtype=torch.float64, device="cuda")
     readback = Readback(tensor)
