@@ -48,6 +48,7 @@ EVALUATION_FIELDS = [
     "device",
     "train.eval_batch_size",
     "train.cuda_graph",
+    "train.channels_last",
     "model.backend",
     "model.T",
 ]

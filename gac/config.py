@@ -98,8 +98,9 @@ class ModelConfig:
     """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit
     starts dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
     backend: Literal["auto", "cupy", "torch"] = "auto"
-    """What runs the neurons: cupy (CUDA kernels of this package), torch (SpikingJelly's execution; the reference
-    loop where SpikingJelly has no fused one) or auto (cupy on a CUDA device where CuPy works, else torch)."""
+    """What runs the neurons: cupy (CUDA kernels of this package), torch (on a CUDA device SpikingJelly's execution, or
+    the reference loop where it has no fused one; on the CPU a loop in place) or auto (cupy on a CUDA device where CuPy
+    works, else torch)."""
 
     def __post_init__(self) -> None:
         _check_choices("model", self)

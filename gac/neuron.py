@@ -77,8 +77,8 @@ class LIFNode(neuron.LIFNode):
         step_mode: "m" for sequences, "s" for single time steps.
         store_v_seq: Keep the membrane potential of every time step in ``v_seq`` (runs step by step).
         backend: "cupy" (this package's CUDA kernels), "torch" (on a CUDA device SpikingJelly's own multi-step
-            execution; where that cannot fire strictly, the step-by-step reference; on the CPU a loop in place, which is
-            faster than either) or "auto" (cupy on a CUDA device where CuPy works, else torch).
+            execution; where that cannot fire strictly, the step-by-step reference; on the CPU, for the surrogates that
+            the kernels have, a loop in place) or "auto" (cupy on a CUDA device where CuPy works, else torch).
 
     Raises:
         InputError: For tau <= 1 or an unknown backend; in forward, for backend "cupy" where it cannot run.

@@ -52,8 +52,8 @@ def make_parser() -> Parser:
         nargs="+",
         choices=[*IMPLEMENTATIONS, FLOOR],
         default=[*IMPLEMENTATIONS, FLOOR],
-        help="what to compare: our network with the CUDA kernels, called or replayed as CUDA graphs, or with"
-        " SpikingJelly's execution, SpikingJelly's own layers, a plain loop over time steps, the convolutions alone;"
+        help="what to compare: our network with the CUDA kernels, called or replayed as CUDA graphs, or"
+        " without them, SpikingJelly's own layers, a plain loop over time steps, the convolutions alone;"
         " those that the device cannot run are skipped",
     )
     add_network_options(parser)

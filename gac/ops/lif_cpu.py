@@ -22,7 +22,8 @@ def lif_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Run the neuron over T time steps; spikes and potentials are bit-equal to ``reference``.
 
-    For the backward pass the membrane potentials before the resets are kept, T frames. There is no second derivative.
+    For the backward pass the membrane potentials before the resets are kept, T frames. There is no second derivative,
+    and torch.func's transforms do not take the function.
 
     Args:
         x_seq: Input [T, B, ...] of any floating-point dtype.

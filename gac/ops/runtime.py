@@ -276,7 +276,7 @@ def differentiable(
     """Give an operator such as "gac::norm_lif" its derivative, and return the function that calls it.
 
     ``setup_context`` and ``backward`` are what torch.library.register_autograd takes. Differentiating twice fails with
-    a clear message.
+    a clear message; torch.func's transforms do not take the function.
     """
     short_name = name.removeprefix("gac::")
     operator = getattr(torch.ops.gac, short_name).default
@@ -291,7 +291,8 @@ def differentiable(
             return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        return _NoSecondDerivative.apply(name, *(None if each is None else each.requires_grad_() for each in results))
+        fresh = (None if each is None else each.detach().requires_grad_() for each in results)
+        return _NoSecondDerivative.apply(name, *fresh)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
     function = type(short_name, (torch.autograd.Function,), methods)

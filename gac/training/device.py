@@ -49,5 +49,5 @@ def select_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:
     """Return the memory order of weights and of training images on a device, which activations take over."""
     # On a CPU with AVX2 oneDNN's weight gradient of a strided 1x1 convolution writes beyond its memory in channels_last
-    # where channels are no multiple of 8 (seen with torch 2.14.1). Evaluation has no gradients.
+    # where channels are no multiple of 8 (seen with torch 2.14.1), and widths are free. Evaluation has no gradients.
     return torch.channels_last if config.channels_last and device.type == "cuda" else torch.contiguous_format

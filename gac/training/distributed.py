@@ -13,6 +13,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gac.config import Config
 from gac.data.share import Share
 from gac.errors import InputError
 
@@ -229,3 +230,12 @@ def _check_restarts() -> None:
             "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment, or restarted"
             " processes may look for those that have ended: set it, or leave --max-restarts out"
         )
+
+
+# What each process of a run may have its own of; everything else must be the same.
+_OWN_OF_EACH_RANK = ("data.root", "data.workers")
+
+
+def shared_fields(config: Config) -> dict[str, object]:
+    """Return the configuration's fields, by their full names, that all ranks of a run must have alike."""
+    return {name: value for name, value in config.flat().items() if name not in _OWN_OF_EACH_RANK}

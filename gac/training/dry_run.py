@@ -32,23 +32,21 @@ def dry_run(config: Config, output: Path) -> str:
     # Three: after the epoch, after its last step and after the step before that, to resume from.
     config = replace(config, train=replace(short, checkpoint_steps=1, keep_checkpoints=3))
     steps, batches = 2, 1
-    if config.train.cuda_graph:
+    if config.train.cuda_graph and device.type == "cuda":
         # Each of two kinds of targets is captured apart, and test batches whose firing rates are counted never.
         steps = 2 * WARM_UP_CALLS + 3
         batches = -(-FiringRates.IMAGES // config.train.eval_batch_size) + WARM_UP_CALLS + 2
-    parts = []
 
     def first_batches(data: Data) -> Data:
-        parts.append(replace(data, train=FirstBatches(data.train, steps), test=FirstBatches(data.test, batches)))
-        return parts[-1]
+        return replace(data, train=FirstBatches(data.train, steps), test=FirstBatches(data.test, batches))
 
     done = []
     with scratch_folder(output) as folder:
         train(config, folder / "run", part=first_batches)
         (metrics,) = read_metrics(folder / "run" / "metrics.jsonl")
         done.append(
-            f"trained {metrics['step']} steps with batches of {config.train.batch_size} and evaluated"
-            f" {len(parts[0].test)} of {config.train.eval_batch_size}"
+            f"trained {metrics['step']} steps with batches of {config.train.batch_size} and evaluated with batches of"
+            f" {config.train.eval_batch_size}"
         )
         if device.type == "cuda":
             done.append(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")

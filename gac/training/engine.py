@@ -26,7 +26,7 @@ from gac.training import random_state
 from gac.training.checkpoints import Cadence
 from gac.training.cuda_graph import Replayed, check_capturable, select_capture
 from gac.training.device import memory_format, select_device
-from gac.training.distributed import ALONE, Ranks
+from gac.training.distributed import ALONE, Ranks, shared_fields
 from gac.training.ema import MovingAverage
 from gac.training.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.training.firing import FiringRates
@@ -52,9 +52,6 @@ from gac.training.versions import versions
 from gac.training.writing import writing
 
 logger = logging.getLogger("gac")
-
-# What each process of a run may have its own of; everything else must be the same.
-OWN_OF_EACH_RANK = ("data.root", "data.workers")
 
 
 def train(
@@ -106,7 +103,7 @@ class Trainer:
         self.ranks = ranks
         self.folder = folder
         self.interruption = interruption
-        ranks.check_equal({name: value for name, value in config.flat().items() if name not in OWN_OF_EACH_RANK})
+        ranks.check_equal(shared_fields(config))
         self.device = ranks.together(self._select_device)
         # Before anything slow, so that a wrong path or a changed configuration is known at once.
         resumed = ranks.from_first(lambda: self._read_checkpoint(resume))

@@ -91,12 +91,14 @@ def evaluate(step: EvaluationStep, batches: Iterable[tuple[Tensor, Tensor]], ran
     step.network.eval()
     started = time.perf_counter()
     images_seen = correct = loss = 0
-    for images, labels in batches:
-        hits, batch_loss = step(images, labels)
-        # Into new tensors, the first sum too: the next replay overwrites what the step returned.
-        correct, loss = correct + hits, loss + batch_loss
-        images_seen += len(labels)
-    step.network.train(was_training)
+    try:
+        for images, labels in batches:
+            hits, batch_loss = step(images, labels)
+            # Into new tensors, the first sum too: the next replay overwrites what the step returned.
+            correct, loss = correct + hits, loss + batch_loss
+            images_seen += len(labels)
+    finally:
+        step.network.train(was_training)
     mine = images_seen, correct.tolist() if images_seen else None, float(loss)
     seen, hits, losses = zip(*ranks.gather(mine), strict=True)
     images_seen, total_loss = sum(seen), sum(losses)

@@ -18,7 +18,7 @@ WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 
 class FolderLock:
-    """Keeps other processes out of a folder: a lock on the file run.lock in it, which says who has it.
+    """Keeps other processes (not this one) out of a folder: a lock on the file run.lock in it, which says who has it.
 
     The system drops the lock when the process ends, however it ends, so a killed run never keeps out the next one. It
     is a POSIX record lock, which the processes that decode images do not inherit, as they would that of flock: they

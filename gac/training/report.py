@@ -18,7 +18,7 @@ from gac.published import PublishedResult, find_published
 from gac.training import random_state
 from gac.training.cuda_graph import check_capturable, select_capture
 from gac.training.device import memory_format, select_device
-from gac.training.distributed import ALONE, Ranks
+from gac.training.distributed import ALONE, Ranks, shared_fields
 from gac.training.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.training.precision import describe_precision
 from gac.training.versions import versions
@@ -63,7 +63,9 @@ def evaluate_checkpoint(
     Raises:
         InputError: If the network does not fit the data set, or one of them cannot be used.
     """
+    ranks.check_equal({**shared_fields(config), "model.T": T})
     device, network, data = ranks.together(lambda: _open(path, payload, config, T, ranks), config.data.download)
+    ranks.check_equal({"test images": data.test.size})
     ours = is_ours(payload)
     amp = config.train.amp if ours else "off"
     if amp == "fp16" and device.type != "cuda":

@@ -63,7 +63,7 @@ PLAIN = replace(SYNCHRONIZED, train=replace(SYNCHRONIZED.train, sync_batch_norm=
 EVEN = replace(PLAIN.data, synthetic_images=48)
 ACCUMULATING = replace(PLAIN, data=EVEN, train=replace(PLAIN.train, accumulate_steps=2))
 # Checkpoints within the epochs too.
-RESTARTED = replace(PLAIN, train=replace(PLAIN.train, epochs=8, checkpoint_steps=4))
+RESTARTED = replace(PLAIN, train=replace(PLAIN.train, epochs=5, checkpoint_steps=4))
 RATE = replace(
     PLAIN, model=replace(PLAIN.model, coding="rate"), train=replace(PLAIN.train, learning_rate=0.05, epochs=3)
 )
