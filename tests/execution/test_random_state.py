@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gac.checkpoint import read_checkpoint, write_checkpoint
-from gac.training import random_state
+from gac.execution import random_state
 
 CPU = torch.device("cpu")
 

@@ -13,15 +13,14 @@ from gac.data import Data, DataInfo, build_data
 from gac.data.interface import check_readable
 from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
+from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
+from gac.evaluation.published import PublishedResult, find_published
+from gac.execution import random_state
+from gac.execution.cuda_graph import check_capturable, select_capture
+from gac.execution.device import describe_precision, memory_format, select_device
+from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.models.ms_resnet import MSResNet
-from gac.published import PublishedResult, find_published
-from gac.training import random_state
-from gac.training.cuda_graph import check_capturable, select_capture
-from gac.training.device import memory_format, select_device
-from gac.training.distributed import ALONE, Ranks, shared_fields
-from gac.training.evaluate import Evaluation, EvaluationStep, evaluate
-from gac.training.precision import describe_precision
-from gac.training.versions import versions
+from gac.version import versions
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Report:
 
 
 def evaluate_checkpoint(
-    path: Path, payload: dict[str, Any], config: Config, T: int | None = None, ranks: Ranks = ALONE
+    path: Path, payload: dict[str, Any], config: Config, T: int | None = None, ranks: Ranks = SINGLE_PROCESS
 ) -> Report:
     """Score the network of a checkpoint on a test set.
 
@@ -116,7 +115,7 @@ def _open(
         seed=config.train.seed,
         normalize=config.model.takes_normalized_images,
         splits=("test",),
-        share=ranks.share,
+        shard=ranks.shard,
     )
     _check_fit(path, network, data.info)
     return device, network.to(device, memory_format=memory_format(config.train, device)), data

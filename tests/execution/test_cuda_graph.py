@@ -12,16 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recorded_graph import CaptureByRecording
-from runs import assert_same, result_of
+from run_results import assert_same, result_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
+from gac.evaluation.firing import FiringRates
+from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed, check_capturable, select_capture
 from gac.training import engine, optim
-from gac.training.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed, check_capturable, select_capture
 from gac.training.engine import Trainer, train
-from gac.training.firing import FiringRates
 from gac.training.signals import Interrupted
 
 CPU = torch.device("cpu")

@@ -2,8 +2,8 @@
 
 import pytest
 
+from gac.evaluation.published import PUBLISHED, PublishedResult, find_published
 from gac.models import create_model
-from gac.published import PUBLISHED, PublishedResult, find_published
 
 
 @pytest.mark.parametrize("result", PUBLISHED, ids=lambda result: f"{result.model}-{result.data}-{result.T}")

@@ -10,9 +10,9 @@ from spikingjelly.activation_based import monitor, neuron
 from torch import Tensor, nn
 
 from gac.errors import InputError
+from gac.evaluation.evaluate import EvaluationStep, evaluate
+from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice
 from gac.models import create_model
-from gac.training.cuda_graph import WARM_UP_CALLS, CaptureOnDevice
-from gac.training.evaluate import EvaluationStep, evaluate
 
 CPU = torch.device("cpu")
 

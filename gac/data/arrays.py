@@ -1,17 +1,35 @@
-"""Batches of images that lie on the device as bytes: an epoch copies only its order from the host."""
+"""Data sets held as arrays of bytes on the device: an epoch copies only its order from the host."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gac.data.array_set import Split
 from gac.data.augment import Augmentation
-from gac.data.interface import check_start
+from gac.data.interface import WHOLE, Shard, check_start
 from gac.data.normalization import Normalization
 from gac.data.seeding import Stream, derive_seed, epoch_order
-from gac.data.share import WHOLE, Share
 from gac.data.transfer import make_beside
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 [N, C, H, W], and labels, int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class ArraySet:
+    """The splits "train" and "test", or those asked for; mean and std per channel, white being 1."""
+
+    splits: Mapping[str, Split]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class ArrayLoader:
@@ -33,7 +51,7 @@ class ArrayLoader:
         seed: int,
         shuffle: bool,
         augment: Augmentation | None,
-        share: Share = WHOLE,
+        shard: Shard = WHOLE,
     ) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
@@ -45,7 +63,7 @@ class ArrayLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
-        self.share = share
+        self.shard = shard
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
@@ -67,6 +85,6 @@ class ArrayLoader:
                 # All ranks' images: what an image is given depends on its place among them.
                 generator.manual_seed(derive_seed(self.seed, Stream.BATCH_AUGMENTATION, epoch, batch))
                 images = self.augment(images, generator)
-            part = self.share.of(len(labels))
+            part = self.shard.of(len(labels))
             if part.start < part.stop:
                 yield self.normalization(images[part]), labels[part]

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from gac.data.array_loader import ArrayLoader
-from gac.data.array_set import Split
+from gac.data.arrays import ArrayLoader, Split
 from gac.data.augment import CropAndFlip
 from gac.data.normalization import Normalization
 from gac.errors import InputError

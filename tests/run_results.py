@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gac.checkpoint import read_checkpoint
-from gac.training.metrics_file import read_metrics
+from gac.training.run_folder import read_metrics
 
 TIMES = {"images_per_second", "seconds"}
 

@@ -18,24 +18,24 @@ import pytest
 import torch
 import torch.distributed.run
 import yaml
+from execution import several_ranks
+from execution.several_ranks import ACCUMULATING, BATCHES, PLAIN, RESTARTED, SYNCHRONIZED, folder_config
 from image_tree import CLASSES, write_split
-from runs import assert_same, result_of, without_times
+from run_results import assert_same, result_of, without_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import several_ranks
-from training.several_ranks import ACCUMULATING, BATCHES, PLAIN, RESTARTED, SYNCHRONIZED, folder_config
 
 from gac.checkpoint import read_checkpoint
 from gac.cli import parse_eval, parse_train
 from gac.config import Config
 from gac.data import build_data
-from gac.data.share import Share
+from gac.data.interface import Shard
 from gac.errors import InputError
-from gac.training import distributed
-from gac.training.device import select_device
-from gac.training.distributed import ALONE, Ranks, process_group
+from gac.evaluation.report import evaluate_checkpoint
+from gac.execution import distributed
+from gac.execution.device import select_device
+from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
 from gac.training.engine import Trainer, train
-from gac.training.metrics_file import read_metrics
-from gac.training.report import evaluate_checkpoint
+from gac.training.run_folder import read_metrics
 from gac.training.signals import Interrupted
 from gac.training.totals import over_ranks
 
@@ -458,7 +458,7 @@ def test_one_process_joins_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with process_group() as ranks:
-        assert ranks == ALONE
+        assert ranks == SINGLE_PROCESS
         assert not torch.distributed.is_initialized()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
@@ -500,7 +500,7 @@ def test_each_rank_has_its_own_device(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_shares_are_those_of_tensor_split(images: int, ranks: int) -> None:
     order = torch.arange(images)
-    parts = [order[Share(rank, ranks).of(images)] for rank in range(ranks)]
+    parts = [order[Shard(rank, ranks).of(images)] for rank in range(ranks)]
     assert_same(parts, list(order.tensor_split(ranks)))
 
 

@@ -23,22 +23,21 @@ from gac.checkpoint import read_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
 from gac.errors import InputError
+from gac.evaluation.evaluate import Evaluation
+from gac.evaluation.report import evaluate_checkpoint
+from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.ops import runtime
 from gac.training import checkpoints, engine
-from gac.training.distributed import ALONE, Ranks, process_group
 from gac.training.ema import MovingAverage
 from gac.training.engine import Trainer, train
-from gac.training.evaluate import Evaluation
-from gac.training.health import TrainingDiverged
 from gac.training.mixing import Mixing
 from gac.training.optim import make_optimizer, parameter_groups
-from gac.training.report import evaluate_checkpoint
 from gac.training.run_folder import RunFolder
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
-from gac.training.totals import Totals
+from gac.training.totals import Totals, TrainingDiverged
 
 # 43 images leave a batch of 3 at the end, and 10 test images one of 1: an uneven and an empty part.
 SYNCHRONIZED = Config(
@@ -108,7 +107,7 @@ def exact_config(case: str) -> Config:
 
 
 def exact_steps(
-    config: Config, ranks: Ranks = ALONE, order: Callable[[int], Tensor] | None = None
+    config: Config, ranks: Ranks = SINGLE_PROCESS, order: Callable[[int], Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Totals]:
     """Train a few steps in float64; return the state dicts of the network and of its average, and the totals.
 
@@ -131,7 +130,7 @@ def exact_steps(
     for size in EXACT_BATCHES:
         images = torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64).contiguous(memory_format=layout)
         labels = torch.randint(3, (size,), generator=generator)
-        images, labels = images[ranks.share.of(size)], labels[ranks.share.of(size)]
+        images, labels = images[ranks.shard.of(size)], labels[ranks.shard.of(size)]
         mixed, targets = mixing(images, labels, 0, None)
         if order is not None:
             mixed, targets, labels = (each[order(size)] for each in (mixed, targets, labels))
@@ -169,7 +168,7 @@ def batch_norms(ranks: Ranks) -> dict[str, list[Tensor]]:
     for name, (shape, repeats) in BATCH_NORM_CASES.items():
         norm = make_norm()
         norm.synchronized = True
-        results[name] = normalized(norm, frames(shape), repeats, slice(0, 3) if ranks.first else slice(3, 8))
+        results[name] = normalized(norm, frames(shape), repeats, slice(0, 3) if ranks.is_main else slice(3, 8))
     return results
 
 
@@ -273,13 +272,13 @@ def steps_saved(folder: Path, ranks: Ranks) -> list[int]:
         saved.append(trainer.position.step)
         save(trainer)
 
-    def due(cadence: checkpoints.Cadence, step: int) -> bool:
-        return step in (2, 5) if ranks.first else step == 4
+    def due(cadence: checkpoints.CheckpointInterval, step: int) -> bool:
+        return step in (2, 5) if ranks.is_main else step == 4
 
-    kept = Trainer._save, checkpoints.Cadence.due
-    Trainer._save, checkpoints.Cadence.due = record, due
+    kept = Trainer._save, checkpoints.CheckpointInterval.due
+    Trainer._save, checkpoints.CheckpointInterval.due = record, due
     train(PLAIN, folder, ranks=ranks)
-    Trainer._save, checkpoints.Cadence.due = kept
+    Trainer._save, checkpoints.CheckpointInterval.due = kept
     return saved
 
 
@@ -298,7 +297,7 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
     torch.set_num_threads(1)
     results: dict[str, object] = {"batch_norm": batch_norms(ranks)}
     if kernels is not None:
-        results["fused"] = fused_step(kernels, slice(0, 3) if ranks.first else slice(3, 4), synchronized=True)
+        results["fused"] = fused_step(kernels, slice(0, 3) if ranks.is_main else slice(3, 4), synchronized=True)
     results["exact"] = {case: exact_steps(exact_config(case), ranks) for case in EXACT_CASES}
     runs = {"synchronized": SYNCHRONIZED, "plain": PLAIN, "accumulating": ACCUMULATING, "never restarted": RESTARTED}
     for name, config in runs.items():
@@ -310,7 +309,7 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
     train(SYNCHRONIZED, folder / "one_then_two", "auto", ranks=ranks)
     results["noise"], results["coins"] = noise_and_coins(folder / "rate", ranks)
 
-    data = build_data(SYNCHRONIZED.data, device="cpu", batch_size=16, eval_batch_size=3, seed=1, share=ranks.share)
+    data = build_data(SYNCHRONIZED.data, device="cpu", batch_size=16, eval_batch_size=3, seed=1, shard=ranks.shard)
     best = folder / "synchronized" / "best.pt"
     results["report"] = evaluate_checkpoint(best, read_checkpoint(best), SYNCHRONIZED, ranks=ranks)
     results["parts"] = [list(data.train.epoch(3)), list(data.test.epoch(0))]
@@ -353,7 +352,7 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
 
 def error_of_rank_1(ranks: Ranks) -> object:
     def fail_on_rank_1() -> None:
-        if not ranks.first:
+        if not ranks.is_main:
             raise InputError("there is no folder")
 
     try:

@@ -7,7 +7,7 @@ import torch
 from spikingjelly.activation_based import monitor, neuron
 from torch import Tensor, nn
 
-from gac.training.distributed import ALONE, Ranks
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
 logger = logging.getLogger("gac")
 
@@ -22,7 +22,7 @@ class FiringRates:
 
     IMAGES = 1024
 
-    def __init__(self, network: nn.Module, ranks: Ranks = ALONE) -> None:
+    def __init__(self, network: nn.Module, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.network = network
         self.ranks = ranks
         self._spikes: monitor.OutputMonitor | None = None
@@ -56,7 +56,7 @@ class FiringRates:
         by_layer = zip(layers, zip(*spikes, strict=True), zip(*sizes, strict=True), strict=True)
         rates = {name: sum(count) / sum(size) for name, count, size in by_layer}
         dead = {name: rate for name, rate in rates.items() if rate in (0.0, 1.0)}
-        for name in sorted(dead.keys() - self._reported) if self.ranks.first else ():
+        for name in sorted(dead.keys() - self._reported) if self.ranks.is_main else ():
             logger.warning(
                 "dead layer: %s %s for %d test images, so what comes after it learns nothing from it",
                 name,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gac.config import Config
-from gac.data.share import Share
+from gac.data.interface import Shard
 from gac.errors import InputError
 
 Result = TypeVar("Result")
@@ -42,14 +42,14 @@ class Ranks:
     launched: bool = False
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files, logs and shows progress."""
         return self.rank == 0
 
     @property
-    def share(self) -> Share:
+    def shard(self) -> Shard:
         """This rank's part of every batch."""
-        return Share(self.rank, self.size)
+        return Shard(self.rank, self.size)
 
     def largest(self, *values: float) -> list[float]:
         """Return the largest of each value over the ranks; the host alone is involved."""
@@ -102,7 +102,7 @@ class Ranks:
         failed = {rank: message for rank, message in enumerate(messages) if message is not None}
         if not failed:
             return
-        if not self.first:
+        if not self.is_main:
             raise SystemExit(2)
         rank, message = next(iter(failed.items()))
         raise InputError(message if rank == 0 else f"rank {rank}: {message}")
@@ -115,7 +115,7 @@ class Ranks:
         if self.size == 1:
             return function()
         result, status = None, 0
-        if self.first:
+        if self.is_main:
             try:
                 result = function()
             except Exception as error:
@@ -174,7 +174,7 @@ class Ranks:
         return tensors[self.rank - 1]
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 """A run's only process."""
 
 
@@ -217,7 +217,7 @@ def _from_environment() -> Ranks:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} missing in the environment:"
                 " start several processes with torchrun, which sets all of them, or a single one without WORLD_SIZE"
             )
-        return ALONE
+        return SINGLE_PROCESS
     return Ranks(*(int(os.environ[name]) for name in names), launched=True)
 
 

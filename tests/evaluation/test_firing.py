@@ -7,10 +7,10 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
+from gac.evaluation.evaluate import EvaluationStep, evaluate
+from gac.evaluation.firing import FiringRates
 from gac.models import create_model
 from gac.neuron import LIFNode
-from gac.training.evaluate import EvaluationStep, evaluate
-from gac.training.firing import FiringRates
 
 CPU = torch.device("cpu")
 
@@ -24,9 +24,9 @@ class Constant(nn.Module):
         self.second = LIFNode(v_threshold=0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        self.first.reset()
+        self.is_main.reset()
         self.second.reset()
-        return self.second(self.first(images.transpose(0, 1)))
+        return self.second(self.is_main(images.transpose(0, 1)))
 
 
 def batches(*values: float) -> list[tuple[Tensor, Tensor]]:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac.errors import InputError
-from gac.training.cuda_graph import Capture, Replayed
-from gac.training.distributed import ALONE, Ranks
-from gac.training.precision import autocast
+from gac.execution.cuda_graph import Capture, Replayed
+from gac.execution.device import autocast
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class EvaluationStep:
         return torch.cat([by_time, top5.unsqueeze(0)]), loss
 
 
-def evaluate(step: EvaluationStep, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> Evaluation:
+def evaluate(
+    step: EvaluationStep, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = SINGLE_PROCESS
+) -> Evaluation:
     """Run a network in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
 
     Counts are exact integers, kept on the device until the end, and those of all ranks, each with its own images, are
