@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from run_results import assert_same, result_of
@@ -69,14 +68,6 @@ def signal_within_epoch(process: subprocess.Popen, output: Path, number: int, ep
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,5 @@
 """What eval.py measures and prints."""
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from gac.checkpoint import build_network, is_ours
 from gac.config import Config
 from gac.data import Data, DataInfo, build_data
 from gac.data.interface import check_readable
-from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.published import PublishedResult, find_published
@@ -70,8 +68,7 @@ def evaluate_checkpoint(
     if amp == "fp16" and device.type != "cuda":
         amp = "off"
     # Rate coding must not draw the same numbers for the images of every rank.
-    seed = derive_seed(config.train.seed, Stream.RANK_NOISE, ranks.rank)
-    with random_state.apart(seed, device) if ranks.size > 1 else nullcontext():
+    with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)
         step = EvaluationStep(network, device, amp, config.train.channels_last, capture)
         scores = evaluate(step, data.test.epoch(0), ranks)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import yaml
 from execution import several_ranks
 from execution.several_ranks import ACCUMULATING, BATCHES, PLAIN, RESTARTED, SYNCHRONIZED, folder_config
 from image_tree import CLASSES, write_split
-from run_results import assert_same, result_of, without_times
+from run_results import assert_same, result_of, stop_at, without_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gac.checkpoint import read_checkpoint
@@ -34,20 +33,14 @@ from gac.evaluation.report import evaluate_checkpoint
 from gac.execution import distributed
 from gac.execution.device import select_device
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
-from gac.training.engine import Trainer, train
+from gac.training.engine import train
 from gac.training.run_folder import read_metrics
 from gac.training.signals import Interrupted
 from gac.training.totals import over_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def torchrun(*arguments: str, max_restarts: int = 0) -> list[str]:
@@ -63,21 +56,6 @@ def write_npz(path: Path, images: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
     labels = np.arange(images) % 3
     np.savez(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
-
-
-def interrupt_single_process(config: Config, folder: Path, step: int) -> None:
-    """Train in this process until a step."""
-    train_step = Trainer._train_step
-
-    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
-        if trainer.position.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", step_and_signal)
-        with pytest.raises(Interrupted):
-            train(config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +81,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory, fused) -> tuple[Path, lis
         (broken / other).symlink_to(folder / "images" / other)
     for rank, images in enumerate((16, 8)):
         write_npz(folder / f"of_rank_{rank}.npz", images)
-    interrupt_single_process(SYNCHRONIZED, folder / "one_then_two", BATCHES + 1)
+    with pytest.raises(Interrupted):
+        train(SYNCHRONIZED, folder / "one_then_two", after_step=stop_at(BATCHES + 1))
     command = torchrun(several_ranks.__file__, str(folder), *([] if fused is None else [str(fused[0])]))
     process = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
