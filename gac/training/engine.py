@@ -95,11 +95,7 @@ def train(
 
 
 class Trainer:
-    """One training run; :func:`train` documents the arguments.
-
-    Attributes:
-        states: What a checkpoint holds besides the network, by its name there.
-    """
+    """One training run; :func:`train` documents the arguments."""
 
     def __init__(
         self,
@@ -151,7 +147,19 @@ class Trainer:
         self.interval = CheckpointInterval(config.train.checkpoint_minutes, config.train.checkpoint_steps)
         self.position = Position()
         self.history: list[dict[str, float]] = []
-        self.states = {
+
+        ranks.on_main(lambda: folder.create(config))
+        log_start(config, info, self.network, self.batches, self.device, folder.path, ranks)
+        if resumed is not None:
+            self._restore(*resumed)
+        elif resume is not None:
+            logger.info("there is no %s: starting afresh", folder.checkpoints.newest)
+        ranks.on_main(lambda: folder.begin_metrics(self.history))
+
+    def _states(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the network, by its name there."""
+        # Not an attribute: a cycle of references would keep the workers of a DataLoader alive when a run has ended.
+        return {
             "position": StateAdapter(self._position_state, self._load_position),
             "totals": self.step.totals,
             "optimizer": StateAdapter(
@@ -164,14 +172,6 @@ class Trainer:
             **({} if self.average is None else {"average": self.average}),
             "history": StateAdapter(lambda: self.history, self.history.extend),
         }
-
-        ranks.on_main(lambda: folder.create(config))
-        log_start(config, info, self.network, self.batches, self.device, folder.path, ranks)
-        if resumed is not None:
-            self._restore(*resumed)
-        elif resume is not None:
-            logger.info("there is no %s: starting afresh", folder.checkpoints.newest)
-        ranks.on_main(lambda: folder.begin_metrics(self.history))
 
     def run(self) -> None:
         """Train the epochs that are left; see :func:`train`."""
@@ -336,7 +336,7 @@ class Trainer:
     def _save(self) -> None:
         """Write last.pt, unless a number in it is not finite."""
         self._check_health()
-        training = {name: part.state_dict() for name, part in self.states.items()}
+        training = {name: part.state_dict() for name, part in self._states().items()}
         training |= {"ranks": self.ranks.size, "data": self._sizes}
         payload = {**self._payload(), "training": training}
         self.ranks.on_main(lambda: self.folder.checkpoints.write(payload, self.config.train.keep_checkpoints))
@@ -358,7 +358,7 @@ class Trainer:
     def _restore(self, checkpoint: Path, payload: dict[str, Any]) -> None:
         training = payload["training"]
         self.network.load_state_dict(payload["model"])
-        for name, part in self.states.items():
+        for name, part in self._states().items():
             part.load_state_dict(training[name])
         if checkpoint.resolve().parent != self.folder.path.resolve():
             # The best network so far is in another folder; this one keeps the best of what follows.
