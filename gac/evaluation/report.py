@@ -23,12 +23,12 @@ from gac.version import versions
 
 @dataclass(frozen=True)
 class Report:
-    """The scores of a checkpoint's network and what they were measured on."""
+    """The scores of a checkpoint's network, and what was measured where."""
 
     checkpoint: str
     epoch: int | None
     weights: str | None
-    """"raw" for those trained, "ema" for their moving average; None for files that do not say."""
+    """"raw" for the trained weights, "ema" for their moving average; None for files that do not say."""
     T: int
     num_classes: int
     parameters: int
@@ -47,15 +47,14 @@ def evaluate_checkpoint(
 ) -> Report:
     """Score the network of a checkpoint on a test set.
 
-    Precision is the training run's where the device has it; the CPU evaluates in float32 what was trained in
-    fp16.
+    The precision is that of the training run, but the CPU evaluates in float32 what was trained in fp16.
 
     Args:
         path: The checkpoint, for messages.
         payload: Its content, from ``read_checkpoint``.
         config: The data set and the device; for our checkpoints the training run's with overrides applied.
         T: Number of time steps for networks without gated attention; by default the one they were trained with.
-        ranks: The processes that share the images; every one of them gets the report.
+        ranks: The processes that share the images; each of them gets the report.
 
     Raises:
         InputError: If the network does not fit the data set, or one of them cannot be used.
@@ -157,7 +156,7 @@ def _check_fit(path: Path, network: MSResNet, info: DataInfo) -> None:
 
 
 def _published_name(info: DataInfo, images: int) -> str:
-    # Folders do not say what they hold; ImageNet's validation set has this size. Published figures are those of all of
-    # it: with an image that could not be read there is nothing to compare.
+    # A folder does not say what it holds; ImageNet's validation set has this size. Published results are for all of
+    # it, so that a test set without the unreadable images is not compared.
     is_imagenet = (info.name, info.num_classes, images) == ("imagefolder", 1000, 50_000)
     return "imagenet" if is_imagenet else info.name

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
 
-from gac.execution.distributed import SINGLE_PROCESS
-
 Batch = TypeVar("Batch")
 
 
@@ -19,6 +17,10 @@ class Interrupted(Exception):
 
 
 _EXHAUSTED = object()
+
+
+def _unchanged(*values: float) -> list[float]:
+    return list(values)
 
 
 class Interruption:
@@ -36,7 +38,7 @@ class Interruption:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, largest: Callable[..., list[float]] = SINGLE_PROCESS.largest, second_kills: bool = True) -> None:
+    def __init__(self, largest: Callable[..., list[float]] = _unchanged, second_kills: bool = True) -> None:
         self.received: int | None = None
         self._largest = largest
         self._second_kills = second_kills

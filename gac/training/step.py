@@ -133,7 +133,7 @@ def _parallel(network: nn.Module, device: torch.device, ranks: Ranks) -> nn.Modu
     """Wrap ``network`` in DDP if there are several ranks."""
     if ranks.size == 1:
         return network
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), collective():
         # Older versions of PyTorch do not know the new name of broadcast_buffers.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(

@@ -273,7 +273,7 @@ def steps_saved(folder: Path, ranks: Ranks) -> list[int]:
     return saved
 
 
-def noise_and_coins(folder: Path, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def noise_and_generator(folder: Path, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Return what rate coding would draw next, and the state of the generator that CutMix draws from."""
     with Interruption(ranks.largest) as interruption:
         trainer = Trainer(RATE, RunFolder(folder), None, interruption, ranks=ranks)
@@ -298,7 +298,7 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
         config = folder_config(folder / f"broken {split}")
         results[f"broken {split}"] = message_of(config, folder / f"run of broken {split}", ranks)
     train(SYNCHRONIZED, folder / "one_then_two", "auto", ranks=ranks)
-    results["noise"], results["coins"] = noise_and_coins(folder / "rate", ranks)
+    results["noise"], results["generator"] = noise_and_generator(folder / "rate", ranks)
 
     data = build_data(SYNCHRONIZED.data, device="cpu", batch_size=16, eval_batch_size=3, seed=1, shard=ranks.shard)
     best = folder / "synchronized" / "best.pt"

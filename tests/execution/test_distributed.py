@@ -32,7 +32,14 @@ from gac.errors import InputError
 from gac.evaluation.report import evaluate_checkpoint
 from gac.execution import distributed
 from gac.execution.device import select_device
-from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
+from gac.execution.distributed import (
+    SINGLE_PROCESS,
+    LostConnection,
+    Ranks,
+    collective,
+    is_lost_connection,
+    process_group,
+)
 from gac.training.engine import train
 from gac.training.run_folder import read_metrics
 from gac.training.signals import Interrupted
@@ -134,7 +141,7 @@ def test_two_processes_with_synchronised_batch_norm_are_one(launched, single: Pa
 
 
 def test_without_synchronisation_each_rank_is_a_micro_batch(launched, tmp_path: Path) -> None:
-    # Both take BatchNorm's statistics over the same halves. The running ones are those of rank 0's halves alone.
+    # Both take BatchNorm's statistics over the same halves. The running ones are only those of rank 0's halves.
     train(replace(PLAIN, train=replace(PLAIN.train, accumulate_steps=2)), tmp_path)
     found, expected = (read_checkpoint(folder / "last.pt") for folder in (launched[0] / "plain", tmp_path))
     assert_close(found["model"], expected["model"], but="running|tracked")
@@ -164,7 +171,7 @@ def test_steps_of_two_processes_are_those_of_one(launched, case: str) -> None:
         expected = several_ranks.exact_steps(config, order=lambda images: micro_batches(images, steps))
         but = "$^"
     else:
-        # Each rank's part is a micro-batch. The running statistics are those of rank 0's images alone.
+        # Each rank's part is a micro-batch. The running statistics are only those of rank 0's images.
         apart = replace(config, train=replace(config.train, accumulate_steps=2 * steps))
         expected = several_ranks.exact_steps(apart)
         but = "running|tracked"
@@ -268,9 +275,9 @@ def test_each_rank_below_the_limit_and_all_above_it_end_the_run(launched, split:
     assert not list((folder / f"run of broken {split}").glob("*.pt"))
 
 
-def test_coins_are_equal_and_noise_is_not(launched) -> None:
+def test_ranks_mix_alike_and_their_noise_differs(launched) -> None:
     first, second = launched[1]
-    assert torch.equal(first["coins"], second["coins"])
+    assert torch.equal(first["generator"], second["generator"])
     assert not torch.equal(first["noise"], second["noise"])
 
 
@@ -417,6 +424,24 @@ def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> No
 
 
 # --- Without torchrun
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("Connection closed by peer"), LostConnection),
+        (torch.distributed.DistBackendError("NCCL"), torch.distributed.DistBackendError),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError),
+        (ValueError("shapes"), ValueError),
+    ],
+)
+def test_what_a_collective_raises(raised: Exception, expected: type[Exception]) -> None:
+    with pytest.raises(expected) as error, collective():
+        raise raised
+    assert type(error.value) is expected
+    assert str(error.value) == str(raised)
+    lost = expected in (LostConnection, torch.distributed.DistBackendError)
+    assert is_lost_connection(error.value) == lost
 
 
 def test_after_an_error_the_group_is_left_to_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

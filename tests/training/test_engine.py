@@ -269,7 +269,7 @@ def break_at(step: int, broken: str) -> Callable[[Trainer], None]:
         (0, "weight", 4, "the loss is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
         (0, "weight", 6, "a weight is not finite at step 6 (epoch 2, batch 3 of 3, learning rate 0.0375): lower"),
         (0, "gradient", 5, "a gradient is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
-        # Before it is saved it is found at once.
+        # The check before a checkpoint finds it in the same step.
         (1, "weight", 5, "a weight is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
     ],
 )
@@ -401,7 +401,7 @@ def test_replayed_steps_on_cuda_are_the_steps(
         train(replace(TINY, device="cuda", train=tried), folder)
         losses[replayed] = [line["train_loss"] for line in read_metrics(folder / "metrics.jsonl")]
         assert (len(captured) >= 2) == replayed
-    # Rounding alone differs, but one spike more or less changes all that follow.
+    # Only rounding differs, but one spike more or less changes all that follow.
     assert losses[True] == pytest.approx(losses[False], rel=0.05)
 
 
@@ -459,7 +459,7 @@ def test_other_errors_of_the_network_pass(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("probability", "mixed"), [(0.0, 0), (1.0, 3 * BATCHES)])
 @pytest.mark.parametrize("per", ["epoch", "batch"])
-def test_cutmix_probability_is_that_of_the_coin(
+def test_cutmix_mixes_with_its_probability(
     per: str, probability: float, mixed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = []
@@ -513,7 +513,7 @@ def test_best_holds_the_better_of_the_weights_and_their_average(
     assert [(line["test_top1"], line["test_top1_ema"]) for line in metrics] == list(zip(raw, ema, strict=True))
 
 
-def test_the_averaged_weights_are_scored_and_leave_the_training_alone(
+def test_the_averaged_weights_are_scored_and_do_not_change_the_training(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "gac"):
