@@ -121,7 +121,7 @@ class DeviceTotals:
         return torch.tensor(self.over_ranks(), dtype=torch.float64)
 
     def load_state_dict(self, state: Tensor) -> None:
-        """Continue from what :meth:`state_dict` returned, be it on another number of ranks."""
+        """Continue from what :meth:`state_dict` returned, possibly on another number of ranks."""
         totals = Totals(*state.tolist())
         if not self.ranks.is_main:
             totals = totals._replace(images=0.0, loss=0.0, correct=0.0)
