@@ -26,6 +26,8 @@ from gac.neuron import Backend
 PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+# Python code may give a tuple, which becomes a list.
+Integers = Annotated[list[int], Field(strict=False)]
 
 # A whole number is not taken for a truth value or the other way round.
 _SETTINGS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -117,7 +119,7 @@ class ModelConfig:
     """Number of time steps."""
     width: PositiveInt = 64
     """Channels of the stem; the stages have fixed multiples of it."""
-    depth: Annotated[list[int], Field(strict=False)] | None = None
+    depth: Integers | None = None
     """Blocks in each stage. Default: the network's own, for example [3, 3, 2] for gac_msresnet18_cifar."""
     neuron: Literal["cifar", "imagenet"] | None = None
     """LIF preset: cifar (decay 0.5, threshold 1, triangle) or imagenet (decay 0.25, threshold 0.5, rectangle,
@@ -334,14 +336,14 @@ _LIMITS = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum":
 def _describe(name: str, schema: Mapping[str, Any]) -> FieldDescription:
     """Return the description of a field from the JSON Schema that pydantic derives from its annotation."""
     is_optional = "anyOf" in schema
+    or_null = " or null" * is_optional
     value = schema["anyOf"][0] if is_optional else schema
     type_, kind = _TYPES[value["type"]]
     choices = value.get("enum", [])
     shown = [*(choices or ["true", "false"] * (type_ == "bool")), *["null"] * is_optional]
     default = schema["default"] if isinstance(schema["default"], str) else json.dumps(schema["default"])
-    about = f"default: {default}" if choices else f"type: {type_}, default: {default}"
+    about = f"default: {default}" if choices else f"type: {type_}{or_null}, default: {default}"
     limits = [f"{words} {value[key]}" for key, words in _LIMITS.items() if key in value]
-    or_null = " or null" * is_optional
     return FieldDescription(
         help=f"{' '.join(schema['description'].split())} ({about})",
         metavar=f"{{{','.join(shown)}}}" if len(shown) > 1 else name.upper(),
@@ -356,6 +358,7 @@ def _schemas(cls: type) -> dict[str, Any]:
     return TypeAdapter(cls).json_schema()["properties"]
 
 
+# Every field by its full name.
 FIELDS: dict[str, FieldDescription] = {
     "device": _describe("device", _schemas(Config)["device"]),
     **{
@@ -364,6 +367,10 @@ FIELDS: dict[str, FieldDescription] = {
         for name, schema in _schemas(cls).items()
     },
 }
+
+# What may differ from the training run when its network is evaluated.
+_EXECUTION = ("device", "train.eval_batch_size", "train.cuda_graph", "train.channels_last", "model.backend", "model.T")
+EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_EXECUTION]
 
 
 def _known_fields(section: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:

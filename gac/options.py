@@ -7,27 +7,21 @@ Both spell every value as text, which means the same in either place; options an
 import argparse
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
 from gac.checkpoint import is_ours, read_checkpoint
-from gac.config import FIELDS, SECTIONS, Config, FieldError
+from gac.config import EVALUATION_FIELDS, FIELDS, SECTIONS, Config, FieldError
 from gac.errors import InputError
 from gac.files import check_writable
-
-# What may differ from the training run when its network is evaluated.
-_EXECUTION = ("device", "train.eval_batch_size", "train.cuda_graph", "train.channels_last", "model.backend", "model.T")
-EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_EXECUTION]
 
 # A value as it is written, None for YAML's null, and where it stands in a file.
 _Written = tuple[str | None, str]
 
 
-@dataclass(frozen=True)
-class TrainArguments:
+class TrainArguments(NamedTuple):
     """The command line of train.py."""
 
     config: Config
@@ -37,8 +31,7 @@ class TrainArguments:
     overfit_one_batch: bool
 
 
-@dataclass(frozen=True)
-class EvalArguments:
+class EvalArguments(NamedTuple):
     """The command line of eval.py.
 
     ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``T`` the override of model.T, if any.
@@ -51,35 +44,28 @@ class EvalArguments:
     json: Path | None
 
 
-def parse_train(arguments: Sequence[str]) -> TrainArguments:
-    """Return what a command line of train.py asks for. Raises InputError."""
+def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
+    """Return what a command line of train.py, run by so many processes, asks for. Raises InputError."""
     given, overrides = _read_command_line(
         arguments,
         "train.py --config FILE [--output FOLDER] [--resume auto|FILE | --dry-run | --overfit-one-batch]",
         "Train a network and write all results to a run folder.",
         {
-            "config": ("FILE", "YAML file with the options below; see configs/."),
-            "output": ("FOLDER", "Run folder; without it runs/NAME for a file NAME.yaml."),
-            "resume": (
-                "auto|FILE",
-                "auto continues the newest checkpoint of the run folder that is whole, or starts afresh if there is "
-                "none; a file continues that checkpoint.",
-            ),
-            "dry-run": (
-                None,
-                "Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary folder "
-                "next to --output, which stays as it is.",
-            ),
-            "overfit-one-batch": (
-                None,
-                "Train on the first batch only, without augmentation and mixing, and say whether it was learnt; the "
-                "exit status is 1 if not. Writes nothing that stays.",
-            ),
+            "--config FILE": "YAML file with the options below; see configs/.",
+            "--output FOLDER": "Run folder; without it runs/NAME for a file NAME.yaml.",
+            "--resume auto|FILE": "auto continues the newest checkpoint of the run folder that is whole, or starts "
+            "afresh if there is none; a file continues that checkpoint.",
+            "--dry-run": "Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary "
+            "folder next to --output, which stays as it is.",
+            "--overfit-one-batch": "Train on the first batch only, without augmentation and mixing, and say whether it "
+            "was learnt; the exit status is 1 if not. Writes nothing that stays.",
         },
-        list(FIELDS),
+        FIELDS,
     )
     if len(modes := [name for name in ("resume", "dry-run", "overfit-one-batch") if name in given]) > 1:
         raise InputError(f"--{modes[0]} and --{modes[1]} exclude each other: choose one")
+    if processes > 1 and not {"dry-run", "overfit-one-batch"}.isdisjoint(given):
+        raise InputError("--dry-run and --overfit-one-batch are for a single process: start train.py without torchrun")
     if not given.get("config"):
         raise InputError("--config is required: name a YAML file, for example --config configs/digits.yaml")
     path = Path(given["config"])
@@ -96,8 +82,8 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
         "Score the network of a checkpoint on a test set. Defaults are the values it was trained with; a checkpoint of "
         "the authors holds none, so --data.name is required with it.",
         {
-            "checkpoint": ("FILE", "File of train.py or of the authors."),
-            "json": ("FILE", "Write all numbers, the configuration and the versions there."),
+            "--checkpoint FILE": "File of train.py or of the authors.",
+            "--json FILE": "Write all numbers, the configuration and the versions there.",
         },
         EVALUATION_FIELDS,
     )
@@ -111,9 +97,7 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
             " --data.name cifar100"
         )
     config = _make_config(Config.from_dict(payload["config"]) if is_ours(payload) else Config(), overrides)
-    json = Path(given["json"]) if "json" in given else None
-    if json is not None:
-        check_writable(json, "--json")
+    json = check_writable(Path(given["json"]), "--json") if "json" in given else None
     return EvalArguments(path, payload, config, config.model.T if "model.T" in overrides else None, json)
 
 
@@ -123,27 +107,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _read_command_line(
-    arguments: Sequence[str],
-    usage: str,
-    description: str,
-    own: Mapping[str, tuple[str | None, str]],
-    fields: Sequence[str],
+    arguments: Sequence[str], usage: str, description: str, own: dict[str, str], fields: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, _Written]]:
-    """Return the options given of the program's ``own`` (metavar, help) and of ``fields`` of the configuration."""
+    """Return the options given and, apart, which of them are ``fields``; ``own`` are the help texts of the others."""
     usage += " [--SECTION.FIELD VALUE ...]"
     parser = _Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, (metavar, text) in own.items():
+    groups = {name: parser.add_argument_group(cls.__doc__.splitlines()[0][:-1]) for name, cls in SECTIONS.items()}
+    known = []
+    for spelling, text in (own | {f"--{name} {FIELDS[name].metavar}": FIELDS[name].help for name in fields}).items():
+        option, _, metavar = spelling.partition(" ")
+        known.append(name := option.removeprefix("--"))
         kind = {"metavar": metavar} if metavar else {"action": "store_true"}
-        parser.add_argument(f"--{name}", dest=name, help=text, **kind)
-    for section, cls in {"": Config, **SECTIONS}.items():
-        group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
-        for name in (each for each in fields if each.rpartition(".")[0] == section):
-            field = FIELDS[name]
-            group.add_argument(f"--{name}", metavar=field.metavar, help=field.help.replace("%", "%%"))
+        group = groups.get(name.partition(".")[0], parser)
+        group.add_argument(option, dest=name, help=text.replace("%", "%%"), **kind)
     if not {"-h", "--help"}.isdisjoint(arguments):
-        parser.print_help()
-        parser.exit()
-    known = [*own, *fields]
+        parser.parse_args(["--help"])
     options = [each[2:].partition("=")[0] for each in arguments if each.startswith("--")]
     for name in options:
         if name not in known and name in FIELDS:
@@ -177,10 +155,9 @@ def _read_yaml(path: Path) -> dict[str, _Written]:
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise InputError(f"cannot read --config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--config {path} is not a text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise InputError(f"cannot read --config {path}: {reason}") from error
     except yaml.MarkedYAMLError as error:
         raise InputError(f"{path} line {error.problem_mark.line + 1} is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
