@@ -13,7 +13,7 @@ from gac.ops import runtime
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Run PyTorch in one thread: for work this small, sharing it out takes longer than doing it."""
+    """Run PyTorch in one thread: for work this small, distributing it takes longer than doing it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

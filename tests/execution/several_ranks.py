@@ -1,7 +1,7 @@
-"""What test_distributed.py starts with torchrun: training runs and checks on every rank, whose results it saves.
+"""The program that test_distributed.py starts with torchrun: it trains and checks on every rank and saves the results.
 
 Usage: several_ranks.py FOLDER [KERNELS]. FOLDER gets rank0.pt, rank1.pt and the run folders; KERNELS has the kernels
-compiled for the CPU. One program for many tests, as importing everything in every process takes longer than all of it.
+compiled for the CPU. It is one program for many tests, as importing everything takes longer than all of them.
 """
 
 import itertools
@@ -145,7 +145,7 @@ def frames(shape: tuple[int, ...]) -> Tensor:
 
 
 def normalized(norm: BatchNorm2d, x: Tensor, repeats: int, images: slice) -> list[Tensor]:
-    """Return what a BatchNorm makes of some images, and the gradients of all ranks' sum of it with random weights."""
+    """Return a BatchNorm's output for some images, the gradients of its weighted sum over all ranks, and statistics."""
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     mine = x.unflatten(0, (-1, 8))[:, images].flatten(0, 1).requires_grad_()
     y = norm(mine, repeats)
@@ -259,7 +259,7 @@ def make_outputs_infinite(trainer: Trainer) -> None:
 
 
 def steps_saved(folder: Path, ranks: Ranks) -> list[int]:
-    """Return the steps after which a run saves whose rank 0 finds that minutes have passed at its second and fifth."""
+    """Return the steps after which a run saves if a checkpoint is due after other steps on rank 0 than on rank 1."""
     steps, saved = [], []
 
     def due(interval: checkpoints.CheckpointInterval, step: int) -> bool:
@@ -284,7 +284,7 @@ def noise_and_generator(folder: Path, ranks: Ranks) -> tuple[Tensor, Tensor]:
 
 
 def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
-    """Do everything; return what is not in files."""
+    """Run everything; return the results that are not in files."""
     torch.set_num_threads(1)
     results: dict[str, object] = {"batch_norm": batch_norms(ranks)}
     if kernels is not None:

@@ -144,7 +144,7 @@ EVERYTHING = replace(
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> CaptureByRecording:
-    """What captures in runs with train.cuda_graph; all runs have the GPU's optimiser."""
+    """Capture by recording in runs with train.cuda_graph; all runs use the optimiser of the GPU."""
 
     def on_device(make: Any) -> Any:
         def made(*arguments: Any) -> torch.optim.SGD | None:

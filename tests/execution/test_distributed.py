@@ -76,7 +76,7 @@ def fused(request: pytest.FixtureRequest) -> tuple[Path, tuple[torch.Tensor, lis
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory, fused) -> tuple[Path, list[dict[str, Any]]]:
-    """What several_ranks.py left: its folder, and the results of both ranks."""
+    """The folder that several_ranks.py wrote to, and the results of both ranks."""
     folder = tmp_path_factory.mktemp("two")
     write_split(folder / "images" / "train", images=100, damaged=("truncated.JPEG",))
     write_split(folder / "images" / "val", images=100, damaged=("zero_bytes.JPEG",))
@@ -98,7 +98,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory, fused) -> tuple[Path, lis
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that two with synchronised BatchNorm must equal."""
+    """The run of one process that a run of two with synchronised BatchNorm must equal."""
     folder = tmp_path_factory.mktemp("one") / "synchronized"
     train(SYNCHRONIZED, folder)
     # The outputs must depend on the images, or the comparisons say nothing.
@@ -332,7 +332,7 @@ def test_divergence_on_one_rank_ends_all_at_the_same_step(launched) -> None:
         ("on rank 1", r"rank 1: there is no folder$"),
     ],
 )
-def test_what_cannot_be_is_said_once(launched, case: str, message: str) -> None:
+def test_bad_input_is_reported_once(launched, case: str, message: str) -> None:
     folder, (first, second) = launched
     assert re.match(message, first[f"refused {case}"])
     assert "\n" not in first[f"refused {case}"]
@@ -375,7 +375,7 @@ class Run:
             time.sleep(0.02)
 
     def rank(self, number: int) -> int:
-        """Return the process that is a rank."""
+        """Return the process id of a rank."""
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (path / "environ").read_bytes()

@@ -27,7 +27,7 @@ TINY = Config(
     train=TrainConfig(epochs=100, batch_size=10, eval_batch_size=20, warmup_epochs=50, checkpoint_steps=50),
     device="cpu",
 )
-# Random pixels with random labels: what is learnt of them is learnt by heart.
+# Random pixels with random labels can only be learnt by heart.
 MEMORIZABLE = Config(
     data=DataConfig(name="synthetic", image_size=8, synthetic_images=64, augment="randaugment", random_erasing=1.0),
     model=ModelConfig(T=2, width=16, depth=[1, 1, 1]),
@@ -127,7 +127,7 @@ def test_a_network_that_does_not_learn_is_status_1(
     assert "NOT learnt: look for a mistake" in capsys.readouterr().out
 
 
-def test_it_is_next_to_the_output_and_goes_whatever_happens(tmp_path: Path) -> None:
+def test_the_scratch_folder_is_next_to_the_output_and_always_removed(tmp_path: Path) -> None:
     output = tmp_path / "runs" / "mine"
     with scratch_folder(output) as folder:
         assert folder.parent == output.parent
@@ -138,7 +138,7 @@ def test_it_is_next_to_the_output_and_goes_whatever_happens(tmp_path: Path) -> N
     assert list(output.parent.iterdir()) == []
 
 
-def test_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(InputError, match=r"cannot write next to .*file/run: .*; choose another --output"),
