@@ -11,6 +11,15 @@ from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.ops import runtime
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Run PyTorch in one thread: for work this small, distributing it takes longer than doing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
     """The CUDA kernels compiled by g++, each once per session, by whichever of pytest-xdist's processes is first."""

@@ -1,18 +1,32 @@
-"""What training runs came to, and whether two came to the same."""
+"""Stopping training runs, reading their results and comparing them."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gac.checkpoint import read_checkpoint
+from gac.training.engine import Trainer
 from gac.training.run_folder import read_metrics
 
 TIMES = {"images_per_second", "seconds"}
 
 
+def stop_at(step: int, number: int = signal.SIGTERM) -> Callable[[Trainer], None]:
+    """Return an ``after_step`` for train() that sends this process a signal after a step of the run."""
+
+    def signal_at(trainer: Trainer) -> None:
+        if trainer.position.step == step:
+            os.kill(os.getpid(), number)
+
+    return signal_at
+
+
 def result_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Return the last checkpoint of a run and its metrics, both without times and the checkpoint without its config."""
+    """Return the last checkpoint of a run, without its configuration, and its metrics, both without times."""
     payload = read_checkpoint(folder / "last.pt")
     payload.pop("config")
     payload["metrics"] = without_times(payload["metrics"])

@@ -252,13 +252,13 @@ def test_results_that_cannot_be_written_are_one_line(size: int, yaml_file, tmp_p
     program = f"""
 import resource, sys
 from gac.cli import train_main
-from gac.training.engine import Trainer
-evaluate = Trainer._evaluate
-def limit_and_evaluate(trainer):
-    scores = evaluate(trainer)
+from gac.training import engine
+evaluate = engine.evaluate
+def limit_and_evaluate(*arguments):
+    scores = evaluate(*arguments)
     resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
     return scores
-Trainer._evaluate = limit_and_evaluate
+engine.evaluate = limit_and_evaluate
 sys.exit(train_main(["--config", {path!r}, "--output", {str(tmp_path / "run")!r}]))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

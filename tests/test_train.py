@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from run_results import assert_same, result_of
@@ -69,14 +68,6 @@ def signal_within_epoch(process: subprocess.Popen, output: Path, number: int, ep
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -310,7 +301,8 @@ def test_a_full_disk_that_tensorboard_meets_first_ends_the_run_like_any(
 
     assert runs.run(tmp_path, when=(tmp_path / "last.pt").exists, do=fill_the_disk) == 1
     *_, message = runs.stderr.read_text().splitlines()
-    assert message == f"error: cannot write {tmp_path}: No space left on device"
+    # TensorBoard's thread may be writing its own report of the error at the same moment.
+    assert message.endswith(f"error: cannot write {tmp_path}: No space left on device")
     finish_and_compare(runs, tmp_path, expected)
 
 

@@ -52,12 +52,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             _check_sums(file)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        if _holds_other_objects(path):
             raise InputError(
                 f"checkpoint {path}: holds Python objects other than tensors, which could run code, and was not"
                 " loaded; save model.state_dict() instead"
             ) from error
-        raise DamagedCheckpoint(f"checkpoint {path}: damaged or not a PyTorch file") from error
+        raise DamagedCheckpoint(
+            f"checkpoint {path}: damaged or not a PyTorch file, or an old one with Python objects other than tensors"
+        ) from error
     except Exception as error:
         # torch.load's unpickler raises nearly every kind of exception on damaged bytes.
         raise DamagedCheckpoint(f"checkpoint {path}: damaged or not a PyTorch file") from error
@@ -81,6 +83,15 @@ def _check_sums(file: BinaryIO) -> None:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
     file.seek(0)
+
+
+def _holds_other_objects(path: Path) -> bool:
+    """Return whether a file holds Python objects that weights_only refuses. Files of before PyTorch 1.6 do not tell."""
+    try:
+        return bool(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        # As above, for damaged bytes.
+        return False
 
 
 def is_ours(payload: dict) -> bool:

@@ -1,4 +1,4 @@
-"""One evaluation for training and for eval.py."""
+"""The evaluation that training and eval.py share."""
 
 import time
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ class Evaluation:
     """What a network scores on a test set; accuracies in percent.
 
     The class of an image is the one with the largest output, averaged over time. ``top1_by_time[t - 1]`` is the
-    top-1 accuracy of the average over the first t steps alone, so its last entry is ``top1``. ``top5`` counts the
+    top-1 accuracy of the average over only the first t steps, so its last entry is ``top1``. ``top5`` counts the
     min(5, classes) largest outputs. ``loss`` is the mean cross entropy of the outputs' mean over time.
     """
 
@@ -33,16 +33,16 @@ class Evaluation:
 
 
 class EvaluationStep:
-    """Forward and scores of one batch, as work for the device alone.
+    """Forward pass and scores of one batch, without waiting for the device.
 
     Args:
         network: Returns outputs [T, B, K] for images [B, C, H, W]; in evaluation mode when the step is called.
         device: Where it runs.
         amp: Precision: "off", "fp16" or "bf16".
         channels_last: Whether the images, and with them the activations, are put into this memory order.
-        capture: Lets batches be replayed as CUDA graphs; None runs each of them as it is. The network may be trained on
-            between two calls, in place. Batches that hooks on its modules watch (a monitor's) are never replayed, as no
-            hook is called then.
+        capture: Captures batches into CUDA graphs to be replayed; without it every batch is run. The network may be
+            trained in place between two calls. While its modules have hooks (a monitor's, for example), batches are not
+            replayed, as a replay calls no hook.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class EvaluationStep:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the hits [T + 1] of a batch (top-1 after each time step, then top-5) and its summed loss in float64.
 
-        A replay overwrites what the one before returned.
+        A replay overwrites the result of the previous one.
         """
         if self._replayed is None or _has_hooks(self.network):
             return self._score(images, labels)
@@ -86,8 +86,8 @@ def evaluate(
 ) -> Evaluation:
     """Run a network in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
 
-    Counts are exact integers, kept on the device until the end, and those of all ranks, each with its own images, are
-    added up. The network is left in the mode it was in. Raises InputError if there are no images.
+    Counts are exact integers, kept on the device until the end and summed over the ranks, each of which has its own
+    images. The network returns to the mode it was in. Raises InputError if there are no images.
     """
     was_training = step.network.training
     step.network.eval()
@@ -96,7 +96,7 @@ def evaluate(
     try:
         for images, labels in batches:
             hits, batch_loss = step(images, labels)
-            # Into new tensors, the first sum too: the next replay overwrites what the step returned.
+            # Into new tensors, for the first sum too: the next replay overwrites what the step returned.
             correct, loss = correct + hits, loss + batch_loss
             images_seen += len(labels)
     finally:

@@ -1,4 +1,4 @@
-"""Firing rates of the spiking layers, and the layers that are dead."""
+"""Firing rates of the spiking layers, and a warning about dead layers."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -13,11 +13,11 @@ logger = logging.getLogger("gac")
 
 
 class FiringRates:
-    """Share of neurons and time steps that spike in each layer, over the first images of an evaluation.
+    """Fraction of neurons and time steps that spike in each layer, over the first images of an evaluation.
 
     Counted on the device by SpikingJelly's monitor. Its hooks keep a layer off the fused path, and a batch from being
-    replayed as a CUDA graph, so they are there for the first batches alone, as many as :attr:`IMAGES` images need, and
-    never in training. Ranks count together.
+    replayed as a CUDA graph, so they are removed after the first :attr:`IMAGES` images, and absent in training. Counts
+    are summed over the ranks.
     """
 
     IMAGES = 1024
@@ -30,7 +30,7 @@ class FiringRates:
         self._reported: set[str] = set()
 
     def watch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches to a consumer that runs the network on each before it takes the next."""
+        """Yield the batches; the caller runs the network on each before it takes the next."""
         self._images = 0
         with monitor.OutputMonitor(self.network, neuron.BaseNode, _count) as self._spikes:
             for images, labels in batches:
@@ -41,11 +41,9 @@ class FiringRates:
                 yield images, labels
 
     def read(self) -> dict[str, float]:
-        """Return each layer's firing rate in the evaluation just watched, by the layer's name; waits for the device.
+        """Return the firing rates in the evaluation just watched, by layer name; waits for the device.
 
-        Every rank must call it.
-
-        A layer whose rate is exactly 0 or 1 is warned about, once until it has another rate.
+        Every rank must call it. Logs a warning when the rate of a layer has become exactly 0 or 1.
         """
         layers = self._spikes.monitored_layers
         none = torch.zeros((), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The accuracies that the authors published, to print beside measured ones."""
+"""The accuracies that the authors published, to print beside the measured ones."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ README = "README of the authors' repository (Qiu et al., AAAI 2024)"
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """Top-1 accuracy in percent of a network on a data set with T time steps."""
+    """The top-1 accuracy, in percent, of a network with T time steps on a data set."""
 
     model: str
     data: Literal["cifar10", "cifar100", "imagenet"]
@@ -40,8 +40,8 @@ PUBLISHED = (
 def find_published(network: MSResNet, data: str) -> PublishedResult | None:
     """Return the published result of exactly this network on ``data``, or None.
 
-    The network is a published one if its T, the names and shapes of its weights and the constants of its
-    neurons are; a checkpoint of the authors, which says nothing else about itself, can be told by them too.
+    Networks are the same if they have the same T, names and shapes of weights, and constants of the neurons; a
+    checkpoint of the authors says nothing else about itself.
     """
     for result in PUBLISHED:
         if result.data == data and result.T == network.T:

@@ -1,6 +1,5 @@
 """What eval.py measures and prints."""
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from gac.checkpoint import build_network, is_ours
 from gac.config import Config
 from gac.data import Data, DataInfo, build_data
 from gac.data.interface import check_readable
-from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.published import PublishedResult, find_published
@@ -25,12 +23,12 @@ from gac.version import versions
 
 @dataclass(frozen=True)
 class Report:
-    """The scores of a checkpoint's network and what they were measured on."""
+    """The scores of a checkpoint's network, and what was measured where."""
 
     checkpoint: str
     epoch: int | None
     weights: str | None
-    """"raw" for those trained, "ema" for their moving average; None for files that do not say."""
+    """"raw" for the trained weights, "ema" for their moving average; None for files that do not say."""
     T: int
     num_classes: int
     parameters: int
@@ -49,15 +47,14 @@ def evaluate_checkpoint(
 ) -> Report:
     """Score the network of a checkpoint on a test set.
 
-    Precision is the training run's where the device has it; the CPU evaluates in float32 what was trained in
-    fp16.
+    The precision is that of the training run, but the CPU evaluates in float32 what was trained in fp16.
 
     Args:
         path: The checkpoint, for messages.
         payload: Its content, from ``read_checkpoint``.
         config: The data set and the device; for our checkpoints the training run's with overrides applied.
         T: Number of time steps for networks without gated attention; by default the one they were trained with.
-        ranks: The processes that share the images; every one of them gets the report.
+        ranks: The processes that share the images; each of them gets the report.
 
     Raises:
         InputError: If the network does not fit the data set, or one of them cannot be used.
@@ -70,8 +67,7 @@ def evaluate_checkpoint(
     if amp == "fp16" and device.type != "cuda":
         amp = "off"
     # Rate coding must not draw the same numbers for the images of every rank.
-    seed = derive_seed(config.train.seed, Stream.RANK_NOISE, ranks.rank)
-    with random_state.apart(seed, device) if ranks.size > 1 else nullcontext():
+    with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)
         step = EvaluationStep(network, device, amp, config.train.channels_last, capture)
         scores = evaluate(step, data.test.epoch(0), ranks)
@@ -160,7 +156,7 @@ def _check_fit(path: Path, network: MSResNet, info: DataInfo) -> None:
 
 
 def _published_name(info: DataInfo, images: int) -> str:
-    # Folders do not say what they hold; ImageNet's validation set has this size. Published figures are those of all of
-    # it: with an image that could not be read there is nothing to compare.
+    # A folder does not say what it holds; ImageNet's validation set has this size. Published results are for all of
+    # it, so that a test set without the unreadable images is not compared.
     is_imagenet = (info.name, info.num_classes, images) == ("imagefolder", 1000, 50_000)
     return "imagenet" if is_imagenet else info.name

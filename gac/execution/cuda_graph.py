@@ -1,4 +1,4 @@
-"""Work for a device that is captured into a CUDA graph and replayed: one launch instead of a thousand."""
+"""Work on a device captured into a CUDA graph and replayed: one launch instead of a thousand."""
 
 import gc
 from collections import Counter, deque
@@ -12,16 +12,16 @@ from gac.config import ModelConfig
 from gac.errors import InputError
 
 WARM_UP_CALLS = 3
-"""Calls with inputs of the same sizes that run as they are, and in which kernels are compiled and chosen."""
+"""Calls for each size of inputs that run uncaptured; kernels are compiled and chosen in them."""
 REPLAYS_AHEAD = 8
-"""Replays that the host may be ahead of the device; more gain nothing, and a signal would stop the run minutes late."""
+"""Replays that the host may be ahead of the device. With more, a signal would stop the run minutes late."""
 
 Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
-"""Makes a function without arguments into one that repeats its work on the device and returns its result."""
+"""Turns a function without arguments into one that repeats its work on the device and returns its result."""
 
 
 def select_capture(cuda_graph: bool, device: torch.device) -> Capture | None:
-    """Return what captures the work of a run on ``device``: None where ``train.cuda_graph`` is off, and on the CPU."""
+    """Return what captures the work of a run on ``device``: None if ``train.cuda_graph`` is off, and on the CPU."""
     return CaptureOnDevice(device) if cuda_graph and device.type == "cuda" else None
 
 
@@ -35,16 +35,16 @@ def check_capturable(model: ModelConfig) -> None:
 
 
 class Replayed:
-    """A function of tensors whose calls, but for the first few, are replays of a captured CUDA graph.
+    """A function of tensors whose calls, except the first few, are replays of a captured CUDA graph.
 
-    There is a graph for each combination of the inputs' shapes, strides and dtypes. The function must not read a
-    tensor's value on the host. What it keeps from call to call must be in tensors that exist after its first call and
-    that it changes in place: what a captured call makes lies in memory that the next replay writes anew, be it a replay
-    of another function with the same ``capture``. A result is to be used before that.
+    There is one graph for each combination of the inputs' shapes, strides and dtypes. The function must not read a
+    tensor's value on the host. What it keeps between calls must be in tensors that exist after its first call and that
+    it changes in place: tensors made in a captured call are overwritten by the next replay, even one of another
+    function with the same ``capture``. Use a result before that.
 
     Args:
         function: What to call with the inputs.
-        capture: Captures it; functions that are never replayed at the same time may share one, and its memory.
+        capture: Captures it; functions that are never replayed at the same time may share one, and so its memory.
     """
 
     def __init__(self, function: Callable[..., Any], capture: Capture) -> None:
@@ -70,11 +70,10 @@ class Replayed:
 class CaptureOnDevice:
     """Captures functions into CUDA graphs that share one memory pool, to be replayed on one stream.
 
-    A captured function may use the memory of another one, whichever of them is captured first and in whatever order
-    they are replayed, because every replay writes what it reads from the pool. Nothing that lives longer may lie in it:
-    a training step's weights, statistics, momentum, moving average, loss scale, learning rate and totals exist before
-    its capture. Its gradients do lie in the pool, as ``zero_grad`` drops those of the step before, but have no reader
-    after it.
+    Captured functions may use each other's memory, in whatever order they are captured and replayed, because every
+    replay writes what it reads from the pool. Nothing that lives longer may be in the pool: a training step's weights,
+    statistics, momentum, moving average, loss scale, learning rate and totals exist before its capture. Its gradients
+    are in the pool, as ``zero_grad`` drops those of the previous step, but nothing reads them after the step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,7 +85,7 @@ class CaptureOnDevice:
         """Return a function that replays ``function`` and returns what it returned when it was captured."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            # What the first calls cached would be held beside the graph's own memory for the rest of the run, and what
+            # Memory cached by the first calls would be held beside the graph's own for the rest of the run, and what
             # only the garbage collector frees would be freed during a later capture.
             gc.collect()
             torch.cuda.empty_cache()

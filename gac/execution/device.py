@@ -12,8 +12,8 @@ from gac.execution.distributed import SINGLE_PROCESS, Ranks
 def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
     """Return the device that a ``device`` setting means: auto, cpu, cuda or cuda:N. A CUDA device becomes current.
 
-    Of several ranks each gets a CUDA device of its own, in their order on the machine. Raises InputError for another
-    name, for a CUDA device that is not there and for one that several ranks would share.
+    Each of several ranks gets its own CUDA device, in their order on the machine. Raises InputError for any other name,
+    for a CUDA device that does not exist and for one that several ranks would share.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,15 +41,16 @@ def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
             " or cpu, or see to the driver and CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", index)
-    # Libraries that know only the current device would otherwise open a context, and allocate, on device 0.
+    # Libraries that use the current device would otherwise open a context and allocate on device 0.
     torch.cuda.set_device(device)
     return device
 
 
 def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:
-    """Return the memory order of weights and of training images on a device, which activations take over."""
-    # On a CPU with AVX2 oneDNN's weight gradient of a strided 1x1 convolution writes beyond its memory in channels_last
-    # where channels are no multiple of 8 (seen with torch 2.14.1), and widths are free. Evaluation has no gradients.
+    """Return the memory order of weights and training images on a device; activations inherit it."""
+    # On a CPU with AVX2, oneDNN's weight gradient of a strided 1x1 convolution in channels_last writes beyond its
+    # memory unless channels are a multiple of 8 (seen with torch 2.14.1), and a network may have any width. Evaluation
+    # has no gradients.
     return torch.channels_last if config.channels_last and device.type == "cuda" else torch.contiguous_format
 
 
@@ -68,7 +69,7 @@ def check_precision(device: torch.device, amp: str) -> None:
 
 
 def describe_precision(device: torch.device, amp: str) -> str:
-    """Return the precision that ``amp`` amounts to on ``device``, in words."""
+    """Return, in words, the precision of computations on ``device``."""
     if amp != "off":
         return amp
     # PyTorch's default, and so what the authors' float32 runs had on such GPUs.

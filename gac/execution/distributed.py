@@ -1,17 +1,15 @@
-"""The processes of a run: torchrun starts one for each device, and without it there is one."""
+"""The processes of a run: torchrun starts one per device; without torchrun there is one."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from gac.config import Config
 from gac.data.interface import Shard
@@ -20,20 +18,25 @@ from gac.errors import InputError
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for another one, to begin with or in a step, before it gives up."""
+"""How long a process waits for another one, when it starts or in a step, before it gives up."""
+
+
+class LostConnection(RuntimeError):
+    """A collective failed because another process did not take part in it."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, seen from one of them; what one process has to say to the others goes through here.
+    """The processes of a run, seen from one of them.
 
     Methods are collective: every rank must call them, in the same order. In a run of one process they cost nothing.
+    Raises LostConnection if another process has ended or hangs.
 
     Args:
         rank: Number of this process in the run, from 0.
         size: Number of processes.
         local_rank: Number of this process on its machine, from 0.
-        launched: Whether torchrun started it, be it alone.
+        launched: Whether torchrun started it, even as the only process.
     """
 
     rank: int = 0
@@ -52,26 +55,32 @@ class Ranks:
         return Shard(self.rank, self.size)
 
     def largest(self, *values: float) -> list[float]:
-        """Return the largest of each value over the ranks; the host alone is involved."""
+        """Return the largest of each value over the ranks, without waiting for a device."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        with collective():
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return tensor.tolist()
+
+    def sum(self, *counts: int) -> list[int]:
+        """Return the sum of each count over the ranks."""
+        return [sum(each) for each in zip(*self.gather(counts), strict=True)]
 
     def gather(self, value: Result) -> list[Result]:
         """Return the ``value`` of every rank, in the ranks' order."""
         if self.size == 1:
             return [value]
         values = [value] * self.size
-        torch.distributed.all_gather_object(values, value)
+        with collective():
+            torch.distributed.all_gather_object(values, value)
         return values
 
     def together(self, function: Callable[[], Result], in_turn: bool = False) -> Result:
-        """Return ``function()``, which itself calls no collective; an InputError of one rank ends all of them.
+        """Return ``function()``, which calls no collective itself; an InputError on one rank ends all of them.
 
-        Rank 0 raises it, so that it is said once; the others exit with status 2. With ``in_turn`` rank 0 goes first,
-        then the first rank of each machine, then all others: what one downloads, the next finds.
+        Only rank 0 raises it, so that it is reported once; the others exit with status 2. With ``in_turn`` rank 0 goes
+        first, then the first rank of each machine, then all others: what one downloads, the next finds.
         """
         if self.size == 1:
             return function()
@@ -107,10 +116,10 @@ class Ranks:
         rank, message = next(iter(failed.items()))
         raise InputError(message if rank == 0 else f"rank {rank}: {message}")
 
-    def from_first(self, function: Callable[[], Result]) -> Result:
-        """Return what ``function()`` returns on rank 0, the only one to call it.
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Call ``function()`` on rank 0 only, and return its result on every rank.
 
-        If it raises an exception there, the other ranks exit: with status 2 for an InputError, else with 1.
+        If it raises an exception, the other ranks exit: with status 2 for an InputError, else with 1.
         """
         if self.size == 1:
             return function()
@@ -128,64 +137,40 @@ class Ranks:
 
     def _broadcast(self, *values: object) -> list:
         values = list(values)
-        torch.distributed.broadcast_object_list(values, src=0)
+        with collective():
+            torch.distributed.broadcast_object_list(values, src=0)
         return values
 
-    def parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
-        """Return what to call instead of ``network`` for its gradients to be the ranks' mean; ``network`` if alone."""
-        if self.size == 1:
-            return network
-        with warnings.catch_warnings():
-            # Older versions of PyTorch do not know the new name of broadcast_buffers.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(
-                network,
-                device_ids=[device] if device.type == "cuda" else None,
-                # Training reads none of the buffers: before they are read, first_buffers copies them.
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-
     @torch.no_grad()
-    def first_buffers(self, network: nn.Module) -> None:
-        """Give ``network`` rank 0's buffers, which are BatchNorm's running statistics."""
+    def broadcast_buffers(self, network: nn.Module) -> None:
+        """Give ``network`` the buffers of rank 0, which are BatchNorm's running statistics."""
         if self.size > 1:
-            for buffer in network.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-
-    def mix(self, mixing: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images and targets after ``mixing`` of each image of the batch of all ranks with the one before it.
-
-        Args:
-            mixing: torchvision's CutMix or MixUp, whose draws depend on the image size alone: all ranks draw the same.
-            images: This rank's part of the batch, [B, C, H, W].
-            labels: Its labels, int64 [B].
-        """
-        if self.size == 1:
-            return mixing(images, labels)
-        images = torch.cat((self._from_previous(images[-1:]), images))
-        labels = torch.cat((self._from_previous(labels[-1:]), labels))
-        images, targets = mixing(images, labels)
-        return images[1:], targets[1:]
-
-    def _from_previous(self, tensor: Tensor) -> Tensor:
-        tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        torch.distributed.all_gather(tensors, tensor.contiguous())
-        return tensors[self.rank - 1]
+            with collective():
+                for buffer in network.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
 
 
 SINGLE_PROCESS = Ranks()
-"""A run's only process."""
+"""The only process of a run."""
 
 
-def without_synchronization(network: nn.Module) -> AbstractContextManager:
-    """Return a context in which a forward and a backward pass only add to this rank's gradients."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+@contextmanager
+def collective() -> Iterator[None]:
+    """Raise LostConnection in place of the error with which Gloo ends a collective in the block.
+
+    Gloo has no exception type of its own, so that any plain RuntimeError counts as its error. NCCL raises DistError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise LostConnection(str(error)) from error
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether a collective failed as another process did not take part in it."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    """Return whether a collective failed because another process did not take part in it."""
+    return isinstance(error, LostConnection | torch.distributed.DistError)
 
 
 @contextmanager
@@ -193,8 +178,7 @@ def process_group() -> Iterator[Ranks]:
     """Join the other processes that torchrun started, for as long as the context is open.
 
     A single process joins nothing. Tensors on the CPU go through Gloo, those on CUDA devices through NCCL. Raises
-    InputError for several processes that something else than torchrun has started, and for a torchrun that could not
-    restart them.
+    InputError for several processes that torchrun did not start, and for a torchrun that could not restart them.
     """
     ranks = _from_environment()
     if ranks.size == 1:
@@ -204,8 +188,8 @@ def process_group() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=TIMEOUT)
     yield ranks
-    # After an error the end of the process does that. Were it done before, the others would fail for want of this one
-    # while it still ends, and torchrun could take one of them for the cause.
+    # Not after an error: the others would fail while this process is still ending, and torchrun could take one of them
+    # for the cause. The end of the process leaves the group too.
     torch.distributed.destroy_process_group()
 
 
@@ -222,8 +206,8 @@ def _from_environment() -> Ranks:
 
 
 def _check_restarts() -> None:
-    # Restarted processes would find the addresses of those before them in the store that torchrun shares with them, and
-    # wait for them in vain: https://github.com/pytorch/pytorch/issues/135712
+    # Restarted processes would find the addresses of their predecessors in the store that torchrun shares with them,
+    # and wait for those in vain: https://github.com/pytorch/pytorch/issues/135712
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise InputError(
@@ -232,10 +216,10 @@ def _check_restarts() -> None:
         )
 
 
-# What each process of a run may have its own of; everything else must be the same.
+# The fields that may differ between the processes of a run.
 _OWN_OF_EACH_RANK = ("data.root", "data.workers")
 
 
 def shared_fields(config: Config) -> dict[str, object]:
-    """Return the configuration's fields, by their full names, that all ranks of a run must have alike."""
+    """Return the fields of the configuration, by their full names, that must be the same on all ranks."""
     return {name: value for name, value in config.flat().items() if name not in _OWN_OF_EACH_RANK}

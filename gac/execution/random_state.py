@@ -1,12 +1,15 @@
-"""The state of every global random generator that a run draws from."""
+"""The state of the global random generators that a run draws from."""
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+
+from gac.data.seeding import Stream, derive_seed
+from gac.execution.distributed import Ranks
 
 
 def seed_everything(seed: int) -> None:
@@ -17,9 +20,9 @@ def seed_everything(seed: int) -> None:
 
 
 def capture(device: torch.device) -> dict[str, Any]:
-    """Return the state of those generators as plain containers and tensors, which a checkpoint may hold.
+    """Return the state of those generators as plain containers and tensors, for a checkpoint.
 
-    Of the CUDA generators it is the one of ``device``, if that is a CUDA device: asking the others would open a
+    Of the CUDA generators only that of ``device`` is included, if it is a CUDA device: asking the others would open a
     context on every device.
     """
     algorithm, keys, *rest = np.random.get_state()
@@ -32,9 +35,9 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Set those generators to what :func:`capture` returned, be it for another device.
+    """Restore what :func:`capture` returned, possibly for another device.
 
-    A CUDA generator is left alone unless both devices are CUDA devices.
+    The CUDA generator is restored only if both devices are CUDA devices.
     """
     random.setstate(state["python"])
     algorithm, keys, *rest = state["numpy"]
@@ -46,7 +49,18 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def apart(seed: int, device: torch.device) -> Iterator[None]:
-    """Let the block draw from PyTorch's generators of the CPU and of ``device`` seeded anew, and leave no trace."""
+    """Seed PyTorch's generators of the CPU and of ``device`` for the block, and restore their state after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def own_of_rank(ranks: Ranks, device: torch.device, seed: int, *place: int) -> AbstractContextManager:
+    """Return a context in which each rank draws other random numbers, from the seed of this ``place`` in the run.
+
+    A single process draws from the global generators. Those of several ranks must stay equal, as all ranks draw alike
+    how their images are mixed.
+    """
+    if ranks.size == 1:
+        return nullcontext()
+    return apart(derive_seed(seed, Stream.RANK_NOISE, *place), device)

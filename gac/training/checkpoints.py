@@ -1,9 +1,11 @@
-"""The checkpoints that a run can be resumed from: when they are written, which are kept, which one is read."""
+"""The checkpoints that a run is resumed from: what is in them, when they are written, which ones are kept and read."""
 
 import logging
 import os
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,19 @@ from gac.files import writing
 logger = logging.getLogger("gac")
 
 
+@dataclass(frozen=True)
+class StateAdapter:
+    """Gives a checkpoint the state of something that has no state_dict of its own."""
+
+    state_dict: Callable[[], Any]
+    load_state_dict: Callable[[Any], None]
+
+
 class Checkpoints:
     """The checkpoints in a folder: last.pt is the newest, last-1.pt the one before it, last-2.pt before that.
 
-    Whenever the process is killed, at least one of them is complete: the older ones move down a name only once the
-    new one is on the disk.
+    Whenever the process is killed, at least one of them is complete: the older ones are renamed only once the new one
+    is on the disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -26,7 +36,7 @@ class Checkpoints:
         self.newest = folder / "last.pt"
 
     def existing(self) -> list[Path]:
-        """Return the checkpoints that are there, the newest first."""
+        """Return the checkpoints that exist, newest first."""
         ages = {}
         for path in self.folder.glob("last*.pt"):
             if match := re.fullmatch(r"last(?:-([1-9]\d*))?\.pt", path.name):
@@ -34,9 +44,9 @@ class Checkpoints:
         return sorted(ages, key=ages.__getitem__)
 
     def read(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest checkpoint that is whole with its content, or None if there is none at all.
+        """Return the newest intact checkpoint and its content, or None if there is no checkpoint.
 
-        Each damaged one on the way is reported in one line and renamed, so that it never pushes a good one out.
+        Damaged ones that are newer are reported, one line each, and renamed, so that they never displace a good one.
         Raises InputError if all of them are damaged; they then keep their names.
         """
         damaged: list[Path] = []
@@ -59,9 +69,9 @@ class Checkpoints:
         return None
 
     def write(self, payload: dict[str, Any], keep: int) -> None:
-        """Write ``payload`` to last.pt and keep ``keep`` checkpoints, that one included.
+        """Write ``payload`` to last.pt and keep ``keep`` checkpoints, including that one.
 
-        Raises ResultsNotWritten, with the checkpoints as they were, if the disk is full or cannot be written.
+        Raises ResultsNotWritten if the disk is full or cannot be written; the checkpoints then stay as they were.
         """
         with writing(self.newest, "the checkpoints before it are as they were"):
             write_checkpoint(self.newest, payload, before_replace=lambda: self._move_down(keep))
@@ -69,7 +79,7 @@ class Checkpoints:
                 path.unlink()
 
     def _move_down(self, keep: int) -> None:
-        # No further than the first free name, which a crash in here leaves.
+        # Only up to the first free name, which a crash in the loop below leaves behind.
         names = [self.newest, *(self.folder / f"last-{age}.pt" for age in range(1, keep))]
         occupied = next((age for age, path in enumerate(names) if not path.exists()), keep - 1)
         for age in range(occupied, 0, -1):
@@ -77,9 +87,9 @@ class Checkpoints:
 
 
 class CheckpointInterval:
-    """When a checkpoint is due within an epoch: after ``minutes`` or ``steps`` since the last one; 0 means never.
+    """When a checkpoint is due within an epoch: every ``minutes`` or every ``steps``; 0 means never.
 
-    The minutes are counted from the last :meth:`restart`, at first from the beginning.
+    Minutes are counted from the last :meth:`restart`, and from the construction before that.
     """
 
     def __init__(self, minutes: float, steps: int) -> None:
@@ -88,11 +98,11 @@ class CheckpointInterval:
         self.restart()
 
     def restart(self) -> None:
-        """Begin to count the minutes anew, as a checkpoint has been written."""
+        """Restart the clock after a checkpoint has been written."""
         self._since = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Return whether a checkpoint is to be written after ``step``, the number of steps done in the run."""
+        """Return whether to write a checkpoint after ``step``, the number of steps done in the run."""
         if self.steps > 0 and step % self.steps == 0:
             return True
         return self.seconds > 0 and time.monotonic() - self._since >= self.seconds

@@ -20,23 +20,30 @@ from gac.training.checkpoints import Checkpoints
 from gac.training.engine import train
 from gac.training.run_folder import read_metrics
 
+STEPS = 300
+"""Steps on the one batch."""
+EPOCHS = 6
+"""Epochs that these steps are divided into, with an evaluation after each."""
+LEARNT = 99.0
+"""Test top-1 in percent above which the batch counts as learnt."""
+
 
 def dry_run(config: Config, output: Path) -> str:
-    """Train a few steps, evaluate a batch, write checkpoints, resume before the last step; say what was done.
+    """Train a few steps, evaluate, write checkpoints, resume before the last step; return what was done, in words.
 
-    The steps are two and the batch one, or as many as capture a CUDA graph and replay it where train.cuda_graph asks
-    for one. Everything is written to a temporary folder next to ``output``. Raises what
+    That takes two steps and one test batch, or as many as it takes to capture and replay CUDA graphs if
+    train.cuda_graph is on. Everything is written to a temporary folder next to ``output``. Raises what
     :func:`gac.training.engine.train` does.
     """
     device = select_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     short = replace(config.train, epochs=1, warmup_epochs=0.0, mix_off_epochs=0)
-    # Three: after the epoch, after its last step and after the step before that, to resume from.
+    # Three: after the epoch, after its last step, and after the step before that, which the second run resumes from.
     config = replace(config, train=replace(short, checkpoint_steps=1, keep_checkpoints=3))
     steps, batches = 2, 1
     if config.train.cuda_graph and device.type == "cuda":
-        # Each of two kinds of targets is captured apart, and test batches whose firing rates are counted never.
+        # Each of the two kinds of targets has its own graph, and batches whose firing rates are counted have none.
         steps = 2 * WARM_UP_CALLS + 3
         batches = -(-FiringRates.IMAGES // config.train.eval_batch_size) + WARM_UP_CALLS + 2
 
@@ -60,18 +67,11 @@ def dry_run(config: Config, output: Path) -> str:
     return f"dry run of {config.model.name} on {config.data.name}: {'; '.join(done)}"
 
 
-STEPS = 300
-EPOCHS = 6
-"""How many evaluations the steps are shared out to."""
-LEARNT = 99.0
-"""Test top-1 in percent above which the batch counts as learnt."""
-
-
 def overfit_one_batch(config: Config, output: Path) -> tuple[bool, str]:
-    """Train ``STEPS`` steps on the first batch alone and evaluate on it; return whether it was learnt, and in words.
+    """Train ``STEPS`` steps on only the first batch; return whether it was learnt, and that in words.
 
-    Neither augmentation nor mixing; an image folder's images keep the crop that they were given once. Everything is
-    written to a temporary folder next to ``output``. Raises what :func:`gac.training.engine.train` does.
+    There is no augmentation or mixing; images of an image folder keep their first crop. Everything is written to a
+    temporary folder next to ``output``. Raises what :func:`gac.training.engine.train` does.
     """
     data = replace(config.data, crop_padding=0, horizontal_flip=False, augment="off", random_erasing=0.0)
     plain = replace(config.train, cutmix="off", mixup_alpha=0.0, mix_off_epochs=0, warmup_epochs=0.0)
@@ -81,7 +81,10 @@ def overfit_one_batch(config: Config, output: Path) -> tuple[bool, str]:
         top1 = max(line["test_top1"] for line in read_metrics(folder / "run" / "metrics.jsonl"))
     learnt = top1 > LEARNT
     verdict = "learnt" if learnt else "NOT learnt: look for a mistake in the data or the learning rate"
-    return learnt, f"one batch, {STEPS} steps: {top1:.2f} % of it right, {verdict} (more than {LEARNT:.0f} % needed)"
+    return (
+        learnt,
+        f"one batch, {STEPS} steps: {top1:.2f} % of it right, {verdict} (more than {LEARNT:.0f} % needed)",
+    )
 
 
 def _first_batch(data: Data) -> Data:
@@ -91,10 +94,7 @@ def _first_batch(data: Data) -> Data:
 
 @contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
-    """Make a folder next to ``output``, on the same disk, and remove it with all that was written to it.
-
-    Raises InputError if it cannot be made.
-    """
+    """Make a temporary folder next to ``output``, on the same disk. Raises InputError if it cannot be made."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")

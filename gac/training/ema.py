@@ -11,11 +11,11 @@ class MovingAverage:
     """A copy of a network whose weights and buffers are exponential moving averages of the network's.
 
     An update keeps min(decay, (1 + n) / (10 + n)) of the average, n being the number of updates before it, so that
-    the first weights are soon forgotten. BatchNorm's running statistics are averaged like the weights: the newest ones
-    are those of the newest weights, while the average's activations have those of the weights that it is made of.
+    the first weights are soon forgotten. BatchNorm's running statistics are averaged like the weights, since the newest
+    ones belong to the newest weights only.
 
     torch.optim.swa_utils.AveragedModel computes the same (with a constant decay), but reads on the host at each update
-    whether it is the first, which a CUDA graph cannot capture, and averages after a step that loss scaling skipped.
+    whether it is the first, which a CUDA graph cannot capture, and also averages after steps that loss scaling skipped.
 
     Attributes:
         network: The copy, in evaluation mode.
@@ -33,7 +33,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
-        """Let the network's present weights into the average, unless the step was ``skipped`` (a bool scalar).
+        """Update the average with the current weights, unless the step was ``skipped`` (a bool scalar).
 
         Reads no value on the host.
         """
@@ -44,11 +44,11 @@ class MovingAverage:
         self._updates += done
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to continue."""
+        """Return the averaged weights and the number of updates."""
         return {"model": self.network.state_dict(), "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, be it on another device."""
+        """Continue from what :meth:`state_dict` returned, possibly on another device."""
         self.network.load_state_dict(state["model"])
         self._updates.copy_(state["updates"])
 
@@ -61,9 +61,9 @@ def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Ten
     return [average for average, _ in pairs], [newest for _, newest in pairs]
 
 
-def _move(averages: list[Tensor], newest: list[Tensor], share: Tensor) -> None:
-    """Move each average towards the newest tensor by ``share`` of the way."""
+def _move(averages: list[Tensor], newest: list[Tensor], fraction: Tensor) -> None:
+    """Move each average towards the newest tensor by a ``fraction`` of the difference."""
     if averages:  # the operations refuse an empty list
-        way = torch._foreach_sub(newest, averages)
-        torch._foreach_mul_(way, share)
-        torch._foreach_add_(averages, way)
+        difference = torch._foreach_sub(newest, averages)
+        torch._foreach_mul_(difference, fraction)
+        torch._foreach_add_(averages, difference)

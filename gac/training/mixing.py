@@ -1,18 +1,18 @@
 """CutMix and mixup of training batches."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from gac.config import TrainConfig
-from gac.execution.distributed import SINGLE_PROCESS, Ranks
+from gac.execution.distributed import SINGLE_PROCESS, Ranks, collective
 
 
 class Mixing:
-    """CutMix and mixup as the configuration has them, drawn from PyTorch's global generator on the host.
+    """CutMix and mixup as configured, with random numbers from PyTorch's global generator on the host.
 
-    Where both are on, each batch is left to one of them, with equal probability. CutMix then takes it if its coin,
-    tossed for the epoch or for the batch, says so.
+    If both are on, each batch goes to one of them with equal probability. CutMix then mixes it with the probability
+    ``cutmix_probability``, drawn once for the epoch or for each batch.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, ranks: Ranks = SINGLE_PROCESS) -> None:
@@ -22,13 +22,13 @@ class Mixing:
         self._mixup = v2.MixUp(alpha=config.mixup_alpha, num_classes=num_classes) if config.mixup_alpha > 0 else None
 
     def draw_for_epoch(self, epoch: int) -> bool | None:
-        """Return whether CutMix takes the batches of an epoch (from 0), or None if that is decided for each batch."""
+        """Return whether CutMix mixes the batches of an epoch (from 0), or None if that is drawn for each batch."""
         if self._off(epoch):
             return False
-        return self._toss() if self.config.cutmix == "epoch" else None
+        return self._draw() if self.config.cutmix == "epoch" else None
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, cutmix_epoch: bool | None) -> tuple[Tensor, Tensor]:
-        """Return images [B, C, H, W] and targets: mixed images and probabilities [B, K], or both as they came.
+        """Return mixed images [B, C, H, W] and their targets, probabilities [B, K], or images and labels unchanged.
 
         Args:
             images: Images [B, C, H, W].
@@ -38,18 +38,36 @@ class Mixing:
         """
         if self._off(epoch):
             return images, labels
-        if self._mixup is not None and (self.config.cutmix == "off" or _toss(0.5)):
-            return self.ranks.mix(self._mixup, images, labels)
-        if cutmix_epoch or (self.config.cutmix == "batch" and self._toss()):
-            return self.ranks.mix(self._cutmix, images, labels)
+        if self._mixup is not None and (self.config.cutmix == "off" or _draw(0.5)):
+            return self._mix(self._mixup, images, labels)
+        if cutmix_epoch or (self.config.cutmix == "batch" and self._draw()):
+            return self._mix(self._cutmix, images, labels)
         return images, labels
 
     def _off(self, epoch: int) -> bool:
         return epoch >= self.config.epochs - self.config.mix_off_epochs
 
-    def _toss(self) -> bool:
-        return _toss(self.config.cutmix_probability)
+    def _draw(self) -> bool:
+        return _draw(self.config.cutmix_probability)
+
+    def _mix(self, transform: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix each image with the one before it in the batch of all ranks.
+
+        All ranks draw the same numbers in ``transform``, as they depend only on the image size.
+        """
+        if self.ranks.size == 1:
+            return transform(images, labels)
+        images = torch.cat((self._from_previous_rank(images[-1:]), images))
+        labels = torch.cat((self._from_previous_rank(labels[-1:]), labels))
+        images, targets = transform(images, labels)
+        return images[1:], targets[1:]
+
+    def _from_previous_rank(self, tensor: Tensor) -> Tensor:
+        tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.ranks.size)]
+        with collective():
+            torch.distributed.all_gather(tensors, tensor.contiguous())
+        return tensors[self.ranks.rank - 1]
 
 
-def _toss(probability: float) -> bool:
+def _draw(probability: float) -> bool:
     return torch.rand(()).item() < probability

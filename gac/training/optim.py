@@ -12,13 +12,13 @@ from gac.config import TrainConfig
 
 
 def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return the parameters of ``network`` in groups, one for each weight decay that ``config`` gives some of them."""
+    """Return the parameters of ``network`` in groups, one for each value of weight decay."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         decay = config.weight_decay
         if name.startswith("stem.") and config.stem_weight_decay is not None:
             decay = config.stem_weight_decay
-        # Biases and BatchNorm's parameters have one number a channel.
+        # Biases and BatchNorm's parameters have one dimension.
         if config.weight_decay_on == "weights" and parameter.dim() < 2:
             decay = 0.0
         groups.setdefault(decay, []).append(parameter)
@@ -28,7 +28,7 @@ def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, 
 def make_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: TrainConfig, device: torch.device
 ) -> torch.optim.SGD:
-    """Return SGD for parameters, which all have the configured weight decay, or :func:`parameter_groups`."""
+    """Return SGD for parameters, all with the configured weight decay, or for :func:`parameter_groups`."""
     optimizer = torch.optim.SGD(
         parameters,
         lr=config.learning_rate,
@@ -43,8 +43,8 @@ def make_optimizer(
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(config.learning_rate, device=device)
     if config.momentum > 0:
-        # The fused update otherwise allocates them in the first step without writing to them if it overflows, and
-        # the second step would read that memory. Zeros mean the same: the first step makes them the gradients.
+        # Otherwise the fused update allocates them in the first step, does not write to them if that step overflows,
+        # and reads that memory in the second step. Zeros mean the same: the first step turns them into the gradients.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -56,7 +56,7 @@ def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any], device: to
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        # The state brings the other device's choice and memory order, which the fused update of this one ignores.
+        # The loaded state has the other device's choice and memory order, which this device's fused update ignores.
         group["fused"] = device.type == "cuda"
         # A tensor must stay the one that a CUDA graph reads.
         group["lr"] = rate.fill_(group["lr"]) if isinstance(rate, Tensor) else float(group["lr"])
@@ -76,10 +76,10 @@ def set_learning_rate(optimizer: torch.optim.SGD, rate: float) -> None:
 
 
 def learning_rate_at(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
-    """Return the learning rate of one step: a function of the position alone, so that resuming needs no state.
+    """Return the learning rate of one step. It depends only on the position, so that resuming needs no state.
 
-    A cosine from ``learning_rate`` to 0 over the epochs, lowered every epoch or every batch. During
-    ``warmup_epochs`` before it, the rate rises linearly with every batch; the cosine has the epochs that remain.
+    A cosine from ``learning_rate`` to 0, updated every epoch or every batch. Before it, the rate rises linearly with
+    every batch for ``warmup_epochs``; the cosine takes the remaining epochs.
 
     Args:
         config: The schedule.

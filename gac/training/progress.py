@@ -1,9 +1,9 @@
-"""What a run shows while it goes on: its progress bar and its log lines."""
+"""What a run shows as it goes: the progress bar and the log lines."""
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -24,34 +24,27 @@ logger = logging.getLogger("gac")
 class EpochProgress:
     """Progress of one epoch: a bar with the time left on a terminal, a line every 30 s elsewhere.
 
-    ``poll`` returns the mean loss and the top-1 accuracy in percent so far, or None where it would have to wait for
-    them. It is called once a second, at no other step. With ``shown`` False that is all that happens.
+    Args:
+        title: Shown in front.
+        batches: Batches of the epoch.
+        done: Batches done before.
+        visible: Whether anything is shown at all.
     """
 
-    POLL_SECONDS = 1.0
     LINE_SECONDS = 30.0
 
-    def __init__(
-        self,
-        title: str,
-        batches: int,
-        done: int,
-        poll: Callable[[], tuple[float, float] | None],
-        shown: bool = True,
-    ) -> None:
+    def __init__(self, title: str, batches: int, done: int, visible: bool = True) -> None:
         self.title = title
         self.batches = batches
         self.done = done
-        self._poll = poll
-        self._is_shown = shown
-        self._on_terminal = shown and sys.stderr.isatty()
+        self._visible = visible
         self._bar: tqdm | None = None
         self._images = 0
         self._shown_images = 0
-        self._shown = self._polled = time.perf_counter()
+        self._shown = time.perf_counter()
 
     def __enter__(self) -> "EpochProgress":
-        if self._on_terminal:
+        if self._visible and sys.stderr.isatty():
             self._bar = tqdm(
                 desc=self.title,
                 total=self.batches,
@@ -74,18 +67,16 @@ class EpochProgress:
         self._images += images
         if self._bar is not None:
             self._bar.update()
+
+    def show(self, loss: float, top1: float) -> None:
+        """Show the mean loss and the top-1 accuracy in percent so far: on the bar, or in a line if one is due."""
         now = time.perf_counter()
-        if now - self._polled < self.POLL_SECONDS:
-            return
-        self._polled = now
-        figures = self._poll()
         elapsed = now - self._shown
-        if figures is None or not self._is_shown or (self._bar is None and elapsed < self.LINE_SECONDS):
+        if not self._visible or (self._bar is None and elapsed < self.LINE_SECONDS):
             return
         rate = (self._images - self._shown_images) / elapsed
         self._shown_images, self._shown = self._images, now
         if self._bar is not None:
-            loss, top1 = figures
             self._bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1:.2f} %, {rate:.0f} images/s", refresh=False)
         else:
             logger.info(
@@ -93,7 +84,8 @@ class EpochProgress:
                 self.title,
                 self.done,
                 self.batches,
-                *figures,
+                loss,
+                top1,
                 rate,
             )
 
@@ -107,7 +99,7 @@ def log_start(
     folder: Path,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> None:
-    """Say what is trained on what; ``batches`` is the number of batches in an epoch."""
+    """Log the data set, the network and the device; ``batches`` is the number of batches in an epoch."""
     logger.info(
         "%s: %d training and %d test images, %d x %d x %d, %d classes",
         info.name,
@@ -131,7 +123,7 @@ def log_start(
 
 
 def log_epoch(metrics: Mapping[str, float], epochs: int, improved: bool, seconds: float) -> None:
-    """Say how an epoch of ``epochs`` went; ``seconds`` is what one takes in all."""
+    """Log the results of an epoch; ``epochs`` is their number and ``seconds`` what an epoch takes with evaluation."""
     logger.info(
         "epoch %d/%d: train loss %.4f, top-1 %.2f %%; test loss %.4f, top-1 %.2f %%%s%s; learning rate %.3g, "
         "%.0f images/s, %.1f s, time left %s%s",

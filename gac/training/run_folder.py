@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from gac.checkpoint import DamagedCheckpoint, read_checkpoint
 from gac.config import Config
 from gac.errors import InputError
-from gac.files import atomic_write, remove_leftovers
+from gac.files import atomic_write, remove_leftovers, writing
 from gac.training.checkpoints import Checkpoints
+
+logger = logging.getLogger("gac")
 
 # Where and how fast a run computes and how it is saved, not what it computes: free to change when it resumes. Like the
 # number of processes, which is free too, accumulate_steps does change what BatchNorm sees as a batch: a run may have to
-# go on where there is less memory.
+# continue with less memory.
 FREE_WHEN_RESUMING = frozenset(
     {
         "device",
@@ -40,12 +43,15 @@ FREE_WHEN_RESUMING = frozenset(
     }
 )
 
+# The errors of file systems without locks, such as some NFS and Lustre mounts.
+WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+
 
 class RunFolder:
     """The files of a run: config.yaml, metrics.jsonl, last.pt and older ones, best.pt, TensorBoard's event files.
 
     Attributes:
-        lock: Keeps other runs out, from :meth:`enter` until it is closed.
+        lock: Keeps other runs out, from :meth:`enter` or :meth:`create` until it is closed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,22 +61,33 @@ class RunFolder:
         self.checkpoints = Checkpoints(path)
         self.best = path / "best.pt"
         self.lock = FolderLock(path)
+        self._events: SummaryWriter | None = None
+
+    def open(self, config: Config, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
+        """Lock the folder if it exists and return the checkpoint that a run with ``config`` resumes from.
+
+        Raises InputError as :meth:`enter`, :meth:`checkpoint_to_resume` and :func:`check_same_run` do.
+        """
+        self.enter()
+        resumed = self.checkpoint_to_resume(resume)
+        if resumed is not None:
+            check_same_run(resumed[1], config, resumed[0])
+        return resumed
 
     def enter(self) -> None:
-        """Keep other runs out of the folder if it is there; :meth:`create` does so if it is not.
+        """Lock the folder if it exists; if not, :meth:`create` does.
 
-        Raises InputError if another run is in it or it cannot be written.
+        Raises InputError if another run uses it or it cannot be written.
         """
         if self.path.is_dir():
             with self._reporting():
                 self.lock.acquire()
 
     def checkpoint_to_resume(self, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
-        """Return the checkpoint that ``resume`` means, with its content, or None to start afresh.
+        """Return the checkpoint that ``resume`` names, with its content, or None to start afresh.
 
-        "auto" means the newest in the folder that is whole, if there is any, and a path that file and no other.
-        Raises InputError for a file that cannot be read or resumed from, and if a run is in the folder that would
-        not be continued but overwritten.
+        "auto" means the newest intact one in the folder, if there is any, and a path only that file. Raises InputError
+        for a file that cannot be read or resumed from, and if the folder holds a run that would be overwritten.
         """
         if resume == "auto" and (found := self.checkpoints.read()) is not None:
             return found
@@ -97,12 +114,12 @@ class RunFolder:
             raise InputError(f"{error}{hint}") from error
 
     def _crashed_in_the_first_epoch(self) -> bool:
-        # An epoch writes its line, then best.pt, then last.pt. Starting afresh writes the same again.
+        # An epoch writes its line, then best.pt, then last.pt. A fresh start writes the same again.
         epochs = len(self.metrics.read_bytes().splitlines()) if self.metrics.exists() else 0
         return epochs == 1 or (epochs == 0 and not self.best.exists())
 
     def create(self, config: Config) -> None:
-        """Make the folder, tidy up after a process that was killed in it and write config.yaml.
+        """Make and lock the folder, remove what a killed process left in it and write config.yaml.
 
         Raises InputError if the folder cannot be made or written, or another run has made it since :meth:`enter`.
         """
@@ -117,9 +134,38 @@ class RunFolder:
             with atomic_write(self.config) as file:
                 file.write(yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
+    def begin_metrics(self, epochs: Sequence[Mapping[str, float]]) -> None:
+        """Start metrics.jsonl with the epochs that are done. Raises ResultsNotWritten."""
+        with writing(self.metrics):
+            write_metrics(self.metrics, epochs)
+
+    def open_events(self, epoch: int) -> None:
+        """Start an event file of TensorBoard after ``epoch`` completed epochs. Raises ResultsNotWritten."""
+        with writing(self.path):
+            self._events = SummaryWriter(self.path, purge_step=epoch + 1)
+
+    def write_epoch(self, metrics: Mapping[str, float], firing_rates: Mapping[str, float]) -> None:
+        """Add the results of an epoch to metrics.jsonl and to TensorBoard's file. Raises ResultsNotWritten."""
+        with writing(self.metrics):
+            append_metrics(self.metrics, metrics)
+        with writing(self.path):
+            for name, value in metrics.items():
+                if name != "epoch":
+                    self._events.add_scalar(name, value, metrics["epoch"])
+            for layer, rate in firing_rates.items():
+                self._events.add_scalar(f"firing_rate/{layer}", rate, metrics["epoch"])
+            self._events.flush()
+
+    def close_events(self) -> None:
+        """Close TensorBoard's file, if it is open. Raises ResultsNotWritten."""
+        if self._events is not None:
+            # Closing raises the error of the writer's thread again.
+            with writing(self.path):
+                self._events.close()
+
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Turn an OSError of the block into InputError."""
+        """Turn an OSError in the block into InputError."""
         try:
             yield
         except OSError as error:
@@ -128,80 +174,14 @@ class RunFolder:
             ) from error
 
 
-def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> None:
-    """Raise InputError if the content of ``checkpoint`` is not the state of a run with the configuration ``now``."""
-    if "training" not in payload:
-        raise InputError(f"{checkpoint} holds a network without the state to resume from; use the run's last.pt")
-    before, after = Config.from_dict(payload["config"]).flat(), now.flat()
-    differing = [
-        f"{name} {before[name]} -> {after[name]}"
-        for name in before
-        if before[name] != after[name] and name not in FREE_WHEN_RESUMING
-    ]
-    if differing:
-        raise InputError(
-            f"cannot resume {checkpoint} with another configuration ({', '.join(differing)}): restore these values or"
-            " start a new run with another --output"
-        )
-    if "totals" not in payload["training"]:
-        raise InputError(
-            f"cannot resume {checkpoint}: it was written by gac {payload['versions']['gac']}, which can continue it"
-        )
-
-
-def check_same_data(training: Mapping[str, Any], now: Mapping[str, int], checkpoint: Path) -> None:
-    """Raise InputError if the data set is not the one that ``checkpoint``, whose state is ``training``, had so far.
-
-    data.root may change, but not what is there. ``now`` has the sizes of the data set.
-    """
-    # Checkpoints of earlier versions do not say.
-    before = training.get("data", now)
-    differing = [f"{before[name]} {name}, now {now[name]}" for name in now if before[name] != now[name]]
-    if differing:
-        raise InputError(
-            f"cannot resume {checkpoint} with other data (it had {', '.join(differing)}): restore the data set or"
-            " start a new run with another --output"
-        )
-
-
-def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
-    """Append a line and see that it is on the disk."""
-    with path.open("a") as file:
-        file.write(_line(metrics))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_metrics(path: Path, epochs: Sequence[Mapping[str, float]]) -> None:
-    """Write these lines and no others, as a run that begins or resumes has them."""
-    with atomic_write(path) as file:
-        file.write("".join(map(_line, epochs)).encode())
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics file; one without its newline, which a crash can leave, does not count."""
-    *lines, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
-
-
-def _line(metrics: Mapping[str, float]) -> str:
-    return json.dumps(dict(metrics)) + "\n"
-
-
-logger = logging.getLogger("gac")
-
-# What file systems answer that have no locks, as some NFS and Lustre mounts.
-WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-
-
 class FolderLock:
-    """Keeps other processes (not this one) out of a folder: a lock on the file run.lock in it, which says who has it.
+    """Keeps other processes (not this one) out of a folder: a lock on the file run.lock in it, which names its holder.
 
-    The system drops the lock when the process ends, however it ends, so a killed run never keeps out the next one. It
-    is a POSIX record lock, which the processes that decode images do not inherit, as they would that of flock: they
-    outlive a killed run by seconds. Closing the file anywhere in the process drops it, so nothing else may open it.
+    The system releases the lock when the process ends, however it ends, so a killed run never blocks the next one. It
+    is a POSIX record lock, because the processes that decode images would inherit that of flock, and they outlive a
+    killed run by seconds. Closing the file anywhere in the process releases it, so nothing else may open it.
 
-    The file stays. It means nothing without its lock, and were it removed, one process could lock the file that is gone
+    The file stays. It means nothing without its lock, and if it were removed, one process could lock the removed file
     and another one the file that replaced it.
     """
 
@@ -211,15 +191,15 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether this process has the lock, or has found that the file system has none."""
+        """Whether this process has the lock, or has found that the file system has no locks."""
         return self._file is not None
 
     def acquire(self) -> None:
-        """Take the lock, or go on with a warning where the file system has none.
+        """Take the lock, or go on with a warning if the file system has no locks.
 
-        Raises InputError, with who has it, if that is another process, and OSError if the file cannot be written.
+        Raises InputError, with its holder, if another process has it, and OSError if the file cannot be written.
         """
-        # Neither truncates the file, as it may be another process's, nor fails without it.
+        # This mode does not truncate the file, which may be another process's, and creates it if it does not exist.
         file = self.path.open("a+")
         try:
             self._lock(file)
@@ -227,7 +207,7 @@ class FolderLock:
             now = datetime.now().astimezone()
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %z}\n")
             file.flush()
-            # Where the folder is on several machines, the others see it only now.
+            # Other machines that share the folder see it only now.
             os.fsync(file.fileno())
         except BaseException:
             file.close()
@@ -251,7 +231,67 @@ class FolderLock:
             ) from error
 
     def close(self) -> None:
-        """Give the lock back; without one this does nothing."""
+        """Release the lock, if it is held."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> None:
+    """Raise InputError unless ``payload``, read from ``checkpoint``, is the state of a run that ``now`` configures."""
+    if "training" not in payload:
+        raise InputError(f"{checkpoint} holds a network without the state to resume from; use the run's last.pt")
+    before, after = Config.from_dict(payload["config"]).flat(), now.flat()
+    differing = [
+        f"{name} {before[name]} -> {after[name]}"
+        for name in before
+        if before[name] != after[name] and name not in FREE_WHEN_RESUMING
+    ]
+    if differing:
+        raise InputError(
+            f"cannot resume {checkpoint} with another configuration ({', '.join(differing)}): restore these values or"
+            " start a new run with another --output"
+        )
+    if "totals" not in payload["training"]:
+        raise InputError(
+            f"cannot resume {checkpoint}: it was written by gac {payload['versions']['gac']}, which can continue it"
+        )
+
+
+def check_same_data(training: Mapping[str, Any], now: Mapping[str, int], checkpoint: Path) -> None:
+    """Raise InputError if the data set has other sizes than the one that the run in ``checkpoint`` was trained on.
+
+    data.root may change, but not what it holds. ``training`` is the run's state, ``now`` the present sizes.
+    """
+    # Checkpoints of earlier versions do not hold the sizes.
+    before = training.get("data", now)
+    differing = [f"{before[name]} {name}, now {now[name]}" for name in now if before[name] != now[name]]
+    if differing:
+        raise InputError(
+            f"cannot resume {checkpoint} with other data (it had {', '.join(differing)}): restore the data set or"
+            " start a new run with another --output"
+        )
+
+
+def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """Append a line, and return once it is on the disk."""
+    with path.open("a") as file:
+        file.write(_line(metrics))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_metrics(path: Path, epochs: Sequence[Mapping[str, float]]) -> None:
+    """Write a file of these lines, as a run does when it begins or resumes."""
+    with atomic_write(path) as file:
+        file.write("".join(map(_line, epochs)).encode())
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a metrics file, without an unfinished last one, which a crash can leave."""
+    *lines, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    return json.dumps(dict(metrics)) + "\n"

@@ -19,26 +19,26 @@ class Interrupted(Exception):
 _EXHAUSTED = object()
 
 
-def _alone(*values: float) -> list[float]:
+def _unchanged(*values: float) -> list[float]:
     return list(values)
 
 
 class Interruption:
-    """While its context is open, SIGINT and SIGTERM are remembered; after either of them SIGINT kills the process.
+    """Within its context, SIGINT and SIGTERM are only noted; after either of them SIGINT kills the process.
 
-    A second SIGINT is a second Ctrl-C of somebody who does not want to wait. A second SIGTERM asks for nothing new: it
-    comes where a scheduler signals all processes of a job and a script among them passes the signal on.
+    A second SIGINT is Ctrl-C from somebody who does not want to wait. A second SIGTERM changes nothing: it arrives when
+    a scheduler signals all processes of a job and a script among them passes the signal on.
 
-    For the main thread, the only one in which Python handles signals.
+    Only for the main thread, where Python handles signals.
 
     Args:
         largest: Returns the largest of each of its arguments over the processes of the run, all of which call it.
-        second_kills: Otherwise a further SIGINT changes nothing either; torchrun may send several, and kills by itself.
+        second_kills: Whether a second SIGINT kills; torchrun may send several, and kills by itself.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, largest: Callable[..., list[float]] = _alone, second_kills: bool = True) -> None:
+    def __init__(self, largest: Callable[..., list[float]] = _unchanged, second_kills: bool = True) -> None:
         self.received: int | None = None
         self._largest = largest
         self._second_kills = second_kills
@@ -60,14 +60,14 @@ class Interruption:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches; once a signal has come to any process, raise Interrupted in all instead of going on.
+        """Yield the batches, and raise Interrupted in all processes once any of them has received a signal.
 
-        All processes call this at the same time and raise before the same batch, also where some have fewer batches.
+        All processes call this at the same time and raise before the same batch, even if some have fewer batches.
         """
         remaining = iter(batches)
         batch = None
         while True:
-            # Before the batch, not after it: whoever asks for a batch has finished with the one before.
+            # Before a batch, not after it: whoever asks for a batch has finished the previous one.
             received, more = self._largest(self.received or 0, batch is not _EXHAUSTED)
             if received:
                 raise Interrupted(int(received))

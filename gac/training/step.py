@@ -1,36 +1,38 @@
-"""One training step, as work for the device alone."""
+"""One training step, which never makes the host wait for the device."""
 
+import warnings
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gac.config import TrainConfig
 from gac.execution.device import autocast
-from gac.execution.distributed import SINGLE_PROCESS, Ranks, without_synchronization
+from gac.execution.distributed import SINGLE_PROCESS, Ranks, collective
 from gac.training.ema import MovingAverage
 from gac.training.optim import classification_loss
 from gac.training.totals import DeviceTotals
 
-# Below it the gradients overflow although they are made smaller. GradScaler's documentation calls that a sign that
-# something is wrong; from its initial 65,536, with no good step in between, it takes 17 overflows.
+# Below 1 the gradients overflow although they are scaled down. GradScaler's documentation calls that a sign that
+# something is wrong; from its initial 65,536 it takes 17 overflows without a good step in between.
 LOWEST_LOSS_SCALE = 1.0
 
 
 class TrainingStep:
-    """Forward, loss, backward and update of one batch, the average of the weights, if there is one, and the totals.
+    """Forward and backward pass and update for one batch, with the average of the weights, if any, and the totals.
 
-    A call reads no tensor's value and branches on shapes and the configuration alone, so the host never waits for
+    A call reads no tensor's value and branches only on shapes and the configuration, so the host never waits for
     the device and a CUDA graph can capture the call. What changes from step to step comes in tensors: the batch,
     and on a CUDA device the learning rate.
 
-    The batch may be one rank's part of a batch. Gradients are then those of the mean loss over all ranks' images,
-    however many of them a rank has, and the same on all ranks. A part is run in ``accumulate_steps`` micro-batches (or
-    as many as each rank has images), whose gradients add up.
+    The batch may be one rank's part of a batch. Gradients are then those of the mean loss over the images of all
+    ranks, however many each has, and the same on all ranks. A part is run in ``accumulate_steps`` micro-batches (or as
+    many as each rank has images), whose gradients add up.
 
     Attributes:
-        totals: What the steps so far add up to, on this rank's images.
-        batch_images: Images of the next call's batch on all ranks; None for those of the call, as one process has it.
+        totals: Totals of the steps so far.
+        batch_images: Images of the next batch on all ranks together; None for a single process.
     """
 
     def __init__(
@@ -46,13 +48,13 @@ class TrainingStep:
         self.network = network
         self.ranks = ranks
         self.batch_images: int | None = None
-        self._parallel = ranks.parallel(network, device)
+        self._parallel = _parallel(network, device, ranks)
         self.optimizer = optimizer
         self.scaler = scaler
         self.config = config
         self.device = device
         self.average = average
-        self.totals = DeviceTotals(device)
+        self.totals = DeviceTotals(device, ranks)
         self._one = torch.ones((), device=device)
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -67,20 +69,25 @@ class TrainingStep:
         config = self.config
         self.optimizer.zero_grad()
         batch_images = self.batch_images or len(labels)
-        # The same number on every rank, as each of them ends in the same collectives.
+        # The same number on every rank, as the last one ends in a collective.
         parts = min(config.accumulate_steps, batch_images // self.ranks.size)
         loss = correct = 0
         split = (tensor.tensor_split(parts) for tensor in (images, targets, labels))
         for part, batch in enumerate(zip(*split, strict=True)):
-            last = part == parts - 1
-            with nullcontext() if last else without_synchronization(self._parallel):
+            # Only the last micro-batch exchanges gradients with the other ranks, on the CPU through Gloo.
+            accumulating = self.ranks.size > 1 and part < parts - 1
+            through_gloo = self.ranks.size > 1 and self.device.type == "cpu"
+            with (
+                self._parallel.no_sync() if accumulating else nullcontext(),
+                collective() if through_gloo else nullcontext(),
+            ):
                 part_loss, part_correct = self._backward(*batch, batch_images)
             loss = loss + part_loss * (len(batch[0]) / len(labels))
             correct = correct + part_correct
         bad_gradient = self._bad_gradient()
         if config.gradient_clip_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            # The norm of an overflow makes NaNs of some gradients: the scaler has seen it and skips the update.
+            # Clipping makes gradients NaN after an overflow; the scaler has seen it and skips the update.
             nn.utils.clip_grad_norm_(self._parameters, config.gradient_clip_norm)
         scale = self._loss_scale()
         self.scaler.step(self.optimizer)
@@ -99,12 +106,12 @@ class TrainingStep:
         )
 
     def _backward(self, images: Tensor, targets: Tensor, labels: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
-        """Add a micro-batch's part to the gradients; return its mean loss and how many are classified rightly."""
+        """Add the gradients of a micro-batch; return its mean loss and the number of images classified correctly."""
         config = self.config
         with autocast(self.device, config.amp):
             logits = self._parallel(images)  # [T, B, K]
             loss = classification_loss(logits.float(), targets, config.loss, config.label_smoothing)
-        # The ranks' gradients are averaged, whatever number of images they come from.
+        # DDP averages the gradients of the ranks without regard to the number of images of each.
         weight = self.ranks.size * len(labels) / batch_images
         self.scaler.scale(loss * weight).backward()
         return loss.detach(), (logits.detach().mean(0).argmax(-1) == labels).sum()
@@ -120,3 +127,19 @@ class TrainingStep:
     def _loss_scale(self) -> Tensor:
         # GradScaler.get_scale would wait for the device. Without scaling this is 1.
         return self.scaler.scale(self._one)
+
+
+def _parallel(network: nn.Module, device: torch.device, ranks: Ranks) -> nn.Module:
+    """Wrap ``network`` in DDP if there are several ranks."""
+    if ranks.size == 1:
+        return network
+    with warnings.catch_warnings(), collective():
+        # Older versions of PyTorch do not know the new name of broadcast_buffers.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            # Training does not read the buffers; Ranks.broadcast_buffers copies them before anything does.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )

@@ -1,6 +1,7 @@
-"""What the training steps of an epoch add up to, counted on the device, and whether it is still finite."""
+"""Loss and accuracy summed over the steps of an epoch, on the device, and whether all of it is finite."""
 
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gac.config import TrainConfig
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
 from gac.training.optim import learning_rate_at
 
 
 class Totals(NamedTuple):
-    """Sums over the steps of an epoch and the first step of the run at which something was not finite.
+    """Sums over the steps of an epoch, and the first steps of the run at which something was not finite.
 
-    Steps are numbered from 1 over the whole run. All of them are exact in float64, counts too.
+    Steps are numbered from 1 over the whole run. Counts and step numbers are exact in float64.
     """
 
     step: float = 0.0
@@ -24,15 +26,15 @@ class Totals(NamedTuple):
     loss: float = 0.0
     """Sum of the losses of those images."""
     correct: float = 0.0
-    """Those classified rightly, by the labels they had before CutMix."""
+    """Images classified correctly, by the labels they had before CutMix."""
     skipped: float = 0.0
-    """Steps of the epoch that loss scaling skipped, as their gradients overflowed."""
+    """Steps of the epoch that loss scaling skipped because their gradients overflowed."""
     bad_loss: float = math.inf
-    """First step whose loss was not finite; infinity for none."""
+    """First step whose loss was not finite; infinity if there is none."""
     bad_gradient: float = math.inf
-    """First step with a gradient that was not finite, without loss scaling."""
+    """First step with a gradient that was not finite; counted only without loss scaling."""
     bad_scale: float = math.inf
-    """First step that brought the loss scale below 1."""
+    """First step that took the loss scale below 1."""
 
     @property
     def healthy(self) -> bool:
@@ -41,7 +43,7 @@ class Totals(NamedTuple):
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of an image."""
+        """The mean loss per image."""
         return self.loss / self.images
 
     @property
@@ -51,7 +53,7 @@ class Totals(NamedTuple):
 
 
 def over_ranks(totals: Sequence[Totals]) -> Totals:
-    """Return the totals of a run from those of its ranks, which have done the same steps on different images."""
+    """Return the totals of a run from those of its ranks, which did the same steps on different images."""
     return Totals(
         step=totals[0].step,
         images=sum(each.images for each in totals),
@@ -65,9 +67,13 @@ def over_ranks(totals: Sequence[Totals]) -> Totals:
 
 
 class DeviceTotals:
-    """:class:`Totals` in one float64 tensor on a device, updated in place and never read by the update."""
+    """:class:`Totals` in one float64 tensor on a device, updated in place without reading it on the host.
 
-    def __init__(self, device: torch.device) -> None:
+    Each rank counts its own images. A checkpoint holds the totals over all ranks, which rank 0 goes on with.
+    """
+
+    def __init__(self, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
+        self.ranks = ranks
         self.tensor = torch.tensor(Totals(), dtype=torch.float64, device=device)
         self._views = Totals(*self.tensor.unbind())
 
@@ -79,9 +85,9 @@ class DeviceTotals:
         Args:
             images: Images of its batch.
             loss: Their mean loss, a scalar.
-            correct: How many of them were classified rightly.
+            correct: How many of them were classified correctly.
             skipped: Whether loss scaling skipped the update.
-            bad_gradient: Whether a gradient that was not scaled is not finite.
+            bad_gradient: Whether a gradient is not finite, without loss scaling.
             bad_scale: Whether the loss scale is below 1.
         """
         totals = self._views
@@ -98,32 +104,50 @@ class DeviceTotals:
             first.copy_(torch.where(bad, torch.minimum(first, totals.step), first))
 
     def begin_epoch(self) -> None:
-        """Set the sums over an epoch to zero; the numbers of steps stay."""
+        """Set the sums over the epoch to zero; step numbers stay."""
         for total in (self._views.images, self._views.loss, self._views.correct, self._views.skipped):
             total.zero_()
 
-    def load(self, totals: Totals) -> None:
-        """Continue from these totals."""
-        self.tensor.copy_(torch.tensor(totals, dtype=torch.float64))
-
     def read(self) -> Totals:
-        """Return the totals; waits for the device."""
+        """Return the totals of this rank; waits for the device."""
         return Totals(*self.tensor.tolist())
+
+    def over_ranks(self) -> Totals:
+        """Return the totals over all ranks, each of which must call this; waits for the device."""
+        return over_ranks(self.ranks.gather(self.read()))
+
+    def state_dict(self) -> Tensor:
+        """Return the totals over all ranks, each of which must call this, as a tensor on the CPU."""
+        return torch.tensor(self.over_ranks(), dtype=torch.float64)
+
+    def load_state_dict(self, state: Tensor) -> None:
+        """Continue from what :meth:`state_dict` returned, possibly on another number of ranks."""
+        totals = Totals(*state.tolist())
+        if not self.ranks.is_main:
+            totals = totals._replace(images=0.0, loss=0.0, correct=0.0)
+        self.tensor.copy_(torch.tensor(totals, dtype=torch.float64))
 
 
 class Readback:
-    """A small tensor on a device, read now and then without waiting for it."""
+    """A small tensor on a device, read once in ``SECONDS`` at most and without waiting for the device."""
+
+    SECONDS = 1.0
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._on_host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         self._copied: torch.cuda.Event | None = None
+        self._polled = time.perf_counter()
 
     def poll(self) -> list[float] | None:
-        """Return the values of the copy begun by the poll before, or None if it has not arrived, and begin another.
+        """Return the values copied since the last poll and begin another copy; None if it is too early for them.
 
-        On the CPU there is nothing to wait for and the values are those of now.
+        On the CPU the values are the current ones.
         """
+        now = time.perf_counter()
+        if now - self._polled < self.SECONDS:
+            return None
+        self._polled = now
         if not self.tensor.is_cuda:
             return self.tensor.tolist()
         values = None
@@ -138,14 +162,14 @@ class Readback:
 
 
 class TrainingDiverged(ArithmeticError):
-    """The loss, a gradient or a weight is no longer finite; the message is one line."""
+    """The loss, a gradient or a weight is not finite any more; the message is one line."""
 
 
 def check_totals(totals: Totals, config: TrainConfig, batches: int) -> None:
-    """Raise TrainingDiverged, with the step and its learning rate, if a step so far was not finite.
+    """Raise TrainingDiverged, with the step and its learning rate, if something was not finite at a step so far.
 
-    A loss or a gradient that is not finite ends a run. Under fp16 the steps whose scaled gradients overflow are
-    skipped, and what ends the run is a loss scale below 1.
+    A loss or a gradient that is not finite ends the run. With fp16, steps whose scaled gradients overflow are skipped,
+    and the run ends when the loss scale falls below 1.
 
     Args:
         totals: The totals so far.
@@ -163,7 +187,7 @@ def check_totals(totals: Totals, config: TrainConfig, batches: int) -> None:
 
 
 def check_weights(network: nn.Module, step: int, config: TrainConfig, batches: int) -> None:
-    """Raise TrainingDiverged if a weight or a statistic of ``network`` is not finite after ``step``; waits for it."""
+    """Raise TrainingDiverged if a weight or statistic is not finite after ``step``; waits for the device."""
     tensors = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise TrainingDiverged(_message("a weight is not finite", step, config, batches))

@@ -40,7 +40,7 @@ def rates_of(firing: FiringRates, *values: float) -> dict[str, float]:
 
 
 def test_rates_are_the_share_of_neurons_and_steps_that_spike() -> None:
-    # 2 spikes at both steps, 0.9 at the second alone (0.9, then 0.45 + 0.9), 0 never.
+    # 2 spikes at both steps, 0.9 only at the second (0.9, then 0.45 + 0.9), 0 never.
     assert rates_of(FiringRates(Constant()), 2.0, 0.9, 0.0) == {"first": 0.5, "second": 0.5}
     assert rates_of(FiringRates(Constant()), 2.0, 0.0) == {"first": 0.5, "second": 0.5}
 

@@ -1,7 +1,7 @@
-"""What test_distributed.py starts with torchrun: training runs and checks on every rank, whose results it saves.
+"""The program that test_distributed.py starts with torchrun: it trains and checks on every rank and saves the results.
 
 Usage: several_ranks.py FOLDER [KERNELS]. FOLDER gets rank0.pt, rank1.pt and the run folders; KERNELS has the kernels
-compiled for the CPU. One program for many tests, as importing everything in every process takes longer than all of it.
+compiled for the CPU. It is one program for many tests, as importing everything takes longer than all of them.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu.launcher import KernelsOnCpu
+from run_results import stop_at
 from torch import Tensor
 
 from gac.checkpoint import read_checkpoint
@@ -37,7 +38,7 @@ from gac.training.optim import make_optimizer, parameter_groups
 from gac.training.run_folder import RunFolder
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
-from gac.training.totals import Totals, TrainingDiverged
+from gac.training.totals import Readback, Totals, TrainingDiverged
 
 # 43 images leave a batch of 3 at the end, and 10 test images one of 1: an uneven and an empty part.
 SYNCHRONIZED = Config(
@@ -144,7 +145,7 @@ def frames(shape: tuple[int, ...]) -> Tensor:
 
 
 def normalized(norm: BatchNorm2d, x: Tensor, repeats: int, images: slice) -> list[Tensor]:
-    """Return what a BatchNorm makes of some images, and the gradients of all ranks' sum of it with random weights."""
+    """Return a BatchNorm's output for some images, the gradients of its weighted sum over all ranks, and statistics."""
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     mine = x.unflatten(0, (-1, 8))[:, images].flatten(0, 1).requires_grad_()
     y = norm(mine, repeats)
@@ -208,10 +209,25 @@ def fused_step(folder: Path, images: slice, synchronized: bool) -> tuple[Tensor,
     return logits.detach(), [parameter.grad for parameter in network.parameters()], list(network.buffers())
 
 
-def message_of(config: Config, folder: Path, ranks: Ranks, resume: str | None = None) -> object:
-    """Return how training ends: a message, an exit status or an interruption's; None for the regular end."""
+def nothing(trainer: Trainer) -> None:
+    """Do nothing after a step."""
+
+
+def twice(action: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+    """Return an ``after_step`` that does something twice, as torchrun may send a signal twice."""
+    return lambda trainer: (action(trainer), action(trainer))
+
+
+def message_of(
+    config: Config,
+    folder: Path,
+    ranks: Ranks,
+    resume: str | None = None,
+    after_step: Callable[[Trainer], None] = nothing,
+) -> object:
+    """Return how training ends: a message, an exit status or that of an interruption; None for the regular end."""
     try:
-        train(config, folder, resume, ranks=ranks)
+        train(config, folder, resume, ranks=ranks, after_step=after_step)
     except (InputError, TrainingDiverged) as error:
         return str(error)
     except SystemExit as error:
@@ -219,19 +235,6 @@ def message_of(config: Config, folder: Path, ranks: Ranks, resume: str | None = 
     except Interrupted as interrupted:
         return interrupted.exit_status
     return None
-
-
-def stop_after(step: int, number: int, rank: int) -> None:
-    """Let a rank send itself a signal after a step."""
-    train_step = Trainer._train_step
-
-    def step_and_signal(trainer: Trainer, *batch: Tensor) -> None:
-        train_step(trainer, *batch)
-        if trainer.position.step == step and trainer.ranks.rank == rank:
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # as torchrun may
-
-    Trainer._train_step = step_and_signal
 
 
 @contextmanager
@@ -249,51 +252,39 @@ def stop_in_evaluation(number: int, rank: int) -> Iterator[None]:
         yield
 
 
-def break_loss_of_rank_1() -> None:
-    """Let rank 1's outputs be infinite in the second step, and the totals be looked at after every step."""
-    train_step = Trainer._train_step
-
-    def step_with_infinities(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
-        broken = trainer.position.step == 1 and trainer.ranks.rank == 1
-        hook = trainer.network.register_forward_hook(lambda *call: call[-1] * (torch.inf if broken else 1))
-        train_step(trainer, images, labels)
-        hook.remove()
-
-    Trainer._train_step = step_with_infinities
-    engine.EpochProgress.POLL_SECONDS = 0.0
+def make_outputs_infinite(trainer: Trainer) -> None:
+    """Let the outputs of the network be infinite after the first step of the run."""
+    if trainer.position.step == 1:
+        trainer.network.register_forward_hook(lambda *call: call[-1] * torch.inf)
 
 
 def steps_saved(folder: Path, ranks: Ranks) -> list[int]:
-    """Return the steps after which a run saves whose rank 0 finds that minutes have passed at its second and fifth."""
-    saved = []
-    save = Trainer._save
+    """Return the steps after which a run saves if a checkpoint is due after other steps on rank 0 than on rank 1."""
+    steps, saved = [], []
 
-    def record(trainer: Trainer) -> None:
-        saved.append(trainer.position.step)
-        save(trainer)
-
-    def due(cadence: checkpoints.CheckpointInterval, step: int) -> bool:
+    def due(interval: checkpoints.CheckpointInterval, step: int) -> bool:
         return step in (2, 5) if ranks.is_main else step == 4
 
-    kept = Trainer._save, checkpoints.CheckpointInterval.due
-    Trainer._save, checkpoints.CheckpointInterval.due = record, due
-    train(PLAIN, folder, ranks=ranks)
-    Trainer._save, checkpoints.CheckpointInterval.due = kept
+    def restart(interval: checkpoints.CheckpointInterval) -> None:
+        saved.extend(steps[-1:])
+
+    with mock.patch.multiple(checkpoints.CheckpointInterval, due=due, restart=restart):
+        train(PLAIN, folder, ranks=ranks, after_step=lambda trainer: steps.append(trainer.position.step))
     return saved
 
 
-def noise_and_coins(folder: Path, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return what rate coding would draw next, and the state of the generator that coins are tossed with."""
+def noise_and_generator(folder: Path, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return what rate coding would draw next, and the state of the generator that CutMix draws from."""
     with Interruption(ranks.largest) as interruption:
         trainer = Trainer(RATE, RunFolder(folder), None, interruption, ranks=ranks)
         trainer.run()
-    with trainer._own_noise():
+    with trainer.own_noise():
         noise = torch.rand(4)
     return noise, torch.get_rng_state()
 
 
 def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
-    """Do everything; return what is not in files."""
+    """Run everything; return the results that are not in files."""
     torch.set_num_threads(1)
     results: dict[str, object] = {"batch_norm": batch_norms(ranks)}
     if kernels is not None:
@@ -307,30 +298,27 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
         config = folder_config(folder / f"broken {split}")
         results[f"broken {split}"] = message_of(config, folder / f"run of broken {split}", ranks)
     train(SYNCHRONIZED, folder / "one_then_two", "auto", ranks=ranks)
-    results["noise"], results["coins"] = noise_and_coins(folder / "rate", ranks)
+    results["noise"], results["generator"] = noise_and_generator(folder / "rate", ranks)
 
     data = build_data(SYNCHRONIZED.data, device="cpu", batch_size=16, eval_batch_size=3, seed=1, shard=ranks.shard)
     best = folder / "synchronized" / "best.pt"
     results["report"] = evaluate_checkpoint(best, read_checkpoint(best), SYNCHRONIZED, ranks=ranks)
     results["parts"] = [list(data.train.epoch(3)), list(data.test.epoch(0))]
 
-    train_step = Trainer._train_step
-    stop_after(BATCHES + 1, signal.SIGTERM, rank=1)
-    results["sigterm"] = message_of(PLAIN, folder / "interrupted", ranks)
-    Trainer._train_step = train_step
+    stop = nothing if ranks.is_main else twice(stop_at(BATCHES + 1))
+    results["sigterm"] = message_of(PLAIN, folder / "interrupted", ranks, after_step=stop)
     train(PLAIN, folder / "interrupted", "auto", ranks=ranks)
     with stop_in_evaluation(signal.SIGTERM, rank=1):
         results["in evaluation"] = message_of(PLAIN, folder / "in evaluation", ranks)
     results["stopped in evaluation at"] = read_checkpoint(folder / "in evaluation" / "last.pt")["training"]["position"]
     train(PLAIN, folder / "in evaluation", "auto", ranks=ranks)
-    stop_after(BATCHES + 2, signal.SIGINT, rank=0)
-    results["sigint"] = message_of(SYNCHRONIZED, folder / "two_then_one", ranks)
-    Trainer._train_step = train_step
+    stop = twice(stop_at(BATCHES + 2, signal.SIGINT)) if ranks.is_main else nothing
+    results["sigint"] = message_of(SYNCHRONIZED, folder / "two_then_one", ranks, after_step=stop)
 
-    results["saved"] = steps_saved(folder / "cadence", ranks)
-    break_loss_of_rank_1()
-    results["diverged"] = message_of(PLAIN, folder / "diverged", ranks)
-    Trainer._train_step = train_step
+    results["saved"] = steps_saved(folder / "interval", ranks)
+    with mock.patch.object(Readback, "SECONDS", 0.0):
+        diverge = nothing if ranks.is_main else make_outputs_infinite
+        results["diverged"] = message_of(PLAIN, folder / "diverged", ranks, after_step=diverge)
 
     small = replace(PLAIN, data=replace(PLAIN.data, synthetic_images=17))
     refused = {

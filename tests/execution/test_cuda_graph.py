@@ -1,9 +1,6 @@
 """Replayed calls, on the CPU with a recording in the graph's place, and on a GPU with CUDA graphs."""
 
 import multiprocessing
-import os
-import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recorded_graph import CaptureByRecording
-from run_results import assert_same, result_of
+from run_results import assert_same, result_of, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -21,19 +18,12 @@ from gac.errors import InputError
 from gac.evaluation.firing import FiringRates
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed, check_capturable, select_capture
 from gac.training import engine, optim
-from gac.training.engine import Trainer, train
+from gac.training.engine import train
 from gac.training.signals import Interrupted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sharing out work as small as this takes longer than doing it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_replays_begin_after_the_warm_up_and_see_new_values() -> None:
@@ -154,7 +144,7 @@ EVERYTHING = replace(
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> CaptureByRecording:
-    """What captures in runs with train.cuda_graph; all runs have the GPU's optimiser."""
+    """Capture by recording in runs with train.cuda_graph; all runs use the optimiser of the GPU."""
 
     def on_device(make: Any) -> Any:
         def made(*arguments: Any) -> torch.optim.SGD | None:
@@ -203,23 +193,12 @@ def test_a_replayed_run_is_the_run(capture: CaptureByRecording, tmp_path: Path) 
     assert all(0 < rate < 1 for values in rates.values() for rate in values[1:])
 
 
-def test_a_replayed_run_that_was_stopped_ends_as_the_run(
-    capture: CaptureByRecording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replayed_run_that_was_stopped_ends_as_the_run(capture: CaptureByRecording, tmp_path: Path) -> None:
     config = replace(RUN, train=EVERYTHING)
     train(config, tmp_path / "plain")
-    train_step = Trainer._train_step
-
-    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
-        if trainer.position.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     replays = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", step_and_signal)
-        with pytest.raises(Interrupted):
-            train(replaying(config), tmp_path / "replayed")
+    with pytest.raises(Interrupted):
+        train(replaying(config), tmp_path / "replayed", after_step=stop_at(7))
     replays.append(capture.replays)
     train(replaying(config), tmp_path / "replayed", resume="auto")
     replays.append(capture.replays)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import yaml
 from execution import several_ranks
 from execution.several_ranks import ACCUMULATING, BATCHES, PLAIN, RESTARTED, SYNCHRONIZED, folder_config
 from image_tree import CLASSES, write_split
-from run_results import assert_same, result_of, without_times
+from run_results import assert_same, result_of, stop_at, without_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gac.checkpoint import read_checkpoint
@@ -33,21 +32,22 @@ from gac.errors import InputError
 from gac.evaluation.report import evaluate_checkpoint
 from gac.execution import distributed
 from gac.execution.device import select_device
-from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
-from gac.training.engine import Trainer, train
+from gac.execution.distributed import (
+    SINGLE_PROCESS,
+    LostConnection,
+    Ranks,
+    collective,
+    is_lost_connection,
+    process_group,
+)
+from gac.training.engine import train
 from gac.training.run_folder import read_metrics
 from gac.training.signals import Interrupted
 from gac.training.totals import over_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def torchrun(*arguments: str, max_restarts: int = 0) -> list[str]:
@@ -65,21 +65,6 @@ def write_npz(path: Path, images: int) -> None:
     np.savez(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
 
 
-def interrupt_single_process(config: Config, folder: Path, step: int) -> None:
-    """Train in this process until a step."""
-    train_step = Trainer._train_step
-
-    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
-        if trainer.position.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", step_and_signal)
-        with pytest.raises(Interrupted):
-            train(config, folder)
-
-
 @pytest.fixture(scope="module")
 def fused(request: pytest.FixtureRequest) -> tuple[Path, tuple[torch.Tensor, list, list]] | None:
     """The folder of the compiled kernels, and a fused step of one process; None without a compiler."""
@@ -91,7 +76,7 @@ def fused(request: pytest.FixtureRequest) -> tuple[Path, tuple[torch.Tensor, lis
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory, fused) -> tuple[Path, list[dict[str, Any]]]:
-    """What several_ranks.py left: its folder, and the results of both ranks."""
+    """The folder that several_ranks.py wrote to, and the results of both ranks."""
     folder = tmp_path_factory.mktemp("two")
     write_split(folder / "images" / "train", images=100, damaged=("truncated.JPEG",))
     write_split(folder / "images" / "val", images=100, damaged=("zero_bytes.JPEG",))
@@ -103,7 +88,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory, fused) -> tuple[Path, lis
         (broken / other).symlink_to(folder / "images" / other)
     for rank, images in enumerate((16, 8)):
         write_npz(folder / f"of_rank_{rank}.npz", images)
-    interrupt_single_process(SYNCHRONIZED, folder / "one_then_two", BATCHES + 1)
+    with pytest.raises(Interrupted):
+        train(SYNCHRONIZED, folder / "one_then_two", after_step=stop_at(BATCHES + 1))
     command = torchrun(several_ranks.__file__, str(folder), *([] if fused is None else [str(fused[0])]))
     process = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
@@ -112,7 +98,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory, fused) -> tuple[Path, lis
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that two with synchronised BatchNorm must equal."""
+    """The run of one process that a run of two with synchronised BatchNorm must equal."""
     folder = tmp_path_factory.mktemp("one") / "synchronized"
     train(SYNCHRONIZED, folder)
     # The outputs must depend on the images, or the comparisons say nothing.
@@ -155,7 +141,7 @@ def test_two_processes_with_synchronised_batch_norm_are_one(launched, single: Pa
 
 
 def test_without_synchronisation_each_rank_is_a_micro_batch(launched, tmp_path: Path) -> None:
-    # Both take BatchNorm's statistics over the same halves. The running ones are those of rank 0's halves alone.
+    # Both take BatchNorm's statistics over the same halves. The running ones are only those of rank 0's halves.
     train(replace(PLAIN, train=replace(PLAIN.train, accumulate_steps=2)), tmp_path)
     found, expected = (read_checkpoint(folder / "last.pt") for folder in (launched[0] / "plain", tmp_path))
     assert_close(found["model"], expected["model"], but="running|tracked")
@@ -185,7 +171,7 @@ def test_steps_of_two_processes_are_those_of_one(launched, case: str) -> None:
         expected = several_ranks.exact_steps(config, order=lambda images: micro_batches(images, steps))
         but = "$^"
     else:
-        # Each rank's part is a micro-batch. The running statistics are those of rank 0's images alone.
+        # Each rank's part is a micro-batch. The running statistics are only those of rank 0's images.
         apart = replace(config, train=replace(config.train, accumulate_steps=2 * steps))
         expected = several_ranks.exact_steps(apart)
         but = "running|tracked"
@@ -289,9 +275,9 @@ def test_each_rank_below_the_limit_and_all_above_it_end_the_run(launched, split:
     assert not list((folder / f"run of broken {split}").glob("*.pt"))
 
 
-def test_coins_are_equal_and_noise_is_not(launched) -> None:
+def test_ranks_mix_alike_and_their_noise_differs(launched) -> None:
     first, second = launched[1]
-    assert torch.equal(first["coins"], second["coins"])
+    assert torch.equal(first["generator"], second["generator"])
     assert not torch.equal(first["noise"], second["noise"])
 
 
@@ -346,7 +332,7 @@ def test_divergence_on_one_rank_ends_all_at_the_same_step(launched) -> None:
         ("on rank 1", r"rank 1: there is no folder$"),
     ],
 )
-def test_what_cannot_be_is_said_once(launched, case: str, message: str) -> None:
+def test_bad_input_is_reported_once(launched, case: str, message: str) -> None:
     folder, (first, second) = launched
     assert re.match(message, first[f"refused {case}"])
     assert "\n" not in first[f"refused {case}"]
@@ -389,7 +375,7 @@ class Run:
             time.sleep(0.02)
 
     def rank(self, number: int) -> int:
-        """Return the process that is a rank."""
+        """Return the process id of a rank."""
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (path / "environ").read_bytes()
@@ -438,6 +424,24 @@ def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> No
 
 
 # --- Without torchrun
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("Connection closed by peer"), LostConnection),
+        (torch.distributed.DistBackendError("NCCL"), torch.distributed.DistBackendError),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError),
+        (ValueError("shapes"), ValueError),
+    ],
+)
+def test_what_a_collective_raises(raised: Exception, expected: type[Exception]) -> None:
+    with pytest.raises(expected) as error, collective():
+        raise raised
+    assert type(error.value) is expected
+    assert str(error.value) == str(raised)
+    lost = expected in (LostConnection, torch.distributed.DistBackendError)
+    assert is_lost_connection(error.value) == lost
 
 
 def test_after_an_error_the_group_is_left_to_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

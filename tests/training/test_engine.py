@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from image_tree import write_split
-from run_results import TIMES, assert_same, result_of
+from run_results import TIMES, assert_same, result_of, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -21,6 +21,8 @@ from gac.checkpoint import load_checkpoint, read_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
 from gac.execution.cuda_graph import CaptureOnDevice
+from gac.models import create_model
+from gac.models.ms_resnet import MSResNet
 from gac.training import checkpoints, engine, step
 from gac.training.checkpoints import Checkpoints
 from gac.training.engine import Trainer, train
@@ -28,7 +30,9 @@ from gac.training.mixing import Mixing
 from gac.training.optim import make_optimizer
 from gac.training.run_folder import RunFolder, read_metrics
 from gac.training.signals import Interrupted, Interruption
-from gac.training.totals import TrainingDiverged
+from gac.training.totals import Readback, TrainingDiverged
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = Config(
     data=DataConfig(name="synthetic", image_size=8, synthetic_images=40, synthetic_classes=3, crop_padding=1),
@@ -55,15 +59,6 @@ EVERYTHING = replace(
         checkpoint_activations=True,
     ),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sharing out work as small as this takes longer than doing it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -139,21 +134,12 @@ def test_the_seed_decides_the_run(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop_after", [1, BATCHES, BATCHES + 2], ids=["first epoch", "epoch's end", "second epoch"])
 @pytest.mark.parametrize("config", [TINY, RANDOM, EVERYTHING], ids=["tiny", "random", "everything"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
-    config: Config, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, stop_after: int, tmp_path: Path
 ) -> None:
     config = replace(config, train=replace(config.train, epochs=2))
     train(config, tmp_path / "whole")
-    train_step = Trainer._train_step
-
-    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
-        if trainer.position.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", step_and_signal)
-        with pytest.raises(Interrupted):
-            train(config, tmp_path / "parts")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "parts", after_step=stop_at(stop_after))
     assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_after
     # What runs the neurons may change when a run resumes.
     train(replace(config, model=replace(config.model, backend="torch")), tmp_path / "parts", resume="auto")
@@ -172,7 +158,7 @@ def test_an_evaluation_cut_short_is_done_again(
     # Small batches, so that some are evaluated before the signal counts.
     config = replace(RANDOM, train=replace(RANDOM.train, epochs=2, eval_batch_size=2, **options))
     train(config, tmp_path / "whole")
-    forward = engine.create_model("gac_msresnet18_cifar", 3).__class__.forward
+    forward = MSResNet.forward
     evaluated = []
 
     def forward_and_signal(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -183,7 +169,7 @@ def test_an_evaluation_cut_short_is_done_again(
         return forward(network, images)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gac.models.ms_resnet.MSResNet.forward", forward_and_signal)
+        patch.setattr(MSResNet, "forward", forward_and_signal)
         with pytest.raises(Interrupted):
             train(config, tmp_path / "parts")
     assert len(evaluated) == stop_at
@@ -197,16 +183,16 @@ def test_resuming_after_a_crash_repeats_no_epoch(finished: Path, tmp_path: Path)
     folder = tmp_path / "crashed"
     # A crash between metrics.jsonl and last.pt of epoch 3: the file is an epoch ahead of the checkpoint.
     written = []
-    save = Trainer._save
+    write = Checkpoints.write
 
-    def crash_at_the_third(trainer: Trainer) -> None:
-        written.append(trainer.position.epoch)
+    def crash_at_the_third(*arguments: Any) -> None:
+        written.append(arguments)
         if len(written) == 3:
             raise KeyboardInterrupt
-        save(trainer)
+        write(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_save", crash_at_the_third)
+        patch.setattr(Checkpoints, "write", crash_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, folder)
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
@@ -231,20 +217,11 @@ def test_auto_in_a_fresh_folder_says_that_it_starts_afresh(tmp_path: Path, caplo
     assert "starting afresh" in caplog.text
 
 
-def test_a_run_can_continue_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_can_continue_in_another_folder(tmp_path: Path) -> None:
     config = replace(TINY, train=replace(TINY.train, epochs=2))
     train(config, tmp_path / "whole")
-    train_step = Trainer._train_step
-
-    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
-        if trainer.position.step == BATCHES + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", step_and_signal)
-        with pytest.raises(Interrupted):
-            train(config, tmp_path / "first")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "first", after_step=stop_at(BATCHES + 1))
     train(config, tmp_path / "second", resume=str(tmp_path / "first" / "last.pt"))
     second, whole = result_of(tmp_path / "second"), result_of(tmp_path / "whole")
     assert_same(second[0]["model"], whole[0]["model"])
@@ -263,20 +240,26 @@ def test_another_run_is_not_resumed(finished: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def break_at(step: int, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a weight, or its gradient, become something that is not finite at one step (from 1)."""
-    train_step = Trainer._train_step
+def break_weight(trainer: Trainer) -> None:
+    *_, weight = trainer.network.parameters()
+    weight.data.view(-1)[0] = math.nan
 
-    def step_and_break(trainer: Trainer, *batch: torch.Tensor) -> None:
-        *_, weight = trainer.network.parameters()
-        now = trainer.position.step + 1 == step
-        hook = weight.register_hook(lambda gradient: gradient * (math.inf if now and broken == "gradient" else 1))
-        train_step(trainer, *batch)
-        hook.remove()
-        if now and broken == "weight":
-            weight.data.view(-1)[0] = math.nan
 
-    monkeypatch.setattr(Trainer, "_train_step", step_and_break)
+def break_gradients(trainer: Trainer) -> None:
+    *_, weight = trainer.network.parameters()
+    weight.register_hook(lambda gradient: gradient * math.inf)
+
+
+def break_at(step: int, broken: str) -> Callable[[Trainer], None]:
+    """Return an ``after_step`` that makes a weight, or its gradient from a step (from 2) on, not finite."""
+
+    def break_it(trainer: Trainer) -> None:
+        if broken == "weight" and trainer.position.step == step:
+            break_weight(trainer)
+        if broken == "gradient" and trainer.position.step == step - 1:
+            break_gradients(trainer)
+
+    return break_it
 
 
 @pytest.mark.parametrize(
@@ -286,16 +269,16 @@ def break_at(step: int, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (0, "weight", 4, "the loss is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
         (0, "weight", 6, "a weight is not finite at step 6 (epoch 2, batch 3 of 3, learning rate 0.0375): lower"),
         (0, "gradient", 5, "a gradient is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
-        # Before it is saved it is found at once.
+        # The check before a checkpoint finds it in the same step.
         (1, "weight", 5, "a weight is not finite at step 5 (epoch 2, batch 2 of 3, learning rate 0.0375): lower"),
     ],
 )
 def test_divergence_names_the_step_and_spares_the_checkpoints(
-    checkpoint_steps: int, broken: str, step: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint_steps: int, broken: str, step: int, message: str, tmp_path: Path
 ) -> None:
-    break_at(step, broken, monkeypatch)
+    config = replace(TINY, train=replace(TINY.train, checkpoint_steps=checkpoint_steps))
     with pytest.raises(TrainingDiverged) as error:
-        train(replace(TINY, train=replace(TINY.train, checkpoint_steps=checkpoint_steps)), tmp_path)
+        train(config, tmp_path, after_step=break_at(step, broken))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     for path in tmp_path.glob("*.pt"):
@@ -304,10 +287,10 @@ def test_divergence_names_the_step_and_spares_the_checkpoints(
 
 
 def test_divergence_stops_the_run_within_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_at(1, "gradient", monkeypatch)
-    monkeypatch.setattr(engine.EpochProgress, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(Readback, "SECONDS", 0.0)
     with Interruption() as interruption:
         trainer = Trainer(TINY, RunFolder(tmp_path), None, interruption)
+        break_gradients(trainer)
         with pytest.raises(TrainingDiverged, match="at step 1 "):
             trainer.run()
     assert trainer.position.step == 1
@@ -319,24 +302,18 @@ def test_a_learning_rate_out_of_reach_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_an_interruption_never_saves_weights_that_are_not_finite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_at(1, "weight", monkeypatch)
-    train_step = Trainer._train_step
-
-    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
+def test_an_interruption_never_saves_weights_that_are_not_finite(tmp_path: Path) -> None:
+    def break_and_signal(trainer: Trainer) -> None:
+        break_weight(trainer)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_train_step", step_and_signal)
     with pytest.raises(TrainingDiverged, match="a weight is not finite at step 1 "):
-        train(TINY, tmp_path)
+        train(TINY, tmp_path, after_step=break_and_signal)
     assert not list(tmp_path.glob("last*"))
 
 
 @pytest.mark.parametrize(
-    ("cadence", "steps"),
+    ("interval", "steps"),
     [
         ({"checkpoint_minutes": 0}, [3, 6, 9]),
         ({"checkpoint_minutes": 0, "checkpoint_steps": 2}, [2, 3, 4, 6, 6, 8, 9]),
@@ -346,7 +323,7 @@ def test_an_interruption_never_saves_weights_that_are_not_finite(
     ids=["epochs", "steps", "minutes", "default"],
 )
 def test_checkpoints_are_written_when_they_are_due(
-    cadence: dict[str, float], steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interval: dict[str, float], steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
     write = Checkpoints.write
@@ -355,17 +332,14 @@ def test_checkpoints_are_written_when_they_are_due(
         written.append(payload["step"])
         write(kept, payload, keep)
 
-    train_step = Trainer._train_step
-
-    def step_for_a_minute(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
+    def wait_a_minute(trainer: Trainer) -> None:
         clock.monotonic.return_value += 60
 
     clock = Mock(monotonic=Mock(return_value=0.0))
     monkeypatch.setattr(checkpoints, "time", clock)
-    monkeypatch.setattr(Trainer, "_train_step", step_for_a_minute)
     monkeypatch.setattr(Checkpoints, "write", record)
-    train(replace(TINY, train=replace(TINY.train, keep_checkpoints=3, **cadence)), tmp_path)
+    config = replace(TINY, train=replace(TINY.train, keep_checkpoints=3, **interval))
+    train(config, tmp_path, after_step=wait_a_minute)
     assert written == steps
     kept = [read_checkpoint(tmp_path / name)["step"] for name in ("last.pt", "last-1.pt", "last-2.pt")]
     assert kept == steps[:-4:-1]
@@ -379,11 +353,11 @@ def test_a_training_step_reads_nothing(tmp_path: Path) -> None:
     # Fake tensors have no values: reading one raises. What the host makes itself, such as a constant, it may read.
     with FakeTensorMode():
         images, labels = torch.zeros(16, 3, 8, 8), torch.zeros(16, dtype=torch.int64)
-        network = engine.create_model(num_classes=3, **asdict(config.model)).train()
+        network = create_model(num_classes=3, **asdict(config.model)).train()
         trainer.optimizer = make_optimizer(network.parameters(), config.train, CPU)
         trainer.step = step.TrainingStep(network, trainer.optimizer, trainer.scaler, config.train, CPU)
         for _ in range(2):
-            trainer._train_step(images, labels)
+            trainer.train_step(images, labels)
         assert trainer.position.step == 2
         with pytest.raises(DataDependentOutputException):
             trainer.step.totals.read()
@@ -427,30 +401,26 @@ def test_replayed_steps_on_cuda_are_the_steps(
         train(replace(TINY, device="cuda", train=tried), folder)
         losses[replayed] = [line["train_loss"] for line in read_metrics(folder / "metrics.jsonl")]
         assert (len(captured) >= 2) == replayed
-    # Rounding alone differs, but one spike more or less changes all that follow.
+    # Only rounding differs, but one spike more or less changes all that follow.
     assert losses[True] == pytest.approx(losses[False], rel=0.05)
 
 
 @pytest.mark.gpu
-def test_fp16_on_cuda_resumes_with_its_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_on_cuda_resumes_with_its_loss_scale(tmp_path: Path) -> None:
     config = replace(TINY, device="cuda", train=replace(TINY.train, amp="fp16"))
-    train_step = Trainer._train_step
     scales: dict[str, list[float]] = {"whole": [], "parts": []}
 
     def run(name: str, stop_after: int | None, resume: str | None = None) -> None:
-        def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-            if trainer.position.step == 0:
+        def record(trainer: Trainer) -> None:
+            if trainer.position.step == 1:
                 # Not the scale that a new scaler begins with, and one that grows during the run.
                 state = trainer.scaler.state_dict()
                 trainer.scaler.load_state_dict({**state, "scale": 2.0**10, "growth_interval": 3})
-            train_step(trainer, *batch)
             scales[name].append(trainer.scaler.get_scale())
             if trainer.position.step == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_train_step", step_and_signal)
-            train(config, tmp_path / name, resume)
+        train(config, tmp_path / name, resume, after_step=record)
 
     run("whole", None)
     with pytest.raises(Interrupted):
@@ -481,7 +451,7 @@ def test_other_errors_of_the_network_pass(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(network: torch.nn.Module, images: torch.Tensor) -> None:
         raise ValueError("something else")
 
-    monkeypatch.setattr("gac.models.ms_resnet.MSResNet.forward", fail)
+    monkeypatch.setattr(MSResNet, "forward", fail)
     with pytest.raises(ValueError, match="something else") as error:
         train(TINY, tmp_path)
     assert not isinstance(error.value, InputError)
@@ -489,7 +459,7 @@ def test_other_errors_of_the_network_pass(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("probability", "mixed"), [(0.0, 0), (1.0, 3 * BATCHES)])
 @pytest.mark.parametrize("per", ["epoch", "batch"])
-def test_cutmix_probability_is_that_of_the_coin(
+def test_cutmix_mixes_with_its_probability(
     per: str, probability: float, mixed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = []
@@ -505,23 +475,15 @@ def test_cutmix_probability_is_that_of_the_coin(
     assert all(target.sum(-1).allclose(torch.ones(len(target))) for target in targets if target.dim() == 2)
 
 
-def test_the_coin_is_tossed_once_an_epoch_or_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tosses = []
-    steps = []
-    train_step = Trainer._train_step
-
-    def count_and_step(trainer: Trainer, *batch: torch.Tensor) -> None:
-        steps.append(len(batch[1]))
-        train_step(trainer, *batch)
-
-    monkeypatch.setattr(Trainer, "_train_step", count_and_step)
-    monkeypatch.setattr(Mixing, "_toss", lambda mixing: bool(tosses.append(len(steps))))
-    train(TINY, tmp_path / "epoch")
-    assert tosses == [0, BATCHES, 2 * BATCHES]
-    tosses.clear()
+def test_cutmix_is_drawn_once_an_epoch_or_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, steps = [], []
+    monkeypatch.setattr(Mixing, "_draw", lambda mixing: bool(draws.append(len(steps))))
+    train(TINY, tmp_path / "epoch", after_step=steps.append)
+    assert draws == [0, BATCHES, 2 * BATCHES]
+    draws.clear()
     steps.clear()
-    train(replace(TINY, train=replace(TINY.train, cutmix="batch")), tmp_path / "batch")
-    assert tosses == list(range(1, 3 * BATCHES + 1))
+    train(replace(TINY, train=replace(TINY.train, cutmix="batch")), tmp_path / "batch", after_step=steps.append)
+    assert draws == list(range(3 * BATCHES))
 
 
 @pytest.mark.parametrize(
@@ -551,7 +513,7 @@ def test_best_holds_the_better_of_the_weights_and_their_average(
     assert [(line["test_top1"], line["test_top1_ema"]) for line in metrics] == list(zip(raw, ema, strict=True))
 
 
-def test_the_averaged_weights_are_scored_and_leave_the_training_alone(
+def test_the_averaged_weights_are_scored_and_do_not_change_the_training(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "gac"):
@@ -571,26 +533,22 @@ def test_activations_computed_again_change_no_number(finished: Path, tmp_path: P
     assert_same(result_of(tmp_path), result_of(finished))
 
 
-def test_images_that_cannot_be_read_are_counted_over_an_interruption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_cannot_be_read_are_counted_over_an_interruption(tmp_path: Path) -> None:
     write_split(tmp_path / "images" / "train", images=100, damaged=("truncated.JPEG",))
     write_split(tmp_path / "images" / "val", images=100, damaged=("zero_bytes.JPEG",))
     data = DataConfig(name="imagefolder", root=str(tmp_path / "images"), image_size=8, resize=8, workers=0)
     config = replace(TINY, data=data, train=replace(TINY.train, epochs=1, batch_size=10))
-    train_step, watch = Trainer._train_step, []
+    watch = []
 
-    def step_and_signal(trainer: Trainer, *batch: torch.Tensor) -> None:
-        train_step(trainer, *batch)
+    def signal_after_the_first(trainer: Trainer) -> None:
         watch.append(trainer.data.train.skipped)
         if trainer.data.train.skipped == 1 and 1 not in watch[:-1]:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_train_step", step_and_signal)
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "run")
+        train(config, tmp_path / "run", after_step=signal_after_the_first)
     assert read_checkpoint(tmp_path / "run" / "last.pt")["training"]["position"]["skipped_images"] == 1
-    train(config, tmp_path / "run", resume="auto")
+    train(config, tmp_path / "run", resume="auto", after_step=signal_after_the_first)
     (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert (line["skipped_images"], line["test_skipped_images"]) == (1, 1)
     assert sum(watch) < len(watch) == 10

@@ -50,7 +50,7 @@ def test_the_handlers_of_before_are_back_afterwards() -> None:
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_after_a_signal_ends_the_process_at_once_and_sigterm_does_not(first: signal.Signals) -> None:
-    # Loads the module's file alone: importing the package takes seconds.
+    # Loads only the module's file: importing the package takes seconds.
     program = f"""
 import importlib.util, os, signal, time
 spec = importlib.util.spec_from_file_location("signals", {signals.__file__!r})

@@ -22,7 +22,12 @@ def test_totals_begin_with_nothing_done_and_nothing_wrong() -> None:
     assert DeviceTotals(torch.device("cpu")).read() == Totals()
 
 
-def test_on_the_cpu_the_values_are_those_of_now() -> None:
+def test_values_are_read_once_a_second() -> None:
+    assert Readback(torch.zeros(2)).poll() is None
+
+
+def test_on_the_cpu_the_values_are_the_current_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Readback, "SECONDS", 0.0)
     tensor = torch.zeros(2, dtype=torch.float64)
     readback = Readback(tensor)
     for value in (1.0, 2.0):
@@ -31,7 +36,8 @@ def test_on_the_cpu_the_values_are_those_of_now() -> None:
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_copy_comes_once_the_device_has_reached_it() -> None:
+def test_on_cuda_a_copy_comes_once_the_device_has_reached_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Readback, "SECONDS", 0.0)
     tensor = torch.zeros(2, dtype=torch.float64, device="cuda")
     readback = Readback(tensor)
     torch.cuda._sleep(10**9)  # clock cycles

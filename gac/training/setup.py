@@ -1,0 +1,97 @@
+"""The device, the data set and the network of a training run."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from gac.config import Config, TrainConfig
+from gac.data import Data, build_data
+from gac.errors import InputError
+from gac.execution.cuda_graph import check_capturable
+from gac.execution.device import check_precision, select_device
+from gac.execution.distributed import Ranks
+from gac.models import create_model
+from gac.models.batch_norm import BatchNorm2d
+from gac.models.ms_resnet import MSResNet
+
+
+def choose_device(config: Config, ranks: Ranks) -> torch.device:
+    """Return the device of this rank. Raises InputError if it cannot train with this configuration."""
+    device = select_device(config.device, ranks)
+    check_precision(device, config.train.amp)
+    if config.train.cuda_graph:
+        check_capturable(config.model)
+    if config.train.cuda_graph and ranks.size > 1:
+        raise InputError(f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: leave it off")
+    return device
+
+
+def open_data(config: Config, device: torch.device, part: Callable[[Data], Data] | None, ranks: Ranks) -> Data:
+    """Open the data set, or the ``part`` of it. Raises InputError if the ranks cannot share its batches."""
+    data = build_data(
+        config.data,
+        device=device,
+        batch_size=config.train.batch_size,
+        eval_batch_size=config.train.eval_batch_size,
+        seed=config.train.seed,
+        normalize=config.model.takes_normalized_images,
+        shard=ranks.shard,
+    )
+    smallest = min(_batch_sizes(data, config.train))
+    if smallest < ranks.size:
+        raise InputError(
+            f"{ranks.size} processes cannot share a batch of {smallest} images, which train.batch_size"
+            f" {config.train.batch_size} leaves of {data.train.size}: choose another train.batch_size or start"
+            " fewer processes"
+        )
+    return data if part is None else part(data)
+
+
+def build_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
+    """Return a new network for the data set. Raises InputError if BatchNorm cannot train on its batches."""
+    network = create_model(
+        num_classes=data.info.num_classes,
+        in_channels=data.info.channels,
+        **asdict(config.model),
+    )
+    network.set_checkpoint_activations(config.train.checkpoint_activations)
+    synchronized = config.train.sync_batch_norm and ranks.size > 1
+    for module in network.modules():
+        if isinstance(module, BatchNorm2d):
+            module.synchronized = synchronized
+    if not synchronized:
+        _check_batch_norm(network, data, config.train, ranks)
+    return network
+
+
+def _batch_sizes(data: Data, config: TrainConfig) -> set[int]:
+    """Return the sizes of the training batches over all ranks: the full ones, if there are any, and the last one."""
+    full, last = divmod(data.train.size, config.batch_size)
+    return {*([config.batch_size] if full else []), *([last] if last else [])}
+
+
+def _check_batch_norm(network: MSResNet, data: Data, config: TrainConfig, ranks: Ranks) -> None:
+    """Raise InputError if a BatchNorm would get a single value per channel, which has no variance.
+
+    That takes a micro-batch of one image and a feature map of one pixel.
+    """
+    on_each_rank = [batch // ranks.size for batch in _batch_sizes(data, config)]
+    if min(images // min(config.accumulate_steps, images) for images in on_each_rank) > 1:
+        return
+    height, width = data.info.height, data.info.width
+    # The padded convolutions divide the sides by their strides and round up.
+    values = []
+    for conv_norm in (network.stem, *(stage[0].conv1 for stage in network.stages)):
+        stride, _ = conv_norm.conv.stride
+        height, width = -(-height // stride), -(-width // stride)
+        values.append(height * width * network.T)
+    # The stem normalises one frame in place of T equal ones.
+    if network.coding_name in ("gac", "direct"):
+        values[0] //= network.T
+    if min(values) == 1:
+        raise InputError(
+            "BatchNorm cannot train on a single value per channel, which a batch of 1 image of"
+            f" {data.info.height} x {data.info.width} pixels leaves at model.T {network.T}: choose a train.batch_size"
+            f" that leaves no single image at the end of {data.info.train_size}, or larger images"
+        )

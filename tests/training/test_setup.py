@@ -1,0 +1,71 @@
+"""What a run is set up from: batches that BatchNorm cannot train on are refused, and no others."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gac.config import Config, DataConfig, ModelConfig, TrainConfig
+from gac.data import Data
+from gac.errors import InputError
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
+from gac.training.setup import build_network, open_data
+
+CONFIG = Config(
+    data=DataConfig(name="synthetic", synthetic_classes=3, image_size=4, synthetic_images=17),
+    model=ModelConfig(T=1, width=4, depth=[1, 1, 1]),
+    train=TrainConfig(batch_size=16),
+    device="cpu",
+)
+
+
+def data_of(config: Config) -> Data:
+    return open_data(config, torch.device("cpu"), None, SINGLE_PROCESS)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "depth", "coding"),
+    [
+        ("gac_msresnet18_cifar", [1, 1, 1], "gac"),
+        ("gac_msresnet18", [1, 1, 1, 1], "direct"),
+        ("gac_msresnet18", [1, 1, 1, 1], "rate"),
+    ],
+)
+def test_a_single_value_is_refused_where_batch_norm_fails(
+    name: str, depth: list[int], coding: str, T: int, size: int
+) -> None:
+    model = replace(CONFIG.model, name=name, depth=depth, coding=coding, T=T)
+    config = replace(CONFIG, model=model, data=replace(CONFIG.data, image_size=size, crop_padding=0))
+    even = replace(config, data=replace(config.data, synthetic_images=16))
+    network = build_network(even, data_of(even), SINGLE_PROCESS).train()
+    try:
+        network(torch.rand(1, 3, size, size))
+    except ValueError:
+        with pytest.raises(InputError, match=f"batch of 1 image of {size} x {size} pixels .* at model.T {T}: choose"):
+            build_network(config, data_of(config), SINGLE_PROCESS)
+    else:
+        build_network(config, data_of(config), SINGLE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "size", "refused"),
+    [
+        ({"batch_size": 1}, 16, 1, True),
+        ({"batch_size": 4, "accumulate_steps": 4}, 16, 1, True),
+        ({"batch_size": 4, "accumulate_steps": 2}, 16, 1, False),
+        ({"batch_size": 16}, 19, 2, True),
+        ({"batch_size": 16}, 20, 2, False),
+        ({"batch_size": 16, "sync_batch_norm": True}, 19, 2, False),
+    ],
+)
+def test_the_smallest_micro_batch_counts(options: dict[str, object], images: int, size: int, refused: bool) -> None:
+    data = replace(CONFIG.data, synthetic_images=images)
+    config = replace(CONFIG, data=data, train=replace(CONFIG.train, **options))
+    ranks = Ranks(size=size)
+    if not refused:
+        build_network(config, data_of(config), ranks)
+        return
+    with pytest.raises(InputError, match="BatchNorm cannot train on a single value per channel"):
+        build_network(config, data_of(config), ranks)
