@@ -42,7 +42,10 @@ def load_checkpoint(
 
 
 def build_network(payload: dict, T: int | None = None) -> MSResNet:
-    """Return the network that a checkpoint's content describes, with its weights, on the CPU; raise InputError if damaged."""
+    """Return the network that a checkpoint's content describes, with its weights, on the CPU.
+
+    Raises InputError as :func:`load_checkpoint` does, without the file's name.
+    """
     if is_ours(payload):
         state, arguments = _our_parts(payload)
         if T is not None:
