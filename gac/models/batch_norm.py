@@ -44,7 +44,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def normalization(self, y: Tensor) -> Normalization:
-        """Return how this module normalises ``y`` [T, B, C, H, W] on a CUDA device, for a fused operation to apply.
+        """Return what this module does to ``y`` [T, B, C, H, W] for a fused operation to apply, on a CUDA device.
 
         In training the statistics are those of ``y``, and the running statistics are updated. Raises ValueError for a
         single value per channel in training, as the parent does.
