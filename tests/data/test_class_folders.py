@@ -16,7 +16,7 @@ BOTH = ("train", "test")
 
 @pytest.fixture
 def root() -> Iterator[Path]:
-    # Not pytest's, which only its owner may enter: one test gives its rights up.
+    # Not pytest's folder, which only its owner may enter: one test gives up its privileges.
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     for split in ("train", "val"):
@@ -101,7 +101,7 @@ def test_root_that_is_no_folder(root):
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Run as the user who owns nothing, where the present one may read everything."""
+    """Run as an unprivileged user if the current user may read everything."""
     if os.geteuid() != 0:
         yield
         return
