@@ -1,4 +1,4 @@
-"""Tell what of the installation works, and what to install where something is missing: python -m gac.doctor."""
+"""Report which parts of the installation work and what to install for the others: python -m gac.doctor."""
 
 import argparse
 import platform
@@ -30,7 +30,7 @@ DIFFERENT_SPIKES = {"gate_lif": 3}
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found, in a line; ``ok`` is False only for something installed that is broken."""
+    """The finding of one check, in one line; ``ok`` is False only if something installed is broken."""
 
     ok: bool
     text: str
@@ -179,7 +179,7 @@ def _normalization(y: Tensor, kernels: bool) -> Normalization:
     weight, bias = torch.full((C,), 1.5, device=y.device), torch.full((C,), 0.5, device=y.device)
     mean, inverse_std = batch_norm.statistics(batch_norm.batch_moments(y.detach()), eps=1e-5)
     if not kernels:
-        # The same values, with the gradient of the reference's own.
+        # The same values, with the gradient of the reference's own statistics.
         moments = batch_norm.reference_moments(y)
         own = moments[0], (moments[1] + 1e-5).rsqrt()
         mean, inverse_std = (
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             for check in section():
                 healthy &= check.ok
                 print(f"  {'ok  ' if check.ok else 'FAIL'} {check.text}")
-        except Exception as error:  # a check that breaks is a finding; the other sections still have to run
+        except Exception as error:  # a check that raises has failed; the other sections still have to run
             healthy = False
             print(f"  FAIL {type(error).__name__}: {error}")
     print("All that is installed works." if healthy else "Something installed is broken: see FAIL above.")

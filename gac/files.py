@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and what to say when they cannot be written."""
+"""Atomic writes, and a one-line error for results that cannot be written."""
 
 import glob
 import os
@@ -13,17 +13,17 @@ from gac.errors import InputError
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """Open a binary file that takes the place of ``path`` once everything is on disk.
+    """Open a binary file that replaces ``path`` once its content is on disk.
 
-    A failure on the way, or a crash, leaves what was at ``path`` as it was; a crash leaves a temporary file too,
-    which :func:`remove_leftovers` removes. ``before_replace`` is called in between, with the content on disk and
-    ``path`` still as it was, and may move that elsewhere.
+    If writing fails or the process crashes, ``path`` stays as it was; a crash also leaves a temporary file, which
+    :func:`remove_leftovers` deletes. ``before_replace`` is called when the content is on disk and ``path`` is still
+    the old file, which it may move elsewhere.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            # mkstemp makes files for the owner alone; results are shared like any other new file.
+            # Only the owner can read what mkstemp makes; results get the permissions of any other new file.
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             yield file
             file.flush()
@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = l
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove the temporary files of writers of ``path`` that were killed; nobody may be writing it."""
+    """Delete the temporary files of killed writers of ``path``; call it only while nobody writes ``path``."""
     path = Path(path)
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink()
@@ -59,9 +59,9 @@ class ResultsNotWritten(Exception):
 
 @contextmanager
 def writing(path: Path, what_is_left: str = "") -> Iterator[None]:
-    """Turn an OSError of the block, which writes ``path``, into ResultsNotWritten.
+    """Raise ResultsNotWritten in place of an OSError in the block, which writes ``path``.
 
-    The error itself often does not say which file it is about. ``what_is_left`` is added to the message.
+    The OSError itself often does not name the file. ``what_is_left`` is added to the message.
     """
     ending = f"; {what_is_left}" if what_is_left else ""
     try:
@@ -69,16 +69,16 @@ def writing(path: Path, what_is_left: str = "") -> Iterator[None]:
     except OSError as error:
         raise ResultsNotWritten(f"cannot write {path}: {error.strerror or error}{ending}") from error
     except RuntimeError as error:
-        # torch.save raises this in place of the OSError that it met.
+        # torch.save raises this in place of the OSError that caused it.
         if not isinstance(error.__context__, OSError):
             raise
         raise ResultsNotWritten(f"cannot write {path}: {error.__context__.strerror}{ending}") from error
 
 
 def check_writable(path: Path, option: str) -> Path:
-    """Return ``path``, which an option names, if it can be written: said before the hour of work, not after.
+    """Return ``path``, the value of a command-line option; raise InputError if it cannot be written.
 
-    Raises InputError if not.
+    Checked before hours of work rather than after them.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"{option} {path}: expected a file in a folder that exists")

@@ -5,13 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from gac.checkpoint import build_network
 
 HERE = Path(__file__).parent / "goldens"
-COMPLETE = Path(__file__).parents[2] / "shared" / "goldens"
 
 _spec = importlib.util.spec_from_file_location("recipe", HERE / "recipe.py")
 recipe = importlib.util.module_from_spec(_spec)
@@ -20,28 +18,21 @@ _spec.loader.exec_module(recipe)
 CASES = json.loads((HERE / "cases.json").read_text())
 
 
-def load(file: str, prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays of one case without their prefix; skip where the file with them is not at hand."""
-    for folder in (HERE, COMPLETE):
-        if (folder / file).is_file():
-            with np.load(folder / file) as arrays:
-                found = {k.removeprefix(f"{prefix}."): arrays[k] for k in arrays.files if k.startswith(f"{prefix}.")}
-            if found:
-                return found
-    pytest.skip(f"{file} with case {prefix} is not in tests/goldens, and ../shared/goldens is not there")
+def load(file: str, case: str) -> dict[str, np.ndarray]:
+    """Return the arrays of one case of a file by the names that follow the case's."""
+    with np.load(HERE / file) as arrays:
+        return {key.removeprefix(f"{case}."): arrays[key] for key in arrays.files if key.startswith(f"{case}.")}
 
 
 def network(case: dict, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
-    """Return the network of a case, loaded as a checkpoint in the authors' format, and its images."""
+    """Return the network of a case, built from a checkpoint in the authors' format, and its images [B, 3, H, W]."""
     weights, images = recipe.net_case(case, HERE)
     state = recipe.original_state(HERE / f"{case['net']}_keys.json", weights)
-    net = build_network({key: torch.from_numpy(value) for key, value in state.items()}, _T(case))
+    # Without gated attention the weights do not say T.
+    T = None if case["using_gac"] else case["T"]
+    net = build_network({key: torch.from_numpy(value) for key, value in state.items()}, T)
     net.set_backend("torch")
     return net.to(dtype), torch.from_numpy(images).to(dtype)
-
-
-def _T(case: dict) -> int | None:
-    return None if case["using_gac"] else case["T"]
 
 
 def sample(tensor: torch.Tensor) -> np.ndarray:

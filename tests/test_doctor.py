@@ -1,4 +1,4 @@
-"""The doctor reports on this installation, and tells broken from missing."""
+"""The doctor reports on this installation, and distinguishes broken from missing."""
 
 import subprocess
 import sys

@@ -15,7 +15,7 @@ Imports = dict[str, set[str]]
 
 
 def imports_of(sources: dict[str, str]) -> Imports:
-    """Return the modules that each module imports, wherever in it the statement stands; gac's by their full names."""
+    """Return the modules that each module imports, anywhere in its code; gac's by their full names."""
     return {name: _imported(ast.parse(source), sources) for name, source in sources.items()}
 
 
@@ -32,7 +32,7 @@ def _imported(tree: ast.Module, sources: dict[str, str]) -> set[str]:
 
 
 def violations(imports: Imports) -> list[str]:
-    """Return what breaks the rules, a line each."""
+    """Return what breaks the rules, one line each."""
     found = []
     for module, names in imports.items():
         if "cupy" in {name.partition(".")[0] for name in names} and not module.startswith(tuple(RULES["names_cupy"])):

@@ -1,4 +1,4 @@
-"""What README says runs as it is written."""
+"""What README shows runs as it is written."""
 
 import re
 import shlex

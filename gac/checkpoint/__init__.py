@@ -1,4 +1,7 @@
-"""Checkpoints: ours are written atomically, the authors' are read as they are, neither can run code."""
+"""Checkpoints: ``read_checkpoint`` reads a file, ``build_network`` makes its network, ``load_checkpoint`` does both.
+
+Ours are written atomically, the authors' are read as they are; neither can run code.
+"""
 
 from gac.checkpoint.build import build_network, load_checkpoint
 from gac.checkpoint.format import FORMAT, DamagedCheckpoint, is_ours, read_checkpoint, write_checkpoint

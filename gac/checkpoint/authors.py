@@ -1,4 +1,4 @@
-"""The authors' checkpoint format: the same tensors under other names, some of them several times."""
+"""The authors' checkpoint format: the same tensors under other names, some of them under several."""
 
 import re
 
@@ -46,12 +46,13 @@ def translate(key: str) -> str | None:
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict in our names from one in the authors'.
+    """Return the authors' state dict in our names.
 
-    Every key is used. The weights of the temporal attention lose their three trailing dimensions of size 1.
+    Every key is used. The weights of the temporal attention, [T // 2, T, 1, 1, 1] and [T, T // 2, 1, 1, 1] in the
+    authors' files, become matrices.
 
     Raises:
-        InputError: Where keys are unknown, and where two names of one tensor hold different values.
+        InputError: If keys are unknown, or if two names of one tensor hold different values.
     """
     converted: dict[str, Tensor] = {}
     source: dict[str, str] = {}

@@ -15,6 +15,8 @@ from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
 
 DEFAULT_T = 6
+_SQUEEZE = "coding.gate.temporal.squeeze.weight"
+_SPATIAL = "coding.gate.spatial_channel.conv1.weight"
 
 
 def load_checkpoint(
@@ -23,13 +25,13 @@ def load_checkpoint(
     """Return the network of a checkpoint in evaluation mode; the file may be ours or the authors'.
 
     Args:
-        path: A file of train.py, or a state dict in the authors' or our names, also with DataParallel's prefix.
+        path: A file of train.py, or a state dict in our or the authors' names, with or without DataParallel's prefix.
         map_location: Device of the network.
         T: Number of time steps for networks without gated attention, whose weights do not fix it; by default the
             one it was trained with, or 6 where the file does not say.
 
     Raises:
-        InputError: For a file that cannot be read, for missing, unknown or ill-shaped tensors, and for a T that
+        InputError: For a file that cannot be read, for missing, unknown or wrongly shaped tensors, and for a T that
             contradicts the weights.
     """
     payload = read_checkpoint(path)
@@ -40,7 +42,10 @@ def load_checkpoint(
 
 
 def build_network(payload: dict, T: int | None = None) -> MSResNet:
-    """Return the network that the content of a checkpoint describes, with its weights, on the CPU."""
+    """Return the network that a checkpoint's content describes, with its weights, on the CPU.
+
+    Raises InputError as :func:`load_checkpoint` does, without the file's name.
+    """
     if is_ours(payload):
         state, arguments = _our_parts(payload)
         if T is not None:
@@ -49,17 +54,13 @@ def build_network(payload: dict, T: int | None = None) -> MSResNet:
         state = _bare_state(payload)
         arguments = _infer_arguments(state)
         arguments.setdefault("T", DEFAULT_T if T is None else T)
-    # What ran the neurons elsewhere does not matter here.
+    # The backend that the network was trained with does not matter here.
     arguments["backend"] = "auto"
     if _SQUEEZE in state and T is not None and _shape(state, _SQUEEZE, 2)[1] != T:
         raise InputError(f"T={T} was asked for, but its gated attention is made for T={state[_SQUEEZE].shape[1]}")
     net = create_model(**arguments)
     _load_weights(net, state)
     return net
-
-
-_SQUEEZE = "coding.gate.temporal.squeeze.weight"
-_SPATIAL = "coding.gate.spatial_channel.conv1.weight"
 
 
 def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict]:
@@ -126,7 +127,7 @@ def _infer_arguments(state: dict[str, Tensor]) -> dict:
     if _SQUEEZE in state:
         hidden, T = _shape(state, _SQUEEZE, 2)
         kernel_size = _shape(state, _SPATIAL, 4)[-1]
-        # A reduction beyond T leaves one hidden unit, as T does.
+        # Any reduction above T leaves one hidden unit, just as T itself does.
         arguments.update(coding="gac", T=T, reduction=max(1, T // hidden), kernel_size=kernel_size)
         arguments["name"] = f"gac_{arguments['name']}"
     return arguments

@@ -24,7 +24,7 @@ def write_checkpoint(path: str | os.PathLike, payload: dict, before_replace: Cal
 
     ``payload`` needs "model" (state dict), "config" (resolved, as nested dicts), "num_classes" and "in_channels";
     train.py adds epoch, step, metrics, versions and, to resume from, training. ``before_replace`` is
-    :func:`gac.files.atomic_write`'s.
+    passed to :func:`gac.files.atomic_write`.
     """
     with atomic_write(path, before_replace) as file:
         torch.save({"format": FORMAT, **payload}, file)
@@ -38,7 +38,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
     Raises:
         DamagedCheckpoint: For a file that is cut short or has changed since it was written.
-        InputError: For a file that is missing, holds other Python objects or is no checkpoint.
+        InputError: For a file that is missing, holds other Python objects or is not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,7 +75,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 def _check_sums(file: BinaryIO) -> None:
     """Raise BadZipFile if a record of a file of torch.save differs from its checksum, which torch.load ignores.
 
-    Files of before PyTorch 1.6 are no archives and have no checksums.
+    Files written before PyTorch 1.6 are not archives and have no checksums.
     """
     is_archive = file.read(4) == b"PK\x03\x04"
     if is_archive:
@@ -95,5 +95,5 @@ def _holds_other_objects(path: Path) -> bool:
 
 
 def is_ours(payload: dict) -> bool:
-    """Return whether a checkpoint's content is of our format, with its configuration."""
+    """Return whether a checkpoint's content is in our format, which includes the configuration."""
     return "format" in payload

@@ -1,4 +1,4 @@
-"""The codings that the paper compares with, through SpikingJelly's encoders."""
+"""The codings that the paper compares its own with, from SpikingJelly's encoders."""
 
 import torch
 from spikingjelly.activation_based import base, encoding
@@ -14,11 +14,11 @@ class BaselineCoding(nn.Module, base.MultiStepModule):
     earlier the brighter (linear). phase: weighted phase, the first T binary digits of the intensity times
     1 - 2^-T (the encoder's range ends there); the spikes are passed on as 0 and 1 without their weights.
 
-    Input: images [B, C, H, W] with intensities in [0, 1] (not standardised), which every call checks: on a GPU it
-    waits for them. Output: [T, B, C, H, W] of 0 and 1.
+    Input: images [B, C, H, W] with intensities in [0, 1] (not standardised), which every call checks: on a GPU the
+    host waits for the result. Output: [T, B, C, H, W] of 0 and 1.
 
     Raises:
-        InputError: For an unknown coding, latency with T = 1 and intensities outside [0, 1].
+        InputError: For an unknown coding and latency with T = 1; in forward for intensities outside [0, 1].
     """
 
     def __init__(self, coding: str, T: int) -> None:

@@ -23,7 +23,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ArraySet:
-    """The splits "train" and "test", or those asked for; mean and std per channel, white being 1."""
+    """The splits "train" and "test", or those asked for; mean and std of each channel, in units where white is 1."""
 
     splits: Mapping[str, Split]
     num_classes: int
@@ -36,7 +36,7 @@ class ArrayLoader:
     """A :class:`gac.data.Loader` over images on ``device``.
 
     With ``shuffle`` the order is a function of (seed, epoch), otherwise it is the arrays'. ``augment`` gets a
-    generator on the device seeded by (seed, epoch, batch number): the same pixels at every visit, though CPU
+    generator on the device, seeded by (seed, epoch, batch number): the same pixels at every visit, though CPU
     and CUDA generators draw different numbers from one seed. Producing a batch never waits for the work on batches
     before it.
     """
@@ -56,7 +56,7 @@ class ArrayLoader:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.size = len(split.images)
-        # All of them have been read.
+        # Every image was read when the arrays were loaded.
         self.skipped = 0
         self.batch_size = batch_size
         self.normalization = normalization
@@ -82,7 +82,7 @@ class ArrayLoader:
             chosen = span if order is None else order[span]
             images, labels = self.images[chosen], self.labels[chosen]
             if self.augment is not None:
-                # All ranks' images: what an image is given depends on its place among them.
+                # The whole batch, not only this rank's: an image's random numbers depend on its place in it.
                 generator.manual_seed(derive_seed(self.seed, Stream.BATCH_AUGMENTATION, epoch, batch))
                 images = self.augment(images, generator)
             part = self.shard.of(len(labels))

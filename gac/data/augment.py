@@ -1,4 +1,4 @@
-"""Random changes to the training images of a batch that lies on a device; torchvision's policies for image files too.
+"""Random augmentation of whole batches on their device, and torchvision's policies by name.
 
 Every augmentation is a function of the images and of the generator's seed.
 """
@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from gac.data.seeding import Stream, derive_seed
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
-"""Takes uint8 images [B, C, H, W] and a generator on their device, just seeded; returns new ones of that shape."""
+"""Takes uint8 images [B, C, H, W] and a freshly seeded generator on their device; returns new images, same shape."""
 
 POLICIES: dict[str, Callable[[], v2.Transform]] = {
     "autoaugment_cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
@@ -26,12 +26,12 @@ POLICIES: dict[str, Callable[[], v2.Transform]] = {
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
-    """Cut a window of the original size out of every image's black-padded copy, then mirror it where asked.
+    """Cut a window of the original size out of every image's black-padded copy, then mirror it where ``flip`` is True.
 
     Shapes: images [B, C, H, W]; top and left int64 [B], the window's corner in the padded image, in [0, 2 *
     padding]; flip bool [B]; the result has the shape and dtype of images. Equal to torchvision's
-    ``hflip(crop(pad(image, padding), top, left, H, W))`` of each image. The host reads no value, so a CUDA
-    stream is never waited for.
+    ``hflip(crop(pad(image, padding), top, left, H, W))`` of each image. The host reads no value and so never
+    waits for the device.
     """
     batch, channels, height, width = images.shape
     padded = functional.pad(images, (padding,) * 4)
@@ -47,7 +47,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, paddi
 class CropAndFlip:
     """Torchvision's RandomCrop(size, padding) and RandomHorizontalFlip, drawn for a batch at once.
 
-    The flip is drawn after the crop, so switching it off leaves the crops as they were.
+    The flip is drawn after the crop, so switching it off leaves the crops unchanged.
     """
 
     padding: int
@@ -65,14 +65,14 @@ class CropAndFlip:
 
 
 class Policy:
-    """One of :data:`POLICIES`, drawn anew for every ``group`` images of a batch, as torchvision draws for a tensor."""
+    """One of :data:`POLICIES`, drawn once for every ``group`` images of a batch, as torchvision draws for a tensor."""
 
     def __init__(self, name: str, group: int) -> None:
         self.group = group
         self._transform = POLICIES[name]()
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        # torchvision draws from the global generator of the CPU.
+        # torchvision draws from the CPU's global generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(generator.initial_seed(), Stream.POLICY))
             return torch.cat([self._transform(group) for group in images.split(self.group)])
@@ -82,8 +82,8 @@ class Erasing:
     """Torchvision's RandomErasing with a rectangle for each image, drawn on the host.
 
     Args:
-        probability: Probability that an image gets one.
-        color: What it is filled with, one byte for each channel.
+        probability: Probability that an image is erased.
+        color: What the rectangle is filled with, one byte per channel.
     """
 
     def __init__(self, probability: float, color: Sequence[int]) -> None:
@@ -97,7 +97,7 @@ class Erasing:
             torch.default_generator.manual_seed(derive_seed(generator.initial_seed(), Stream.ERASING))
             for chosen in (torch.rand(len(images)) < self.probability).nonzero().flatten().tolist():
                 rectangle = self._rectangle.make_params([images[chosen]])
-                if rectangle["v"] is not None:  # otherwise none of ten was small enough
+                if rectangle["v"] is not None:  # None: none of ten rectangles drawn was small enough
                     rows = slice(rectangle["i"], rectangle["i"] + rectangle["h"])
                     columns = slice(rectangle["j"], rectangle["j"] + rectangle["w"])
                     images[chosen, :, rows, columns] = color
@@ -106,7 +106,7 @@ class Erasing:
 
 @dataclass(frozen=True)
 class Compose:
-    """Several augmentations, one after the other."""
+    """Several augmentations applied in order."""
 
     steps: Sequence[Augmentation]
 

@@ -45,9 +45,11 @@ def build_data(
     Training batches are shuffled and augmented as functions of ``seed`` and the position in the run; test
     batches are the images in their fixed order. ``normalize`` subtracts the set's mean and divides by its
     standard deviation, both in ``info``; without it images are intensities in [0, 1], which rate, latency and
-    phase coding need. With ``splits=("test",)`` a training part may be missing. Of each batch, whose sizes are
-    those given, the loaders yield ``shard``. Raises InputError if the data set cannot be used, with what is missing or
-    wrong in it, or an argument is out of range.
+    phase coding need. With ``splits=("test",)`` the training images need not be there. Batch sizes are those of
+    all ranks together; of each batch the loaders yield ``shard``.
+
+    Raises:
+        InputError: If files are missing or damaged, or an argument is out of range.
     """
     _check_arguments(batch_size, eval_batch_size, seed, splits)
     device = torch.device(device)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in torchvision's files."""
+"""CIFAR-10 and CIFAR-100 through torchvision."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +18,7 @@ _STATISTICS = {
 
 
 def load_cifar(dataset: type[CIFAR10], root: str, *, download: bool, splits: Collection[str]) -> ArraySet:
-    """Images [3, 32, 32] of CIFAR10 or CIFAR100 (``dataset``) from the folder ``root``.
+    """Return the images [3, 32, 32] of CIFAR10 or CIFAR100 (``dataset``) from the folder ``root``.
 
     torchvision verifies the checksums of all files, whichever splits are asked for. Raises InputError if
     files are missing or damaged, or cannot be downloaded.
@@ -43,10 +43,8 @@ def _open(dataset: type[CIFAR10], root: str, train: bool, download: bool) -> CIF
     folder = Path(root).expanduser()
     try:
         return dataset(folder, train=train, download=download)
-    except (
-        RuntimeError,
-        OSError,
-    ) as error:  # torchvision's failed checks; the network's and the file system's
+    # torchvision's own checks raise the first; the network and the file system the second.
+    except (RuntimeError, OSError) as error:
         files = folder / dataset.base_folder
         if download:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Image sets in one folder per class: lists the files and finds what would stop a run later."""
+"""Image sets with one folder per class: list the files, and find at once what would stop a run later."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +18,7 @@ _FOLDERS = {"train": "train", "test": "val"}
 class ClassFolders:
     """The images of a split: paths, bytes [N], and labels, int64 [N], which number the sorted class names.
 
-    Arrays and not lists: a worker process that reads an object of a list writes its reference count, and so gets its
+    Arrays and not lists: reading an object of a list writes its reference count, which gives every worker process its
     own copy of the list in time, 245 MB in each of 8 workers after an epoch of ImageNet.
     """
 
@@ -34,9 +34,9 @@ class ClassFolders:
 def open_folders(root: str, splits: Collection[str]) -> dict[str, ClassFolders]:
     """List the images of root/train for "train" and of root/val for "test".
 
-    Of every class the first image is opened, so that a folder whose files may not be read is known at once. Raises
-    InputError if a folder or such an image is missing or must not be read, if a class has no images, and if train
-    and val have different classes.
+    The first image of every class is opened, so that a class whose files are not readable is found at once. Raises
+    InputError if a folder is missing, if a folder or such an image is not readable, if a class has no images, and if
+    train and val have different classes.
     """
     folder = Path(root).expanduser()
     try:
@@ -66,7 +66,7 @@ def _open_split(folder: Path) -> ClassFolders:
             " ImageNet's archives become such folders)"
         ) from error
     for name in found.classes:
-        # ImageFolder passes over a folder that it may not read.
+        # ImageFolder silently skips a folder that it may not read.
         os.scandir(folder / name).close()
     paths = np.array([os.fsencode(path) for path, _ in found.samples])
     labels = np.array(found.targets, dtype=np.int64)
@@ -81,7 +81,7 @@ def _open_split(folder: Path) -> ClassFolders:
             os.close(os.open(path, os.O_RDONLY))
         except OSError as error:
             raise InputError(
-                f"{os.fsdecode(path)} cannot be opened: {error.strerror}; see to all images of its class"
+                f"{os.fsdecode(path)} cannot be opened: {error.strerror}; check all images of its class"
             ) from error
     return ClassFolders(folder, tuple(found.classes), paths, labels)
 

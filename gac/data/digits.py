@@ -12,10 +12,10 @@ _WHITE = 16  # scikit-learn's pixels are the whole numbers 0 to 16
 
 
 def load_digits() -> ArraySet:
-    """1,797 grey images [1, 8, 8] of ten digits: 1,437 to train on and 360 to test.
+    """Return 1,797 grey images [1, 8, 8] of ten digits: 1,437 to train on and 360 to test.
 
-    Pixels are rounded from 0..16 to 0..255. The split keeps the shares of the classes and is the same for
-    every seed; mean and standard deviation are the training part's.
+    Pixels are rounded from 0..16 to 0..255. The split is stratified by class and the same for every
+    seed; mean and standard deviation are the training images'.
     """
     bunch = sklearn_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / _WHITE)).astype(np.uint8)).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Image sets too large for the device: files in one folder per class, decoded by worker processes."""
+"""Image sets too large for the device's memory: one folder per class, decoded by worker processes."""
 
 import logging
 import os
@@ -30,9 +30,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def train_transform(config: DataConfig, mean: Sequence[float] = IMAGENET_MEAN) -> v2.Transform:
-    """Random resized crop, then flip, policy and erasing as configured, of a PIL image to uint8 [3, size, size].
+    """Random resized crop, then flip, policy and erasing as configured: PIL image to uint8 [3, size, size].
 
-    Erased rectangles get the colour ``mean``, white being 1.
+    Erased rectangles get the colour ``mean``, in units where white is 1.
     """
     steps: list[v2.Transform] = [v2.RandomResizedCrop(config.image_size)]
     if config.horizontal_flip:
@@ -46,14 +46,14 @@ def train_transform(config: DataConfig, mean: Sequence[float] = IMAGENET_MEAN) -
 
 
 def evaluation_transform(config: DataConfig) -> v2.Transform:
-    """The centre of a PIL image, resized on its shorter side, as uint8 [3, size, size]."""
+    """Resize to the shorter side, then centre crop: PIL image to uint8 [3, size, size]."""
     return v2.Compose([v2.Resize(config.resize), v2.CenterCrop(config.image_size), v2.PILToTensor()])
 
 
 class _Unreadable(NamedTuple):
     """An image that could not be decoded.
 
-    A value, as DataLoader would raise a worker's exception again with the worker's traceback as its message.
+    A value and no exception: DataLoader would raise that again with the worker's traceback as its message.
     """
 
     number: int
@@ -79,8 +79,8 @@ class _Images(Dataset):
     """Decoded images with their labels; the key is (epoch, image number).
 
     The epoch comes with the key because workers that outlive an epoch hold a copy of this object. An image that cannot
-    be decoded is replaced, label included, by the first of the ``substitutes`` images that follow it in the folders'
-    order (after the last comes the first) that can.
+    be decoded is replaced, together with its label, by the first image that can be decoded among the next
+    ``substitutes`` in the folders' order, which starts again after the last image.
     """
 
     def __init__(self, folders: ClassFolders, transform: v2.Transform, seed: int, substitutes: int) -> None:
@@ -111,12 +111,12 @@ class _Images(Dataset):
             return default_loader(os.fsdecode(self.folders.paths[number]))
         except UnidentifiedImageError:
             return "not an image of a known format"
-        # Which of these damage comes as depends on the format.
+        # Which of these a damaged file raises depends on its format.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return getattr(error, "strerror", None) or " ".join(str(error).split())
 
     def _transform(self, image: Image.Image, epoch: int, number: int) -> Tensor:
-        # The transforms draw from torch's global generator; without workers that is the training's own.
+        # The transforms draw from torch's global generator; without workers that is also the training's.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, Stream.SAMPLE_AUGMENTATION, epoch, number))
             return self.transform(image)
@@ -126,7 +126,7 @@ def _collate(samples: Sequence[_Sample]) -> _Batch:
     images = [sample.image for sample in samples if sample.image is not None]
     labels = [sample.label for sample in samples if sample.image is not None]
     return _Batch(
-        # Writes into the memory that the processes share, which torch.stack would not.
+        # Writes into memory that the processes share, which torch.stack would not.
         default_collate(images) if images else torch.empty(0, dtype=torch.uint8),
         torch.tensor(labels, dtype=torch.int64),
         [sample.unreadable for sample in samples if sample.unreadable is not None],
@@ -134,10 +134,10 @@ def _collate(samples: Sequence[_Sample]) -> _Batch:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Let a worker outlive the Ctrl-C or SIGTERM that its whole process group gets.
+    """Let a worker survive a Ctrl-C or SIGTERM that is sent to the whole process group.
 
-    The training process needs it for the batch in hand. A SIGTERM of that process itself still ends the worker:
-    DataLoader and multiprocessing fall back on it, and multiprocessing would wait for ever at exit.
+    The training process needs it to finish the current batch. A SIGTERM from that process itself still ends the
+    worker: DataLoader and multiprocessing fall back on it, and multiprocessing would wait forever at exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -145,7 +145,7 @@ def _outlive_signals(worker: int) -> None:
 
 
 def _end_when_told_by(parent: int) -> None:
-    # A handler would not learn who sent the signal.
+    # A signal handler would not learn who sent the signal.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(128 + signal.SIGTERM)
@@ -180,13 +180,14 @@ class ImageFolderLoader:
 
     With ``shuffle`` the order is a function of (seed, epoch), otherwise it is the folder's; random transforms
     are functions of (seed, epoch, image number), whichever worker applies them. Batches travel as bytes and
-    are normalised on the device. The workers serve one iteration: beginning an epoch ends an unfinished one.
+    are normalised on the device. The workers serve one iteration at a time: beginning an epoch ends an
+    unfinished one.
 
     An image that cannot be decoded is named in a warning, once, and counted in ``skipped``. With
-    ``replace_unreadable`` the next image in the folders' order that can be decoded takes its place, a function of the
-    image number alone; otherwise its batch is smaller, and a batch of which nothing is left does not come. An epoch
-    ends with InputError as soon as more of them have come than are tolerated. A rank counts its own: whether all ranks'
-    are too many shows at the end of the epoch (:func:`gac.data.interface.check_readable`).
+    ``replace_unreadable`` the next image in the folders' order that can be decoded takes its place, which depends only
+    on the image number; otherwise its batch is smaller, and an empty batch is not yielded. An epoch raises InputError
+    as soon as more images than tolerated could not be decoded. Each rank counts its own images; their sum is checked
+    at the end of the epoch (:func:`gac.data.interface.check_readable`).
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class ImageFolderLoader:
         self._named: set[int] = set()
         self._batches = _Batches(self.size, batch_size, seed, shuffle, shard)
         self._loader = DataLoader(
-            # One image more than may be unreadable is bound to be readable, unless the set is broken.
+            # Among so many images and one more at least one is readable, unless the set is broken.
             _Images(folders, transform, seed, substitutes=self._tolerated if replace_unreadable else 0),
             batch_sampler=self._batches,
             num_workers=workers,
@@ -221,7 +222,7 @@ class ImageFolderLoader:
             pin_memory=device.type == "cuda",
             collate_fn=_collate,
             worker_init_fn=_outlive_signals,
-            # Its own, as DataLoader otherwise draws a number from the global generator at every epoch.
+            # DataLoader would otherwise draw a number from the global generator at every epoch.
             generator=torch.Generator(),
         )
 

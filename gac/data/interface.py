@@ -1,4 +1,4 @@
-"""What the rest of the package sees of a data set, whichever kind it is."""
+"""What every data set looks like to the rest of the package."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from torch import Tensor
 from gac.errors import InputError
 
 TOLERATED_PERCENT = 1
-"""Share of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
+"""Percentage of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
 
 
 class Loader(Protocol):
     """One split of a data set, in batches on one device.
 
-    ``size`` is the number of images, ``len(loader)`` the number of batches in an epoch. Every epoch has each
-    image exactly once, so the last batch may be smaller. ``skipped`` counts the images that could not be read
-    among the batches yielded since :meth:`epoch` was called last: in training another image stands for each of
-    them, a test set lacks them.
+    ``size`` is the number of images, ``len(loader)`` the number of batches in an epoch. Every epoch yields
+    each image exactly once, so the last batch may be smaller. ``skipped`` counts the unreadable images of the batches
+    yielded since the last call of :meth:`epoch`: in training another image replaces each of them, in testing they are
+    left out.
 
-    With a :class:`Shard` the batches are this rank's parts of them, and ``skipped`` counts this rank's images; ``size``
-    and ``len(loader)`` stay those of the split. A part without images does not come.
+    With a :class:`Shard` the batches and ``skipped`` are this rank's; ``size`` and ``len(loader)`` remain those of the
+    whole split. A shard without images is not yielded.
     """
 
     size: int
@@ -30,9 +30,9 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches ``start, start + 1, ...`` of an epoch, the same whether or not earlier ones were asked for.
+        """Return batches ``start, start + 1, ...`` of an epoch, the same whether or not earlier ones were asked for.
 
-        Yields images, float32 [B, C, H, W], and labels, int64 [B]. Raises InputError at once if ``start`` is
+        Each is images, float32 [B, C, H, W], and labels, int64 [B]. Raises InputError at once if ``start`` is
         not in [0, len(loader)].
         """
         ...
@@ -94,8 +94,8 @@ def check_readable(split: str, skipped: int, images: int) -> None:
 class Shard:
     """The part of every batch that rank ``rank`` of ``ranks`` loads.
 
-    The parts of all ranks, one after another, are the batch, cut as ``tensor_split`` does: the first ones may have one
-    image more than the others, and the last ones are empty if a batch has fewer images than there are ranks.
+    Batches are cut as ``tensor_split`` does: the first ranks' parts may have one image more than the others', and the
+    last ranks' are empty if a batch has fewer images than there are ranks.
     """
 
     rank: int = 0
@@ -109,4 +109,4 @@ class Shard:
 
 
 WHOLE = Shard()
-"""The whole of every batch: the shard of a run's only process."""
+"""The whole of every batch: the shard of a single process."""

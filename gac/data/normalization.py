@@ -1,4 +1,4 @@
-"""From stored bytes to the numbers a network sees, and the statistics for that."""
+"""Normalisation of stored bytes to what a network sees, and the statistics for it."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ class Normalization:
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over uint8 images [N, C, H, W], white being 1.
+    """Return mean and standard deviation of each channel of uint8 images [N, C, H, W], in units where white is 1.
 
     Computed from the histogram of the 256 values: exact counts, no rounding that depends on the order.
     """

@@ -20,14 +20,14 @@ _LAYOUT = (
 
 
 def load_npz(path: str, splits: Collection[str]) -> ArraySet:
-    """Images from arrays x_train, y_train, x_test, y_test in one .npz file.
+    """Return the images and labels in arrays x_train, y_train, x_test, y_test of one .npz file.
 
     x is uint8 [N, H, W, C] (C at most 4) or [N, H, W]; y is any integer type, [N] or [N, 1]; the optional
     classes [K] are the names of the classes 0 to K - 1. Only the arrays that ``splits`` need are read.
     Training and evaluation must normalise alike, so mean and std are always the training images': the arrays
     mean and std [C] (white being 1) if the file holds them, else computed from x_train. Without classes the
-    number of classes is the largest label of y_train and y_test plus one. Raises InputError for a file that
-    is not so.
+    number of classes is the largest label of y_train and y_test plus one. Raises InputError for any
+    other file.
     """
     with _Archive(Path(path).expanduser()) as archive:
         arrays = {split: _read_split(archive, split) for split in splits}
@@ -150,8 +150,8 @@ def _read_class_names(archive: _Archive) -> tuple[str, ...] | None:
 def _count_classes(archive: _Archive, arrays: dict[str, Split]) -> int:
     if "y_train" not in archive:
         raise InputError(
-            f"{archive.path} has neither classes nor y_train, and the labels of the test images alone do not "
-            "tell the number of classes; add the array classes, the names"
+            f"{archive.path} has neither classes nor y_train, and the labels of the test images do not "
+            "determine the number of classes; add the array classes, the names"
         )
     labels = [
         arrays[split].labels if split in arrays else _read_labels(archive, f"y_{split}")

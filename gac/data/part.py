@@ -1,4 +1,4 @@
-"""Loaders of a small part of a data set, for runs that only try something."""
+"""Loaders of a small part of a data set, for dry runs."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,7 +9,7 @@ from gac.data.interface import Loader, check_start
 
 
 class FirstBatches:
-    """A :class:`gac.data.Loader` of the first ``batches`` batches of each of another's epochs."""
+    """A :class:`gac.data.Loader` of the first ``batches`` batches of each epoch of another loader."""
 
     def __init__(self, loader: Loader, batches: int) -> None:
         self._loader = loader
@@ -31,7 +31,7 @@ class FirstBatches:
 
 
 class OneBatch:
-    """A :class:`gac.data.Loader` whose epochs are the same batch again and again."""
+    """A :class:`gac.data.Loader` whose epochs repeat one batch."""
 
     def __init__(self, images: Tensor, labels: Tensor, repeats: int) -> None:
         self._batch = images, labels

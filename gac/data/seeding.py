@@ -26,16 +26,16 @@ def derive_seed(seed: int, stream: Stream, *position: int) -> int:
 
     The hash is NumPy's ``SeedSequence(seed, spawn_key=(stream, *position))``, whose result NumPy guarantees
     not to change between versions. ``position`` is (epoch), (epoch, batch number) or (epoch, image number), or
-    nothing where ``seed`` was itself derived from one.
+    empty where ``seed`` was itself derived from one.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(stream, *position))
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """Permutation of range(size), int64 [size] on the CPU, that decides the order of an epoch's images.
+    """Return the order of an epoch's images: a permutation of range(size), int64 [size].
 
-    Drawn on the CPU, so that the order is the same whatever device trains.
+    It is drawn on the CPU, so that it does not depend on the device that trains.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, Stream.ORDER, epoch))
     return torch.randperm(size, generator=generator)

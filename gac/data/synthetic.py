@@ -11,9 +11,9 @@ _CHANNELS = 3
 
 
 def load_synthetic(*, images: int, classes: int, image_size: int) -> ArraySet:
-    """Uniformly random uint8 images [3, image_size, image_size] with random labels, the same in every run.
+    """Return uniformly random uint8 images [3, image_size, image_size] with random labels, the same in every run.
 
-    ``images`` to train on, at least 4, and a quarter as many to test.
+    There are ``images`` (at least 4) to train on and a quarter as many to test.
     """
     generator = torch.Generator().manual_seed(_SEED)
 

@@ -1,4 +1,4 @@
-"""Batches that are copied to a device, or made on it, beside the computation."""
+"""Batches that are copied to a device, or made on it, while it computes."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -12,9 +12,9 @@ Batch = TypeVar("Batch", bound=tuple)
 def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield batches, named tuples, with their tensors on ``device``.
 
-    On a CUDA device the next batch is copied while the work on the present one is queued or running: from pinned
-    memory, on a stream of its own, without waiting on the host. So two batches are on the device at a time, and one
-    is taken from ``batches`` before the one before it is yielded.
+    On a CUDA device the next batch is copied while the work on the current one is queued or running: from pinned
+    memory, on a separate stream, without blocking the host. So two batches are on the device at a time, and each is
+    taken from ``batches`` before the previous one is yielded.
     """
     if device.type != "cuda":
         yield from batches
@@ -31,10 +31,10 @@ def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
 
 
 def make_beside(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches, tuples of tensors on ``device``, made by ``batches`` on a stream of its own.
+    """Yield batches, tuples of tensors on ``device``, that ``batches`` makes on a separate stream.
 
-    On a CUDA device some transforms (torchvision's affine ones) wait for what is queued on their stream. On that of
-    the computation this would be the training step on the batch before.
+    On a CUDA device some transforms (torchvision's affine ones) wait for the work queued on their stream. On
+    the computation's stream that would be the training step on the previous batch.
     """
     if device.type != "cuda":
         yield from batches
@@ -55,7 +55,7 @@ def make_beside(batches: Iterable[Batch], device: torch.device) -> Iterator[Batc
 
 
 class _Copy:
-    """A batch on its way to the device of ``stream``."""
+    """A batch that is being copied to the device of ``stream``."""
 
     def __init__(self, batch: tuple, stream: torch.cuda.Stream) -> None:
         self._device = stream.device
@@ -66,7 +66,7 @@ class _Copy:
             self._done = stream.record_event()
 
     def take(self) -> tuple:
-        """Let the current stream wait for the copy and return it."""
+        """Make the current stream wait for the copy, and return the batch."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._done)
         for item in self._batch:

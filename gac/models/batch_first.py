@@ -6,10 +6,10 @@ from gac.errors import InputError
 
 
 class BatchFirst(nn.Module):
-    """Give a network of the [T, B, ...] layout the paper's [B, T, ...] layout, by views alone.
+    """Wrap a network of the [T, B, ...] layout to take and return the paper's [B, T, ...] layout, without copies.
 
-    Sequences [B, T, C, H, W] in, logits [B, T, K] out; images [B, C, H, W] have no time and pass as they are.
-    Raises InputError for a sequence of another length than the network's T.
+    Sequences [B, T, C, H, W] in, logits [B, T, K] out; images [B, C, H, W] have no time axis and pass unchanged.
+    Raises InputError for a sequence whose length is not the network's T.
     """
 
     def __init__(self, net: nn.Module) -> None:

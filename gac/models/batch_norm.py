@@ -9,12 +9,12 @@ from gac.ops.batch_norm import Normalization
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that can take one frame for T equal ones, and can take its statistics over all ranks.
+    """BatchNorm2d that takes one frame for T equal ones if asked, and its statistics over all ranks if asked.
 
     Mean and variance of T equal frames are those of one; only the factor n / (n - 1) of the running variance
     differs, and ``repeats=T`` gives it the n of T frames. Input and output [B, C, H, W].
 
-    With ``synchronized`` (an attribute, False at first) a training batch is that of all ranks of torch.distributed's
+    With ``synchronized`` (an attribute, False by default) a training batch is that of all ranks of torch.distributed's
     default process group: outputs, gradients and running statistics are those of one process with the whole batch.
     torch's SyncBatchNorm has neither static frames nor a CPU version.
     """
@@ -46,7 +46,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def normalization(self, y: Tensor) -> Normalization:
         """Return what this module does to ``y`` [T, B, C, H, W] for a fused operation to apply, on a CUDA device.
 
-        In training the statistics are those of ``y``, and the running statistics move. Raises ValueError for a
+        In training the statistics are those of ``y``, and the running statistics are updated. Raises ValueError for a
         single value per channel in training, as the parent does.
         """
         if not self.training:

@@ -1,4 +1,4 @@
-"""What the networks are built from: convolution with BatchNorm, and the membrane-shortcut block."""
+"""Building blocks of the networks: convolution with BatchNorm, and the membrane-shortcut block."""
 
 import torch
 from spikingjelly.activation_based import functional
@@ -30,8 +30,8 @@ class MSBlock(nn.Module):
     """Membrane-shortcut block: LIF-conv-BN twice, added to the real-valued input; nothing follows the addition.
 
     Where the shape changes, the shortcut is a 1 x 1 convolution with BatchNorm of the real-valued input. With
-    ``checkpoint_activations`` (an attribute, False at first) training keeps the block's input alone and computes what
-    is inside again for the backward pass.
+    ``checkpoint_activations`` (an attribute, False by default) training keeps only the block's input and computes
+    the rest again in the backward pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, backend: Backend) -> None:

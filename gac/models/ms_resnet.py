@@ -20,7 +20,7 @@ from gac.neuron import PRESETS, Backend, LIFNode
 
 @dataclass(frozen=True)
 class Family:
-    """What the CIFAR and the ImageNet networks of the authors do differently."""
+    """How the authors' CIFAR and ImageNet networks differ."""
 
     stem_kernel: int
     stem_stride: int
@@ -38,8 +38,8 @@ class MSResNet(nn.Module, base.StepModule):
     """MS-ResNet that turns an image into class scores over T time steps.
 
     Input: images [B, C, H, W], the same at every time step and then run through the stem only once, or sequences
-    [T, B, C, H, W]. Output: logits [T, B, K]. Every call is a fresh sequence: the neurons are reset before it. In
-    step mode "s", which direct coding alone can have, a call is one time step: [B, C, H, W] to [B, K], the neurons
+    [T, B, C, H, W]. Output: logits [T, B, K]. Every call is a new sequence: the neurons are reset before it. In
+    step mode "s", which only direct coding supports, a call is one time step: [B, C, H, W] to [B, K], the neurons
     keep their state, and ``functional.reset_net`` begins the next sequence.
 
     With gated attention coding the stem's output passes the coding; with direct coding it enters the first block
@@ -62,11 +62,11 @@ class MSResNet(nn.Module, base.StepModule):
             "auto" (cupy on a CUDA device where CuPy works, else torch). With the kernels, sequences of up to 16
             steps run fused: a neuron together with the BatchNorm, residual sum, gate or pooling next to it. Its
             module is then not called and its membrane potential not kept; a hook on it (a monitor's, for example)
-            lets that layer run by itself, and one on a block or a BatchNorm the whole network.
+            makes that layer run unfused, and one on a block or a BatchNorm the whole network.
 
     Raises:
         InputError: For sizes below 1, a depth that does not have one number per stage, unknown names; in forward
-            for an input of another rank, T, channel count or of whole numbers.
+            for integers and for a wrong number of dimensions, time steps or channels.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class MSResNet(nn.Module, base.StepModule):
                 module.backend = backend
 
     def set_checkpoint_activations(self, value: bool) -> None:
-        """Choose whether the blocks compute their activations again for the backward pass instead of keeping them."""
+        """Choose whether blocks compute their activations again in the backward pass instead of keeping them."""
         for module in self.modules():
             if isinstance(module, MSBlock):
                 module.checkpoint_activations = value

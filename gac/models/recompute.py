@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block's activations are computed again in the backward pass instead of kept for it."""
+"""Activation checkpointing: activations are computed again in the backward pass instead of being kept for it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,25 +12,25 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Any], modules: Sequence[nn.Module], *inputs: Tensor) -> Any:
-    """Return ``function(*inputs)``, which runs ``modules``, and keep nothing but the inputs for the backward pass.
+    """Return ``function(*inputs)``, which runs ``modules``, and keep only the inputs for the backward pass.
 
-    The second computation yields gradients and leaves no other trace: it begins with the neuron states that the first
-    one began with, and the states and buffers (BatchNorm's running statistics) that the first one left stay. Hooks on
-    what is inside are called both times. The function must not draw random numbers.
+    The second computation yields gradients and has no other effect: it begins with the neuron states that the first
+    one began with, and restores the states and buffers (BatchNorm's running statistics) that the first one left. Hooks
+    on inner modules are called both times. The function must not draw random numbers.
     """
     again = _WithoutTrace(modules)
     return checkpoint(
         function,
         *inputs,
         use_reentrant=False,
-        # There are none to repeat, and a CUDA graph could not capture reading the generator's state.
+        # No random numbers are drawn, and a CUDA graph could not capture reading the generator's state.
         preserve_rng_state=False,
         context_fn=lambda: (nullcontext(), again),
     )
 
 
 class _WithoutTrace:
-    """A context in which modules compute again what they are about to compute when this is made."""
+    """A context that repeats the modules' computation from the states they had when it was made, without a trace."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = nn.ModuleList(modules)

@@ -22,7 +22,7 @@ def list_models() -> list[str]:
 
 
 def resolve_coding(name: str, coding: Coding | None) -> Coding:
-    """Return the coding that a network name and an optional choice amount to; the choice wins over the name."""
+    """Return ``coding`` or, if it is None, the coding that the network's name implies; raise InputError if unknown."""
     if coding is None:
         return "gac" if name.startswith(_GAC_PREFIX) else "direct"
     if coding not in get_args(Coding):
@@ -65,7 +65,7 @@ def create_model(
 
 
 def describe(net: MSResNet) -> list[str]:
-    """Return what a user should know about a network before training it, a line each."""
+    """Return what a user should know about a network before training it, one line per fact."""
     parameters = sum(p.numel() for p in net.parameters())
     lines = [f"{parameters / 1e6:.3f} M parameters, T={net.T}, {net.coding_name} coding"]
     if isinstance(net.coding, GatedAttentionCoding):

@@ -16,7 +16,7 @@ BOTH = ("train", "test")
 
 @pytest.fixture
 def root() -> Iterator[Path]:
-    # Not pytest's, which only its owner may enter: one test gives its rights up.
+    # Not pytest's folder, which only its owner may enter: one test gives up its privileges.
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     for split in ("train", "val"):
@@ -81,7 +81,7 @@ def point_nowhere(root: Path):
         (rename_class, r"the same class folders.* order; in train only: china; in val only: japan$"),
         (add_classes, r"in train only: ant, bee, cat and 1 more$"),
         (unsort, r"val has no class folders; it needs one folder of images per class \(docs/imagenet.md"),
-        (point_nowhere, r"val/flower/0.JPEG cannot be opened: No such file or directory; see to all images of"),
+        (point_nowhere, r"val/flower/0.JPEG cannot be opened: No such file or directory; check all images of"),
     ],
 )
 def test_bad_tree_is_one_line(root, damage, message):
@@ -101,7 +101,7 @@ def test_root_that_is_no_folder(root):
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Run as the user who owns nothing, where the present one may read everything."""
+    """Run as an unprivileged user if the current user may read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -120,7 +120,7 @@ def as_nobody() -> Iterator[None]:
         ("val/flower", r"val/flower: Permission denied; let this user read all of --data.root"),
         (
             "val/flower/0_landscape.JPEG",
-            r"0_landscape.JPEG cannot be opened: Permission denied; see to all images of its class",
+            r"0_landscape.JPEG cannot be opened: Permission denied; check all images of its class",
         ),
     ],
 )

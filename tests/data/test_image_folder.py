@@ -118,14 +118,14 @@ def test_every_training_image_comes_once(tmp_path):
 @pytest.mark.parametrize("augmented", [False, True])
 def test_workers_do_not_change_the_batches(root, augmented):
     options = {"augment": "trivialaugment", "random_erasing": 0.5} if augmented else {}
-    alone = build(root, **options).train
+    in_process = build(root, **options).train
     helped = build(root, workers=2, **options).train
     # The workers stay alive from one epoch to the next and must learn its number.
     for epoch in (0, 1):
-        assert_same_batches(alone.epoch(epoch), helped.epoch(epoch))
+        assert_same_batches(in_process.epoch(epoch), helped.epoch(epoch))
     unfinished = helped.epoch(5)
     next(unfinished)
-    assert_same_batches(list(alone.epoch(2))[3:], helped.epoch(2, start=3))
+    assert_same_batches(list(in_process.epoch(2))[3:], helped.epoch(2, start=3))
 
 
 @pytest.mark.parametrize("start", range(4))
@@ -289,7 +289,7 @@ def test_skipped_images_are_named_once_and_counted_in_every_epoch(tmp_path, capl
     assert messages[0].startswith(f"{flower / 'truncated.JPEG'} cannot be read (image file is truncated")
     assert messages[1].startswith(f"{flower / 'zero_bytes.JPEG'} cannot be read (not an image of a known format): the")
     assert messages[1].endswith("the next image in the folders' order takes its place")
-    # A resumed epoch counts what is left of it.
+    # A resumed epoch counts only the images that are left.
     list(loader.epoch(1, start=len(loader)))
     assert loader.skipped == 0
 

@@ -77,9 +77,9 @@ def test_classes_are_counted_over_both_splits(save):
 
 def test_test_split_alone_has_the_same_statistics_and_classes(save):
     path = save()
-    both, alone = load_npz(path, BOTH), load_npz(path, ("test",))
-    assert set(alone.splits) == {"test"}
-    assert (alone.mean, alone.std, alone.num_classes) == (both.mean, both.std, both.num_classes)
+    both, test_only = load_npz(path, BOTH), load_npz(path, ("test",))
+    assert set(test_only.splits) == {"test"}
+    assert (test_only.mean, test_only.std, test_only.num_classes) == (both.mean, both.std, both.num_classes)
 
 
 def test_test_split_may_stand_alone_in_the_file(save):
@@ -140,7 +140,7 @@ BAD_FILES = {
         {"classes": np.array(["a", "b", "c", "d"], dtype=object)},
         "array classes cannot be read .*allow_pickle=False",
     ),
-    "mean alone": ({"mean": np.full(3, 0.5)}, "has no array std"),
+    "only mean": ({"mean": np.full(3, 0.5)}, "has no array std"),
     "mean for white 255": (
         {"mean": np.full(3, 127.5), "std": np.full(3, 0.25)},
         r"mean is float64 \[127.5, 127.5, 127.5\]; it must be 3 floating-point numbers in \[0, 1\]",
