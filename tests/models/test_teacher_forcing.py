@@ -1,7 +1,7 @@
-"""The gate for fused execution: a network in the timed precision, layer by layer beside the float64 modules.
+"""Fused execution in the precision of training, layer by layer beside the float64 modules (teacher forcing).
 
-A free-running spiking network is chaotic in low precision, and what a fused kernel computes is no module's work alone.
-So the whole network runs as it will be timed, but every convolution (and the stem, both attentions and the head) is
+A free-running spiking network is chaotic in low precision, and what a fused kernel computes is no module's work only.
+So the whole network runs as it is trained, but every convolution (and the stem, both attentions and the head) is
 forced: whatever it gets, it returns what the float64 network's returned, and in the backward pass a given gradient.
 What is between two of them, the work of the fused kernels, then starts from equal tensors; its results are what reaches
 the next forced module, and in the backward pass what comes back to the one before.
@@ -11,14 +11,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from benchmarks.comparison import CHANGED_SPIKES_LIMIT, ROUNDING_LIMITS, Difference, relative_rms, worst
+from benchmarks.candidates import REFERENCE
+from benchmarks.common import BY_DTYPE, CHANGED_SPIKES_LIMIT, PRECISIONS, Difference, NetworkSize, relative_rms, worst
+from benchmarks.equality import perturb
+from gac.execution.device import autocast
 from gac.models import fused
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
+
+# A block with an identity shortcut, blocks with a normalised one, and the last block.
+SIZE = NetworkSize("gac_msresnet18", width=8, depth=(2, 1, 1, 1), image_size=32, num_classes=3)
+T = 2
 
 
 @dataclass
@@ -32,15 +40,15 @@ class _Trace:
 def compare_fused(
     network: MSResNet, reference: MSResNet, images: Tensor, dtype: torch.dtype, context: AbstractContextManager
 ) -> list[Difference]:
-    """Compare a network's fused execution with the float64 modules, forced as this file's head describes.
+    """Compare a network's fused execution with the float64 modules, forced as this file describes.
 
     Args:
-        network: What will be timed, with the reference's weights in float32.
+        network: What runs fused, with the reference's weights in float32.
         reference: The same network in float64, whose modules run one by one. Gradients and running statistics of both
             change.
         images: Float64 images [B, 3, H, W].
-        dtype: Type of the activations in the timed precision.
-        context: The timed precision's autocast.
+        dtype: Type of the activations in the precision.
+        context: The precision's autocast.
 
     Returns:
         The largest difference of each kind over a training pass and one with the running statistics: spikes, other
@@ -70,14 +78,14 @@ def compare_fused(
                 activations.append(relative_rms(got.inputs[name].double(), x))
         gradients += [relative_rms(got.gradients[name].double(), grad) for name, grad in wanted.gradients.items()]
         norm_gradients += _differences(_norm_gradients, network, reference)
-    rounding, exact = ROUNDING_LIMITS[dtype], ROUNDING_LIMITS[torch.float32]
+    rounding, exact = BY_DTYPE[dtype].rounding, BY_DTYPE[torch.float32].rounding
     statistics = _differences(_running_statistics, network, reference)
     return [
-        Difference("fused: share of changed spikes", changed / spikes, max(CHANGED_SPIKES_LIMIT, 1 / spikes)),
-        Difference("fused: other activations", worst(activations), rounding),
-        Difference("fused: gradients", worst(gradients), rounding),
-        Difference("fused: BatchNorm gradients", worst(norm_gradients), rounding),
-        Difference("fused: running statistics", worst(statistics), exact),
+        Difference("share of changed spikes", changed / spikes, max(CHANGED_SPIKES_LIMIT, 1 / spikes)),
+        Difference("other activations", worst(activations), rounding),
+        Difference("gradients", worst(gradients), rounding),
+        Difference("BatchNorm gradients", worst(norm_gradients), rounding),
+        Difference("running statistics", worst(statistics), exact),
     ]
 
 
@@ -190,3 +198,106 @@ def _running_statistics(network: MSResNet) -> list[Tensor]:
 def _differences(tensors: Callable[[MSResNet], list[Tensor]], network: MSResNet, reference: MSResNet) -> list[float]:
     pairs = zip(tensors(network), tensors(reference), strict=True)
     return [relative_rms(got.double(), wanted) for got, wanted in pairs]
+
+
+def compare(
+    backend: str = "cupy", device: str = "cpu", precision: str = "fp16", size: NetworkSize = SIZE, T: int = T
+) -> list[Difference]:
+    torch.manual_seed(0)
+    reference = REFERENCE.build(size, T).double()
+    images = torch.randn(2, 3, size.image_size, size.image_size, dtype=torch.float64)
+    perturb(reference, images)
+    network = REFERENCE.build(size, T)
+    network.load_state_dict(reference.state_dict())
+    network.set_backend(backend)
+    network.to(device, memory_format=torch.channels_last)
+    context = autocast(torch.device(device), "off" if precision == "fp32" else precision)
+    return compare_fused(network, reference.to(device), images.to(device), PRECISIONS[precision].dtype, context)
+
+
+def failed() -> set[str]:
+    return {each.quantity for each in compare() if not each.within}
+
+
+def test_passes_the_kernels(neurons_on_kernels):
+    found = compare()
+    assert len(found) == 5
+    assert all(each.within for each in found), found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("network", ["gac_msresnet18_cifar", "gac_msresnet18"])
+@pytest.mark.gpu
+def test_passes_the_kernels_on_a_gpu(network, precision):
+    depth = (2, 1, 1) if "cifar" in network else (2, 1, 1, 1)
+    found = compare("cupy", "cuda", precision, NetworkSize(network, 64, depth, 32, 10), T=6)
+    assert len(found) == 5
+    assert all(each.within for each in found), found
+
+
+def test_says_nothing_of_a_network_that_runs_its_modules():
+    assert compare(backend="torch") == []
+
+
+def scaled(name: str):
+    """The fused operation ``name``, whose input's gradient is wrong by 1 percent."""
+    operation = getattr(fused, name)
+
+    def wrong(y, *others):
+        return operation(y.detach() + 1.01 * (y - y.detach()), *others)
+
+    return wrong
+
+
+@pytest.mark.parametrize("name", ["norm_lif", "residual_lif", "lif_pool", "gate_lif"])
+def test_finds_wrong_gradients(name, neurons_on_kernels, monkeypatch):
+    monkeypatch.setattr(fused, name, scaled(name))
+    assert "gradients" in failed()
+
+
+def test_finds_wrong_constants(neurons_on_kernels, monkeypatch):
+    constants = fused._constants
+
+    def wrong(neuron):
+        parameters, surrogate = constants(neuron)
+        return type(parameters)(**{**vars(parameters), "decay": 0.26}), surrogate
+
+    monkeypatch.setattr(fused, "_constants", wrong)
+    assert "share of changed spikes" in failed()
+
+
+def test_finds_a_norm_in_the_wrong_place(neurons_on_kernels, monkeypatch):
+    residual = fused.residual_lif
+
+    def wrong(y, normalization, *others):
+        exchanged = type(normalization)(**{**vars(normalization), "bias": normalization.weight})
+        return residual(y, exchanged, *others)
+
+    monkeypatch.setattr(fused, "residual_lif", wrong)
+    assert {"share of changed spikes", "other activations"} <= failed()
+
+
+def test_finds_statistics_that_do_not_move(neurons_on_kernels, monkeypatch):
+    norm = type(REFERENCE.build(SIZE, T).stages[0][0].conv1.norm)
+    normalization = norm.normalization
+
+    def still(self, y):
+        kept = self.running_mean.clone(), self.running_var.clone()
+        found = normalization(self, y)
+        self.running_mean.copy_(kept[0])
+        self.running_var.copy_(kept[1])
+        return found
+
+    monkeypatch.setattr(norm, "normalization", still)
+    assert "running statistics" in failed()
+
+
+def test_finds_another_normalisation_in_evaluation(neurons_on_kernels, monkeypatch):
+    norm = type(REFERENCE.build(SIZE, T).stages[0][0].conv1.norm)
+    normalization = norm.normalization
+
+    def of_the_batch(self, y):
+        return normalization(self.train(), y)
+
+    monkeypatch.setattr(norm, "normalization", of_the_batch)
+    assert {"share of changed spikes", "gradients", "running statistics"} <= failed()
