@@ -64,7 +64,9 @@ PRECISIONS = {
     "fp16": Precision("float16 autocast", torch.float16, 2e-3),
     "bf16": Precision("bfloat16 autocast", torch.bfloat16, 1.6e-2),
 }
-BY_DTYPE = {precision.dtype: precision for precision in PRECISIONS.values()}
+BY_DTYPE = {precision.dtype: precision for precision in PRECISIONS.values()} | {
+    torch.float64: Precision("float64", torch.float64, 1e-10)
+}
 
 
 # --- Command line
@@ -274,9 +276,8 @@ def describe_environment(module: str, arguments: Sequence[str], device: torch.de
         "Python": platform.python_version(),
     }
     if (ROOT / ".git").exists():
-        lines["commit"] = _ask(
-            "git", "--no-optional-locks", "-C", str(ROOT), *["describe", "--always", "--abbrev=12", "--dirty"]
-        )
+        describe = ("describe", "--always", "--abbrev=12", "--dirty")
+        lines["commit"] = _ask("git", "--no-optional-locks", "-C", str(ROOT), *describe)
     return lines | {"command": f"python -m {module} {shlex.join(arguments)}".rstrip()}
 
 

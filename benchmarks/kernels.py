@@ -1,4 +1,4 @@
-"""python -m benchmarks.kernels: time and bandwidth of each fused operation, beside SpikingJelly's neuron and torch's layers.
+"""python -m benchmarks.kernels: time and bandwidth of each fused operation, beside SpikingJelly and torch's layers.
 
 An operation is one entry of ``OPERATIONS``. Its bytes are those of everything that has to be read or written by passes
 whose intermediate results stay in registers; vectors of one value for each channel or image do not count.
@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from benchmarks import common, plot
 from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, record_inputs
-from benchmarks.common import BY_DTYPE, Difference, MeasurementError, NetworkSize, Timing, at_least, or_out_of_memory
+from benchmarks.common import (
+    BY_DTYPE,
+    PRECISIONS,
+    Difference,
+    MeasurementError,
+    NetworkSize,
+    Timing,
+    at_least,
+    or_out_of_memory,
+)
 from gac.errors import InputError
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.blocks import MSBlock
@@ -37,7 +46,7 @@ METHOD = (
     " large tensor reaches. On a GPU a call's time is a CUDA graph's of many calls, through more tensors than its cache"
     " holds. The peer is SpikingJelly's neuron with torch's layers on the same tensors, in turns."
 )
-DTYPES = {precision.dtype_name: precision.dtype for precision in BY_DTYPE.values()}
+DTYPES = {precision.dtype_name: precision.dtype for precision in PRECISIONS.values()}
 GATE_BATCH = 2
 NO_NEURON = (None, None)
 STREAM = ("membrane stream", "spikes")
@@ -146,7 +155,7 @@ def _residual(
     return dict(zip(STREAM, (membrane, layer.spikes(membrane)), strict=True))
 
 
-def _residual_of_last_block(
+def _last_residual(
     layer: Layer, function: Callable, y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor
 ) -> Named:
     return {STREAM[0]: function(y, layer.normalization(y, weight, bias), shortcut, None, *NO_NEURON)[0]}
@@ -272,7 +281,7 @@ OPERATIONS = {
         lambda network: [_blocks(network)[-1].conv2.norm],
         (residual_lif.residual_lif, residual_lif.reference),
         partial(_residual_inputs, shortcut_norm=False),
-        _residual_of_last_block,
+        _last_residual,
         lambda layer, y, weight, bias, shortcut: {STREAM[0]: _torch_batch_norm(y, weight, bias) + shortcut},
         _residual_bytes(shortcut_norm=False, spiking=False),
     ),
@@ -301,7 +310,7 @@ OPERATIONS = {
 
 
 class Case:
-    """An operation on tensors of one layer: ours, the reference for float64 and the peer, and the bytes of each pass."""
+    """An operation on tensors of one layer: ours, the float64 reference and the peer, and the bytes of each pass."""
 
     def __init__(self, name: str, layer: Layer) -> None:
         operation = OPERATIONS[name]
@@ -362,7 +371,7 @@ def check_operations(
 
 @dataclass(frozen=True)
 class Row:
-    """One direction of an operation at one shape, which ``layers`` layers have; timings are None where memory ran out."""
+    """One direction of an operation at one shape, that of ``layers`` layers; timings are None where memory ran out."""
 
     operation: str
     shape: tuple[int, ...]
@@ -569,13 +578,8 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
         share = "out of memory" if bandwidth is None else f"{100 * bandwidth / copied:.3g} % of copy"
         print(f"{key[0]:<18}{key[1]:<10}{key[2]:<10}all layers: {share}")
     if options.plot is not None:
-        plot.draw_bandwidths(
-            rows,
-            copied,
-            f"{size.network}, T = {options.time_steps}, batch {options.batch}",
-            report.environment,
-            options.plot,
-        )
+        title = f"{size.network}, T = {options.time_steps}, batch {options.batch}"
+        plot.draw_bandwidths(rows, copied, title, report.environment, options.plot)
 
 
 if __name__ == "__main__":

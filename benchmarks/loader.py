@@ -138,8 +138,8 @@ def _measure_and_report(options: argparse.Namespace, device: torch.device, repor
         for listed in folders.values():
             if len(listed) < needed:
                 raise InputError(
-                    f"{len(listed)} images in {listed.folder} are too few: {WARM_UP_ROUNDS} + {options.rounds} rounds of"
-                    f" {most} batches of {batch} take {needed}; lower --workers, --rounds or --batch"
+                    f"{len(listed)} images in {listed.folder} are too few: {WARM_UP_ROUNDS} + {options.rounds} rounds"
+                    f" of {most} batches of {batch} take {needed}; lower --workers, --rounds or --batch"
                 )
         report.environment["cores"] = str(len(os.sched_getaffinity(0)))
         data = {split: _describe(folders[split]) for split in splits}

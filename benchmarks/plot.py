@@ -96,7 +96,7 @@ def draw_bandwidths(rows: Sequence[Row], copied: float, title: str, environment:
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     groups = list(dict.fromkeys((row.operation, row.shape) for row in rows))
     with mpl.rc_context(RC):
-        figure, (grid,) = _panels(1, len(dtypes), 4.5, 0.34 * len(groups) + 1.2, title, environment)
+        figure, (grid,) = _panels(1, len(dtypes), 6.5, 0.34 * len(groups) + 1.2, title, environment)
         for axes, dtype in zip(grid, dtypes, strict=True):
             for offset, (direction, color) in zip((-0.19, 0.19), COLORS.items(), strict=True):
                 bars = [row for row in rows if (row.dtype, row.direction) == (dtype, direction) and row.bandwidth]

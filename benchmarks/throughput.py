@@ -1,4 +1,4 @@
-"""python -m benchmarks.throughput: training and evaluation of the implementations, in turns (--help lists all options)."""
+"""python -m benchmarks.throughput: the implementations' training and evaluation (--help lists all options)."""
 
 import gc
 import sys
@@ -134,15 +134,9 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
         workload.start_evaluation()
     evaluation = time_all({name: workload.eval_step for name, workload in workloads.items()})
     place = (setting.T, setting.batch, setting.precision)
+    peaks = {name: peak for name, peak in peaks.items() if on_gpu and name != FLOOR}
     return [
-        Cell(
-            name,
-            *place,
-            layout,
-            train.get(name),
-            evaluation.get(name),
-            peaks.get(name) if on_gpu and name != FLOOR else None,
-        )
+        Cell(name, *place, layout, train.get(name), evaluation.get(name), peaks.get(name))
         for name, layout in layouts.items()
     ]
 
@@ -215,8 +209,8 @@ def make_parser() -> common.Parser:
     help = "float32, or autocast to half precision; those that the device lacks are skipped"
     add("--precision", nargs="+", choices=common.PRECISIONS, default=list(common.PRECISIONS), help=help)
     help = (
-        "memory order of images and weights; auto on a GPU: NHWC with our kernels, and in half precision for all but the"
-        " step-loop, which does not keep it; else NCHW"
+        "memory order of images and weights; auto on a GPU: NHWC with our kernels, and in half precision for all but"
+        " the step-loop, which does not keep it; else NCHW"
     )
     add("--layout", choices=("auto", *candidates.MEMORY_FORMATS), default="auto", help=help)
     help = (
