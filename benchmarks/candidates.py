@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from benchmarks.common import PRECISIONS, NetworkSize
@@ -20,6 +19,7 @@ from gac import LIFNode, create_model
 from gac.errors import InputError
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
 from gac.execution.device import autocast
+from gac.models.ms_resnet import MSResNet
 from gac.ops.runtime import cupy_status
 
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -34,27 +34,18 @@ STYLES = {FLOOR: ("#000000", "_")}
 class Implementation:
     """One way to write the network.
 
-    Args:
-        name: Name on the command line and in tables.
-        style: Colour and marker in figures.
-        build: Makes the network from a size and the number of time steps T.
-        neuron_type: Class of its spiking layers, which it registers in the order of our network.
-        names: Pairs of a pattern of our parameter names and its replacement; empty for our own names.
-        batch_first: Sequences are [B, T, ...], logits are [B, T, K]; else [T, B, ...] and [T, B, K].
-        keeps_channels_last: Activations stay in channels_last where the images are.
-        kernels: It needs our CUDA kernels, which have no float64.
-        replayed: Its steps are replays of CUDA graphs.
+    ``build`` makes the network from a size and T; ``style`` is colour and marker in figures; ``names`` are pairs of a
+    pattern of our parameter names and its replacement.
     """
 
     name: str
     style: tuple[str, str]
     build: Callable[[NetworkSize, int], nn.Module]
-    neuron_type: type[nn.Module] = LIFNode
     names: tuple[tuple[str, str], ...] = ()
-    batch_first: bool = False
-    keeps_channels_last: bool = True
-    kernels: bool = False
-    replayed: bool = False
+    batch_first: bool = False  # logits are [B, T, K], else [T, B, K]
+    keeps_channels_last: bool = True  # activations stay in channels_last where the images are
+    kernels: bool = False  # needs our CUDA kernels, which have no float64
+    replayed: bool = False  # its steps are replays of CUDA graphs
 
     def missing(self, device: torch.device) -> str | None:
         """Return why it cannot run on a device, in one line, or None if it can."""
@@ -63,23 +54,17 @@ class Implementation:
             return None
         return f"{status.reason} ({status.hint})" if status.hint else status.reason
 
-    def neurons(self, network: nn.Module) -> list[nn.Module]:
-        """Return the spiking layers of a network that it built, in the order in which an image passes them."""
-        return [module for module in network.modules() if isinstance(module, self.neuron_type)]
-
-    def time_first(self, sequence: Tensor) -> Tensor:
-        """Return a view [T, B, ...] of one of the network's sequences, or the other way round."""
-        return sequence.transpose(0, 1) if self.batch_first else sequence
-
     def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors under this network's names from a mapping with ours. Raises KeyError for an unknown name."""
-        return {self._translate(name) if self.names else name: tensor for name, tensor in tensors.items()}
-
-    def _translate(self, name: str) -> str:
-        for pattern, replacement in self.names:
-            if match := re.fullmatch(pattern, name):
-                return match.expand(replacement)
-        raise KeyError(name)
+        if not self.names:
+            return dict(tensors)
+        matches = {
+            name: match.expand(replacement)
+            for name in tensors
+            for pattern, replacement in self.names
+            if (match := re.fullmatch(pattern, name))
+        }
+        return {matches[name]: tensor for name, tensor in tensors.items()}
 
     def layout(self, requested: str, precision: str, device: torch.device) -> str:
         """Return the memory format's name: the requested one, or for "auto" the one that suits the implementation."""
@@ -92,7 +77,7 @@ class Implementation:
 
 
 def _ours(name: str, style: tuple[str, str], backend: str, **options: bool) -> Implementation:
-    def build(size: NetworkSize, T: int) -> nn.Module:
+    def build(size: NetworkSize, T: int) -> MSResNet:
         # A temporal attention that starts dead has no gradient to compare.
         sizes = {"width": size.width, "depth": size.depth}
         return create_model(size.network, size.num_classes, T, temporal_init="alive", backend=backend, **sizes)
@@ -100,11 +85,11 @@ def _ours(name: str, style: tuple[str, str], backend: str, **options: bool) -> I
     return Implementation(name, style, build, **options)
 
 
-def _peer(name: str, style: tuple[str, str], network: Callable[..., nn.Module], **options: object) -> Implementation:
+def _peer(name: str, style: tuple[str, str], network: Callable[..., nn.Module], *options: object) -> Implementation:
     def build(size: NetworkSize, T: int) -> nn.Module:
         return network(size.family, T, size.num_classes, size.width, size.depth)
 
-    return Implementation(name, style, build, **options)
+    return Implementation(name, style, build, *options)
 
 
 REFERENCE = _ours("ours-torch", ("#009E73", "s"), "torch")
@@ -115,22 +100,8 @@ IMPLEMENTATIONS = {
         _ours("ours-cupy", ("#0072B2", "o"), "cupy", kernels=True),
         _ours("ours-cupy-graph", ("#56B4E9", "v"), "cupy", kernels=True, replayed=True),
         REFERENCE,
-        _peer(
-            "spikingjelly",
-            ("#D55E00", "^"),
-            spikingjelly_network.SpikingJellyNetwork,
-            neuron_type=neuron.LIFNode,
-            names=spikingjelly_network.NAMES,
-        ),
-        _peer(
-            "step-loop",
-            ("#666666", "D"),
-            step_loop.StepLoopNetwork,
-            neuron_type=step_loop.LIF,
-            names=step_loop.NAMES,
-            batch_first=True,
-            keeps_channels_last=False,
-        ),
+        _peer("spikingjelly", ("#D55E00", "^"), spikingjelly_network.SpikingJellyNetwork, spikingjelly_network.NAMES),
+        _peer("step-loop", ("#666666", "D"), step_loop.StepLoopNetwork, step_loop.NAMES, True, False),
     )
 }
 STYLES = {name: each.style for name, each in IMPLEMENTATIONS.items()} | STYLES
@@ -142,8 +113,7 @@ def what_runs(
 ) -> tuple[list[Implementation], list[str], dict[str, str]]:
     """Return the implementations and precisions of these that a device can run, and why it cannot run the others.
 
-    Raises:
-        InputError: If it can run none of the implementations, or none of the precisions.
+    Raises InputError if it can run none of the implementations, or none of the precisions.
     """
     missing = {name: IMPLEMENTATIONS[name].missing(device) for name in dict.fromkeys(names)}
     lacking = {name: PRECISIONS[name].missing(device) for name in dict.fromkeys(precisions)}
@@ -170,25 +140,6 @@ class Setting:
         """Return the weights that all implementations start from."""
         torch.manual_seed(0)
         return REFERENCE.build(self.size, self.T).state_dict()
-
-
-class Workload(Protocol):
-    """What is timed: the steps of a :class:`Candidate` or of something to compare it with."""
-
-    def train_step(self) -> object:
-        """Do the work of a training step."""
-
-    def eval_step(self) -> object:
-        """Do the work of an evaluation step."""
-
-    def start_evaluation(self) -> None:
-        """Change from training to evaluation."""
-
-    def rest(self) -> None:
-        """Free what the last step left behind."""
-
-    def diverged(self) -> bool:
-        """Return whether the training steps led to nonsense, which may run at another speed."""
 
 
 class Candidate:
@@ -282,26 +233,14 @@ class ReplayedCandidate(Candidate):
         return self._replayed[name]()
 
 
+def neurons(network: MSResNet) -> list[LIFNode]:
+    """Return the spiking layers of our network in the order in which an image passes them."""
+    return [module for module in network.modules() if isinstance(module, LIFNode)]
+
+
 def make_candidate(implementation: Implementation, setting: Setting, weights: Mapping[str, Tensor]) -> Candidate:
     """Return the candidate of an implementation."""
     return (ReplayedCandidate if implementation.replayed else Candidate)(implementation, setting, weights)
-
-
-@dataclass(frozen=True)
-class _Convolution:
-    input: Tensor
-    weight: Tensor
-    grad_output: Tensor
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-
-    def forward(self) -> Tensor:
-        return F.conv2d(self.input, self.weight, None, self.stride, self.padding)
-
-    def backward(self) -> tuple[Tensor | None, ...]:
-        """Return the data gradient and the weight gradient."""
-        call = (self.stride, self.padding, (1, 1), False, (0, 0), 1, (True, True, False))
-        return torch.ops.aten.convolution_backward(self.grad_output, self.input, self.weight, None, *call)
 
 
 class ConvolutionFloor:
@@ -321,8 +260,8 @@ class ConvolutionFloor:
         self.layout = REFERENCE.layout(setting.layout, setting.precision, setting.device)
 
     @cached_property
-    def convolutions(self) -> list[_Convolution]:
-        """The convolutions with their tensors on the device, made when a turn begins."""
+    def convolutions(self) -> list[tuple[Tensor, Tensor, Tensor, tuple]]:
+        """Input, weight, output's gradient, stride and padding of each, on the device; made when a turn begins."""
         T, batch, memory_format = self._setting.T, self._setting.batch, MEMORY_FORMATS[self.layout]
         place = {"device": self._setting.device, "dtype": PRECISIONS[self._setting.precision].dtype}
         grad_outputs: dict[torch.Size, Tensor] = {}
@@ -335,24 +274,24 @@ class ConvolutionFloor:
             if shape not in grad_outputs:
                 # Shared by convolutions with equal outputs: they are read, never written.
                 grad_outputs[shape] = torch.randn(shape, **place).contiguous(memory_format=memory_format)
-            convolutions.append(_Convolution(x, weight, grad_outputs[shape], module.stride, module.padding))
+            convolutions.append((x, weight, grad_outputs[shape], (module.stride, module.padding)))
         return convolutions
 
     @torch.inference_mode()
     def train_step(self) -> None:
         """Run every convolution forward, then both gradients of each, last first."""
         self.eval_step()
-        for convolution in reversed(self.convolutions):
-            convolution.backward()
+        for x, weight, grad_output, arguments in reversed(self.convolutions):
+            convolution_gradients(x, weight, grad_output, arguments)
 
     @torch.inference_mode()
     def eval_step(self) -> None:
         """Run every convolution forward."""
-        for convolution in self.convolutions:
-            convolution.forward()
+        for x, weight, _, arguments in self.convolutions:
+            F.conv2d(x, weight, None, *arguments)
 
     def start_evaluation(self) -> None:
-        """Nothing differs."""
+        """Do nothing."""
 
     def rest(self) -> None:
         """Free the convolutions' tensors, which the implementations that take their turns now may need."""
@@ -361,6 +300,12 @@ class ConvolutionFloor:
     def diverged(self) -> bool:
         """Return False: nothing is learned."""
         return False
+
+
+def convolution_gradients(x: Tensor, weight: Tensor, grad_output: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
+    """Return the data gradient and the weight gradient of a convolution with some stride and padding."""
+    arguments = (None, *arguments, (1, 1), False, (0, 0), 1, (True, True, False))
+    return torch.ops.aten.convolution_backward(grad_output, x, weight, *arguments)[:2]
 
 
 def record_inputs(network: nn.Module, modules: Sequence[nn.Module], images: Tensor | int) -> list[Tensor]:

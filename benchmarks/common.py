@@ -37,7 +37,7 @@ class MeasurementError(Exception):
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision of activations: the rounding of results in it, relative, and what a GPU needs to compute in it."""
+    """A precision of activations, and the rounding of results in it as a relative root mean square."""
 
     title: str
     dtype: torch.dtype
@@ -87,15 +87,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists all options")
 
-    def add_output(self, json_help: str, plot_help: str | None = None) -> None:
-        """Add --json and, if there is a figure, --plot."""
-        self.add_argument("--json", type=new_file(".json"), metavar="FILE", help=json_help)
-        if plot_help is not None:
-            self.add_argument("--plot", type=new_file(".png"), metavar="FILE", help=plot_help)
-
-    def add_device(self) -> None:
-        """Add --device."""
+    def add_common_options(self, written: str, drawn: str | None = None) -> None:
+        """Add --device, --json and, if there is a figure, --plot."""
         self.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU where there is one")
+        self.add_argument("--json", type=new_file(".json"), metavar="FILE", help=f"write {written} there")
+        if drawn is not None:
+            self.add_argument("--plot", type=new_file(".png"), metavar="FILE", help=f"draw {drawn} there")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -216,25 +213,24 @@ class Report:
 
     def begin(self, **entries: Any) -> None:
         """Print the header; ``entries`` go into the JSON file."""
-        self._data = {"environment": self.environment, "method": self._method, **entries}
+        self.data = {"environment": self.environment, "method": self._method, **entries}
         for title, text in self.environment.items():
-            print_line(title, text)
+            self.line(title, text)
+
+    def line(self, title: str, text: object) -> None:
+        """Print a line of the header."""
+        print(f"{title:<14}{text}", flush=True)
 
     def update(self, **entries: Any) -> None:
         """Set entries of the JSON file."""
-        self._data.update(entries)
+        self.data.update(entries)
 
     def add(self, key: str, results: Iterable[Any]) -> None:
         """Extend a list in the JSON file and write it: what is measured stays, whatever happens next."""
-        self._data.setdefault(key, []).extend(results)
+        self.data.setdefault(key, []).extend(results)
         if self._path is not None:
             with atomic_write(self._path) as file:
-                file.write(f"{json.dumps(self._data, indent=2, allow_nan=False)}\n".encode())
-
-
-def print_line(title: str, text: object) -> None:
-    """Print a line of the header."""
-    print(f"{title:<14}{text}", flush=True)
+                file.write(f"{json.dumps(self.data, indent=2, allow_nan=False)}\n".encode())
 
 
 def run(

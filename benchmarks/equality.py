@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import kernels
-from benchmarks.candidates import REFERENCE, Implementation, Setting, make_candidate, record_inputs
+from benchmarks.candidates import REFERENCE, Implementation, Setting, make_candidate, neurons, record_inputs
 from benchmarks.common import (
     BY_DTYPE,
     PRECISIONS,
     Difference,
     MeasurementError,
     NetworkSize,
-    print_line,
+    Report,
     relative_rms,
     worst,
 )
@@ -55,8 +55,9 @@ def check_networks(
     time_steps: Sequence[int],
     precisions: Sequence[str],
     device: torch.device,
-) -> list[dict[str, Any]]:
-    """Check and print the equality of all implementations; return the comparisons for the JSON file.
+    report: Report,
+) -> None:
+    """Check and report the equality of all implementations.
 
     Raises:
         MeasurementError: If something differs by more than its limit, or if a layer of the reference never fires.
@@ -94,8 +95,8 @@ def check_networks(
         of_dtype = [each for each in found if each["dtype"] == dtype]
         most = max(of_dtype, key=lambda each: each["difference"] / each["limit"])
         what = f"{most['quantity']} {most['difference']:.0e} (limit {most['limit']:.0e}) of {most['implementation']}"
-        print_line("equality", f"{dtype}: {len(of_dtype)} comparisons, closest to its limit {what}")
-    return found
+        report.line("equality", f"{dtype}: {len(of_dtype)} comparisons, closest to its limit {what}")
+    report.update(agreement=found)
 
 
 def _make_case(size: NetworkSize, T: int, seed: int, device: torch.device) -> Case:
@@ -106,9 +107,8 @@ def _make_case(size: NetworkSize, T: int, seed: int, device: torch.device) -> Ca
     perturb(reference, images)
     reference.to(device)
     state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
-    neurons = REFERENCE.neurons(reference)
-    margin = torch.inf
-    for i, (neuron, x) in enumerate(zip(neurons, record_inputs(reference, neurons, images.to(device)), strict=True)):
+    layers, margin = neurons(reference), torch.inf
+    for i, (neuron, x) in enumerate(zip(layers, record_inputs(reference, layers, images.to(device)), strict=True)):
         v, spikes = torch.zeros_like(x[0]), 0
         for t in range(T):
             h = v + (x[t] - v / neuron.tau)
@@ -161,19 +161,20 @@ def _compare(each: Implementation, case: Case, size: NetworkSize, T: int, dtype:
     return differences
 
 
-def _outcome(implementation: Implementation, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict]:
-    logits = implementation.time_first(network.train()(images))
+def _outcome(each: Implementation, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    time = 1 if each.batch_first else 0
+    logits = network.train()(images)
     network.zero_grad()
-    F.cross_entropy(logits.mean(0), labels).backward()
+    F.cross_entropy(logits.mean(time), labels).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.named_parameters()}
     statistics = {name: buffer.double().clone() for name, buffer in network.named_buffers()}
     with torch.no_grad():
-        evaluated = implementation.time_first(network.eval()(images))
+        evaluated = network.eval()(images)
     return {
-        "training logits": {"logits": logits.detach()},
+        "training logits": {"logits": logits.detach().movedim(time, 0)},
         "loss gradients": gradients,
         "running statistics": statistics,
-        "evaluation logits": {"logits": evaluated},
+        "evaluation logits": {"logits": evaluated.movedim(time, 0)},
     }
 
 

@@ -21,7 +21,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from benchmarks import common, plot
-from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, record_inputs
+from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, neurons, record_inputs
 from benchmarks.common import (
     BY_DTYPE,
     PRECISIONS,
@@ -230,7 +230,7 @@ def _residual_bytes(shortcut_norm: bool, spiking: bool) -> tuple[tuple[int, int]
 OPERATIONS = {
     "lif": FusedOperation(
         "LIF neuron",
-        lambda network: REFERENCE.neurons(network),
+        neurons,
         (lif.lif, lif.reference),
         lambda layer: {"x": layer.sequence()},
         lambda layer, function, x: {"spikes": function(x, 0.0, *layer.neuron)[0]},
@@ -530,10 +530,9 @@ def make_parser() -> common.Parser:
     add("--time-steps", type=positive, default=6, metavar="T", help="number of time steps")
     add("--batch", type=positive, default=256, metavar="B", help="images per batch")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32", "float16"], help="type of the activations")
-    parser.add_device()
     add("--rounds", type=positive, default=5, help="turns that ours and the peer get")
     add("--repeats", type=positive, default=5, help="timed replays in a turn, after an untimed one")
-    parser.add_output("write all measurements there", "draw the bandwidths there")
+    parser.add_common_options("all measurements", "the bandwidths")
     return parser
 
 
@@ -549,16 +548,16 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
     names = list(dict.fromkeys(options.operations))
     dtypes = [DTYPES[name] for name in dict.fromkeys(options.dtype)]
     report.begin(network=asdict(size))
-    common.print_line("network", size)
+    report.line("network", size)
     if device.type == "cpu":
-        common.print_line("ours", "on a CPU the operations' references in torch, timed call by call")
+        report.line("ours", "on a CPU the operations' references in torch, timed call by call")
     with capturable_stream(device):
         checked = check_operations(names, size, options.time_steps, dtypes, device, options.batch)
         what, worst = max(checked, key=lambda each: each[1].difference / each[1].limit)
         found = f"{worst.quantity} {worst.difference:.0e} (limit {worst.limit:.0e}) of {what}"
-        common.print_line("equality", f"{len(checked)} comparisons with float64; closest to its limit: {found}")
+        report.line("equality", f"{len(checked)} comparisons with float64; closest to its limit: {found}")
         copied = copy_bandwidth(device, options.rounds, options.repeats)
-        common.print_line("copy", f"{copied / 1e9:.4g} GB/s read and written\n")
+        report.line("copy", f"{copied / 1e9:.4g} GB/s read and written\n")
         agreement = [{"what": what, **asdict(difference)} for what, difference in checked]
         report.update(copy_bytes_per_second=copied, agreement=agreement)
         TABLE.header()
@@ -579,7 +578,7 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
         print(f"{key[0]:<18}{key[1]:<10}{key[2]:<10}all layers: {share}")
     if options.plot is not None:
         title = f"{size.network}, T = {options.time_steps}, batch {options.batch}"
-        plot.draw_bandwidths(rows, copied, title, report.environment, options.plot)
+        plot.write(plot.bandwidth_figure(rows, copied, title, report.environment), options.plot)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.common import Parser, Report, Table, Timing, at_least, print_line, run
+from benchmarks.common import Parser, Report, Table, Timing, at_least, run
 from gac.config import DataConfig
 from gac.data import image_folder
 from gac.data.class_folders import ClassFolders, open_folders
@@ -96,9 +96,8 @@ def make_parser() -> Parser:
     add("--resize", type=positive, default=256, metavar="PIXELS", help="short side before a test crop")
     help = "AutoAugment on training images"
     add("--auto-augment", action=argparse.BooleanOptionalAction, default=True, help=help)
-    parser.add_device()
     add("--rounds", type=positive, default=7, help="timed rounds")
-    parser.add_output("write all measurements there")
+    parser.add_common_options("all measurements")
     return parser
 
 
@@ -145,9 +144,9 @@ def _measure_and_report(options: argparse.Namespace, device: torch.device, repor
         data = {split: _describe(folders[split]) for split in splits}
         report.begin(data=data, transforms=asdict(config), batch=batch, need=options.need)
         for split in splits:
-            print_line(split, data[split])
+            report.line(split, data[split])
         augmentation = "AutoAugment" if options.auto_augment else "no AutoAugment"
-        print_line("batches", f"{batch} images of {config.image_size} x {config.image_size}, {augmentation}\n")
+        report.line("batches", f"{batch} images of {config.image_size} x {config.image_size}, {augmentation}\n")
         TABLE.header()
         for split in splits:
             cells = []

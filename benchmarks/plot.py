@@ -34,11 +34,6 @@ RC = {
 COLORS = {"forward": "#56B4E9", "backward": "#0072B2"}
 
 
-def draw_throughput(cells: Sequence[Cell], title: str, environment: Mapping[str, str], path: Path) -> None:
-    """Write the figure of :func:`throughput_figure` as a PNG file."""
-    _write(throughput_figure(cells, title, environment), path)
-
-
 def throughput_figure(cells: Sequence[Cell], title: str, environment: Mapping[str, str]) -> Figure:
     """Return training throughput over T, a line for each implementation, a panel for each batch and precision.
 
@@ -91,8 +86,8 @@ def _draw_throughput(axes: Axes, cells: Sequence[Cell], names: Sequence[str]) ->
     axes.grid(axis="y")
 
 
-def draw_bandwidths(rows: Sequence[Row], copied: float, title: str, environment: Mapping[str, str], path: Path) -> None:
-    """Write a figure with a panel for each dtype; a bar is the bytes per second of one pass over those of a copy."""
+def bandwidth_figure(rows: Sequence[Row], copied: float, title: str, environment: Mapping[str, str]) -> Figure:
+    """Return a figure with a panel for each dtype; a bar is the bytes per second of one pass over those of a copy."""
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     groups = list(dict.fromkeys((row.operation, row.shape) for row in rows))
     with mpl.rc_context(RC):
@@ -114,7 +109,7 @@ def draw_bandwidths(rows: Sequence[Row], copied: float, title: str, environment:
         # Shared: the first operation on top.
         grid[0].invert_yaxis()
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    _write(figure, path)
+    return figure
 
 
 def _panels(
@@ -127,6 +122,7 @@ def _panels(
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row")
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file."""
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

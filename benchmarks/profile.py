@@ -200,10 +200,9 @@ def make_parser() -> common.Parser:
     add("--precision", choices=common.PRECISIONS, default="fp32", help=help)
     help = "memory order of images and weights; auto as in benchmarks.throughput"
     add("--layout", choices=("auto", *candidates.MEMORY_FORMATS), default="auto", help=help)
-    parser.add_device()
     add("--warmup", type=at_least(2), default=4, help="untimed steps before")
     add("--steps", type=positive, default=5, help="profiled steps; as many are timed without profiler")
-    parser.add_output("write everything there")
+    parser.add_common_options("everything")
     return parser
 
 
@@ -217,11 +216,11 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
     implementations, _, skipped = candidates.what_runs(options.implementations, [options.precision], device)
     rules = dict(KERNEL_RULES if device.type == "cuda" else OPERATOR_RULES)
     report.begin(rules=rules, network=asdict(size), step=options.step, skipped=skipped)
-    common.print_line("network", size)
+    report.line("network", size)
     for name, reason in skipped.items():
-        common.print_line("skipped", f"{name}: {reason}")
-    agreement = check_networks(implementations, size, [options.time_steps], [options.precision], device)
-    report.update(agreement=agreement, breakdowns=[])
+        report.line("skipped", f"{name}: {reason}")
+    check_networks(implementations, size, [options.time_steps], [options.precision], device, report)
+    report.update(breakdowns=[])
     setting = Setting(size, options.time_steps, options.batch, options.precision, options.layout, device)
     for each in implementations:
         found = common.or_out_of_memory(lambda each=each: _profile(each, setting, options))

@@ -5,13 +5,22 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 
 from benchmarks import candidates, common, plot
-from benchmarks.candidates import FLOOR, IMPLEMENTATIONS, NOT_REPLAYED, Candidate, Implementation, Setting, Workload
+from benchmarks.candidates import (
+    FLOOR,
+    IMPLEMENTATIONS,
+    NOT_REPLAYED,
+    Candidate,
+    ConvolutionFloor,
+    Implementation,
+    Setting,
+)
 from benchmarks.common import MeasurementError, NetworkSize, Table, Timing, at_least, or_out_of_memory, time_in_turns
 from benchmarks.equality import check_networks
 from gac.errors import InputError
@@ -101,14 +110,12 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
     """
     weights, device = setting.weights(), setting.device
     on_gpu = device.type == "cuda"
-    prepare: dict[str, Callable[[], Workload]] = {
-        each.name: lambda each=each: candidates.make_candidate(each, setting, weights) for each in implementations
-    }
+    prepare = {each.name: partial(candidates.make_candidate, each, setting, weights) for each in implementations}
     layouts = {each.name: each.layout(setting.layout, setting.precision, device) for each in implementations}
     if FLOOR in options.implementations:
-        prepare[FLOOR] = lambda: candidates.ConvolutionFloor(setting, weights)
+        prepare[FLOOR] = partial(ConvolutionFloor, setting, weights)
         layouts[FLOOR] = candidates.REFERENCE.layout(setting.layout, setting.precision, device)
-    workloads: dict[str, Workload] = {}
+    workloads: dict[str, Candidate | ConvolutionFloor] = {}
     peaks: dict[str, int] = {}
     for name, make in prepare.items():
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
@@ -141,7 +148,7 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
     ]
 
 
-def _warm_up(workload: Workload, steps: int, device: torch.device) -> int:
+def _warm_up(workload: Candidate | ConvolutionFloor, steps: int, device: torch.device) -> int:
     """Train some steps and return the bytes that tensors took at most in the last (0 on a CPU)."""
     for _ in range(steps - 1):
         workload.train_step()
@@ -218,12 +225,11 @@ def make_parser() -> common.Parser:
         " (--batch does not count then, and ours-cupy-graph, which needs what ours-cupy needs, is left out)"
     )
     add("--largest-batch", action="store_true", help=help)
-    parser.add_device()
     help = "untimed steps before the first round; the last gives the memory"
     add("--warmup", type=at_least(2), default=4, help=help)
     add("--rounds", type=positive, default=5, help="turns that every implementation gets")
     add("--steps", type=positive, default=3, help="timed steps in a turn, after an untimed one")
-    parser.add_output("write all measurements there", "draw the training throughput there")
+    parser.add_common_options("all measurements", "the training throughput")
     return parser
 
 
@@ -243,12 +249,12 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
     networks = [name for name in options.implementations if name != FLOOR]
     implementations, precisions, skipped = candidates.what_runs(networks, options.precision, device)
     report.begin(network=asdict(size), skipped=skipped)
-    common.print_line("network", size)
+    report.line("network", size)
     for name, reason in skipped.items():
-        common.print_line("skipped", f"{name}: {reason}")
+        report.line("skipped", f"{name}: {reason}")
     if device.type == "cpu":
-        common.print_line("memory", "not measured on a CPU")
-    report.update(agreement=check_networks(implementations, size, options.time_steps, precisions, device))
+        report.line("memory", "not measured on a CPU")
+    check_networks(implementations, size, options.time_steps, precisions, device, report)
     print()
     time_steps = dict.fromkeys(options.time_steps)
     if options.largest_batch:
@@ -270,7 +276,7 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
         report.add("cells", [cell.as_json() for cell in found])
     if options.plot is not None:
         title = f"{size.network}, width {size.width}, {size.image_size} × {size.image_size} pixels"
-        plot.draw_throughput(cells, title, report.environment, options.plot)
+        plot.write(plot.throughput_figure(cells, title, report.environment), options.plot)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from recorded_graph import CaptureByRecording
 
 from benchmarks import candidates, equality
 from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, ReplayedCandidate
-from benchmarks.common import MeasurementError, NetworkSize
+from benchmarks.common import MeasurementError, NetworkSize, Parser, Report
 from benchmarks.peers import step_loop
 from gac.execution import cuda_graph
 from gac.execution.device import autocast
@@ -26,7 +26,10 @@ REPLAY = {f"replayed: {name}" for name in ("loss", "gradients", "weights' change
 
 
 def check(implementation: Implementation, T: int = 2, size: NetworkSize = SIZE, precision: str = "bf16") -> list[dict]:
-    return equality.check_networks([implementation], size, [T], [precision], CPU)
+    report = Report(Parser("benchmarks.throughput", "", ""), [], CPU, None)
+    report.begin()
+    equality.check_networks([implementation], size, [T], [precision], CPU, report)
+    return report.data["agreement"]
 
 
 @pytest.mark.parametrize("size", [SIZE, IMAGENET_SIZE], ids=["cifar", "imagenet"])
@@ -119,7 +122,7 @@ class MissesSpikes(LIFNode):
 def test_the_gate_finds_defects_of_a_neuron_without_float64(neuron_type, quantity):
     def build(size: NetworkSize, T: int) -> torch.nn.Module:
         network = REFERENCE.build(size, T)
-        for module in REFERENCE.neurons(network):
+        for module in candidates.neurons(network):
             module.__class__ = neuron_type if module.__class__ is LIFNode else module.__class__
         return network
 

@@ -171,7 +171,7 @@ def test_imagenet_peer_is_spikingjellys_own_network_with_the_coding():
 class TestConvolutionFloor:
     def test_has_every_convolution_of_the_blocks(self):
         floor = make_floor("fp32", "NCHW")
-        found = sorted((tuple(each.input.shape), tuple(each.weight.shape)) for each in floor.convolutions)
+        found = sorted((tuple(x.shape), tuple(weight.shape)) for x, weight, *_ in floor.convolutions)
         frames = 3 * 5
         assert found == sorted(
             [
@@ -188,28 +188,24 @@ class TestConvolutionFloor:
         )
 
     def test_gradients_are_those_of_the_convolutions(self):
-        for each in make_floor("fp32", "NHWC").convolutions:
-            x, weight = each.input.clone().requires_grad_(), each.weight.clone().requires_grad_()
-            y = torch.nn.functional.conv2d(x, weight, None, each.stride, each.padding)
-            torch.testing.assert_close(each.forward(), y.detach())
-            wanted = torch.autograd.grad(y, (x, weight), each.grad_output)
-            data, of_weight, of_bias = each.backward()
-            torch.testing.assert_close((data, of_weight), wanted)
-            assert of_bias is None
+        for x, weight, grad, arguments in make_floor("fp32", "NHWC").convolutions:
+            leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            y = torch.nn.functional.conv2d(*leaves, None, *arguments)
+            found = candidates.convolution_gradients(x, weight, grad, arguments)
+            torch.testing.assert_close(found, torch.autograd.grad(y, leaves, grad))
 
     def test_inputs_of_3x3_convolutions_are_spikes(self):
-        for each in make_floor("fp32", "NCHW").convolutions:
-            if each.weight.shape[-1] == 3:
-                assert set(each.input.unique().tolist()) <= {0.0, 1.0}
+        for x, weight, *_ in make_floor("fp32", "NCHW").convolutions:
+            if weight.shape[-1] == 3:
+                assert set(x.unique().tolist()) <= {0.0, 1.0}
             else:
-                assert each.input.unique().numel() > 2
+                assert x.unique().numel() > 2
 
     @pytest.mark.parametrize("precision", PRECISIONS)
     def test_has_the_precision_and_the_layout(self, precision):
-        dtype = PRECISIONS[precision].dtype
-        for each in make_floor(precision, "NHWC").convolutions:
-            for tensor in (each.input, each.weight, each.grad_output):
-                assert tensor.dtype == dtype
+        for *tensors, _ in make_floor(precision, "NHWC").convolutions:
+            for tensor in tensors:
+                assert tensor.dtype == PRECISIONS[precision].dtype
                 assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
