@@ -69,9 +69,6 @@ BY_DTYPE = {precision.dtype: precision for precision in PRECISIONS.values()} | {
 }
 
 
-# --- Command line
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are InputError, and whose help shows the defaults."""
 
@@ -179,9 +176,6 @@ class NetworkSize:
         )
 
 
-# --- Report
-
-
 class Table:
     """A table whose rows can be printed one by one: columns have a title and a least width, the first is left-aligned.
 
@@ -234,9 +228,7 @@ class Report:
 
 
 def run(
-    parser: Parser,
-    measure: Callable[[argparse.Namespace, torch.device, Report], None],
-    arguments: Sequence[str] | None,
+    parser: Parser, measure: Callable[[argparse.Namespace, torch.device, Report], None], arguments: Sequence[str] | None
 ) -> int:
     """Run a command and return its exit status: 0, 1 for a MeasurementError, 2 for bad input, 130 for an interrupt."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -302,9 +294,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-# --- Timing
 
 
 @dataclass(frozen=True)
@@ -391,8 +380,6 @@ def _take_turn(call: Callable[[], object], device: torch.device, repeats: int) -
         moments.append(time.perf_counter())
     return [1000 * (after - before) for before, after in pairwise(moments)]
 
-
-# --- Comparison
 
 Operation = Callable[..., Mapping[str, Tensor]]
 """Takes tensors and returns outputs by name; "spikes" are compared by the share that differs, others by rounding."""

@@ -5,6 +5,7 @@ whose membranes stay away from the threshold; logits, loss gradients and running
 What the kernels compute in the timed precisions is checked operation by operation (``kernels.check_operations``).
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import kernels
-from benchmarks.candidates import REFERENCE, Implementation, Setting, make_candidate, neurons, record_inputs
+from benchmarks.candidates import REFERENCE, Implementation, Setting, make_candidate, neurons, record_inputs, what_runs
 from benchmarks.common import (
     BY_DTYPE,
     PRECISIONS,
@@ -49,6 +50,24 @@ class Case:
     margin: float
 
 
+def begin(
+    options: Namespace,
+    names: Sequence[str],
+    precisions: Sequence[str],
+    device: torch.device,
+    report: Report,
+    **more: Any,
+) -> tuple[NetworkSize, list[Implementation], list[str]]:
+    """Begin the report of a benchmark of networks; return their size and what of names and precisions can run."""
+    size = NetworkSize.from_options(options)
+    implementations, precisions, skipped = what_runs(names, precisions, device)
+    report.begin(**more, network=asdict(size), skipped=skipped)
+    report.line("network", size)
+    for name, reason in skipped.items():
+        report.line("skipped", f"{name}: {reason}")
+    return size, implementations, precisions
+
+
 def check_networks(
     implementations: Sequence[Implementation],
     size: NetworkSize,
@@ -59,8 +78,7 @@ def check_networks(
 ) -> None:
     """Check and report the equality of all implementations.
 
-    Raises:
-        MeasurementError: If something differs by more than its limit, or if a layer of the reference never fires.
+    Raises MeasurementError if something differs by more than its limit, or if a layer of the reference never fires.
     """
     found: list[dict[str, Any]] = []
     # Large enough for every kind of block and BatchNorm, small enough for a quiet case.
@@ -78,7 +96,7 @@ def check_networks(
                 if each.replayed:
                     setting = Setting(small, T, BATCH, name, "auto", device)
                     compared.append((precision, _compare_replayed(each, setting, case.state)))
-                elif each.kernels:
+                if each.kernels:
                     names = list(kernels.OPERATIONS)
                     checked = kernels.check_operations(names, size, T, [precision.dtype], device, peers=False)
                     compared.append((precision, [replace(d, quantity=f"{what}: {d.quantity}") for what, d in checked]))

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -64,9 +64,6 @@ TABLE = common.Table(
     *(("[quartiles]", 20), ("GB/s", 7), ("of copy", 7), ("peer us", 13), ("peer / ours", 11)),
 )
 Named = dict[str, Tensor]
-
-
-# --- The operations
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def _torch_moments(layer: Layer, y: Tensor) -> Named:
     return {"moments": torch.stack((mean, variance, variance * (count / (count - 1))))}
 
 
-def _residual_inputs(layer: Layer, shortcut_norm: bool) -> Named:
+def _residual_inputs(shortcut_norm: bool, layer: Layer) -> Named:
     names = ("y", "weight", "bias", "shortcut", "shortcut weight", "shortcut bias")
     tensors = (layer.sequence(), *layer.affine(), layer.sequence(), *(layer.affine() if shortcut_norm else ()))
     return dict(zip(names, tensors, strict=False))
@@ -188,7 +185,7 @@ def _blocks(network: MSResNet) -> list[MSBlock]:
     return [block for stage in network.stages for block in stage]
 
 
-def _norms_before_next_block(network: MSResNet, shortcut_norm: bool) -> list[nn.Module]:
+def _norms_before_next_block(shortcut_norm: bool, network: MSResNet) -> list[nn.Module]:
     inner = _blocks(network)[:-1]
     return [block.conv2.norm for block in inner if isinstance(block.shortcut, nn.Identity) != shortcut_norm]
 
@@ -227,6 +224,13 @@ def _residual_bytes(shortcut_norm: bool, spiking: bool) -> tuple[tuple[int, int]
     return (forward, 0), (sums + 3 + 2 * shortcut_norm, 0)
 
 
+def _residual_lif(summary: str, shortcut_norm: bool) -> FusedOperation:
+    modules, inputs = partial(_norms_before_next_block, shortcut_norm), partial(_residual_inputs, shortcut_norm)
+    functions = (residual_lif.residual_lif, residual_lif.reference)
+    moved = _residual_bytes(shortcut_norm, spiking=True)
+    return FusedOperation(summary, modules, functions, inputs, _residual, _residual_peer, moved)
+
+
 OPERATIONS = {
     "lif": FusedOperation(
         "LIF neuron",
@@ -258,29 +262,15 @@ OPERATIONS = {
         # Statistics: read y. Read y; write spikes. Sums: read y and the gradient of the spikes. Read both; write y's.
         ((3, 0), (5, 0)),
     ),
-    "residual_lif": FusedOperation(
-        "BatchNorm with its statistics, residual sum, the next block's LIF neuron",
-        partial(_norms_before_next_block, shortcut_norm=False),
-        (residual_lif.residual_lif, residual_lif.reference),
-        partial(_residual_inputs, shortcut_norm=False),
-        _residual,
-        _residual_peer,
-        _residual_bytes(shortcut_norm=False, spiking=True),
+    "residual_lif": _residual_lif(
+        "BatchNorm with its statistics, residual sum, the next block's LIF neuron", shortcut_norm=False
     ),
-    "residual_norm_lif": FusedOperation(
-        "the same with a shortcut that has a BatchNorm too",
-        partial(_norms_before_next_block, shortcut_norm=True),
-        (residual_lif.residual_lif, residual_lif.reference),
-        partial(_residual_inputs, shortcut_norm=True),
-        _residual,
-        _residual_peer,
-        _residual_bytes(shortcut_norm=True, spiking=True),
-    ),
+    "residual_norm_lif": _residual_lif("the same with a shortcut that has a BatchNorm too", shortcut_norm=True),
     "residual": FusedOperation(
         "BatchNorm with its statistics and residual sum of the last block",
         lambda network: [_blocks(network)[-1].conv2.norm],
         (residual_lif.residual_lif, residual_lif.reference),
-        partial(_residual_inputs, shortcut_norm=False),
+        partial(_residual_inputs, False),
         _last_residual,
         lambda layer, y, weight, bias, shortcut: {STREAM[0]: _torch_batch_norm(y, weight, bias) + shortcut},
         _residual_bytes(shortcut_norm=False, spiking=False),
@@ -325,14 +315,12 @@ class Case:
         self.forward_bytes, self.backward_bytes = forward + (4 * frame if name == "lif" else 0), backward
 
 
-# --- The gate
-
-
-def sites(name: str, size: NetworkSize, T: int, batch: int) -> Counter[tuple[int, ...]]:
-    """Return how many layers of the network have each of the shapes [T, B, C, H, W] that the operation meets."""
+@cache
+def sites(name: str, size: NetworkSize) -> Counter[tuple[int, ...]]:
+    """Return how many layers of the network have each of the shapes [C, H, W] that the operation meets."""
     network = REFERENCE.build(size, 1)
     inputs = record_inputs(network, OPERATIONS[name].modules(network), size.image_size)
-    return Counter((T, batch, *x.shape[-3:]) for x in inputs)
+    return Counter(tuple(x.shape[-3:]) for x in inputs)
 
 
 def check_operations(
@@ -346,13 +334,13 @@ def check_operations(
 ) -> list[tuple[str, Difference]]:
     """Compare ours, and in float32 the peer, with the float64 reference at all sizes but the batch.
 
-    Raises:
-        MeasurementError: If something differs by more than its limit.
+    Raises MeasurementError if something differs by more than its limit.
     """
     torch.manual_seed(0)
     checked = []
     for name, dtype in product(names, dtypes):
-        for shape in sites(name, size, T, min(batch, GATE_BATCH)):
+        for image in sites(name, size):
+            shape = (T, min(batch, GATE_BATCH), *image)
             case = Case(name, Layer(shape, dtype, size.family, device, kernels=device.type == "cuda"))
             # In half precision membranes on the threshold are common; SpikingJelly fires there, the original does not.
             runs = {"ours": case.ours} | ({"peer": case.peer} if peers and dtype == torch.float32 else {})
@@ -364,9 +352,6 @@ def check_operations(
                         raise MeasurementError(f"{what}: {off}; nothing was timed")
                     checked.append((what, each))
     return checked
-
-
-# --- Measurement
 
 
 @dataclass(frozen=True)
@@ -516,9 +501,6 @@ def bandwidth_of_all_layers(rows: Sequence[Row]) -> float | None:
     return 1000 * moved / sum(row.ours.median_ms * row.layers for row in rows)
 
 
-# --- The command
-
-
 def make_parser() -> common.Parser:
     """Return the parser of the command line."""
     parser = common.Parser("benchmarks.kernels", "Measure the fused operations.", METHOD)
@@ -563,7 +545,8 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
         TABLE.header()
         rows: list[Row] = []
         for name, dtype in product(names, dtypes):
-            for shape, layers in sites(name, size, options.time_steps, options.batch).items():
+            for image, layers in sites(name, size).items():
+                shape = (options.time_steps, options.batch, *image)
                 layer = Layer(shape, dtype, size.family, device, kernels=device.type == "cuda")
                 found = measure(name, layer, layers, copied, options.rounds, options.repeats)
                 for row in found:

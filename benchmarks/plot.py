@@ -77,8 +77,9 @@ def _draw_throughput(axes: Axes, cells: Sequence[Cell], names: Sequence[str]) ->
         bars = [[m - b for m, b in zip(middle, low, strict=True)], [a - m for a, m in zip(high, middle, strict=True)]]
         style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.4, "capsize": 2.5}
         axes.errorbar([cell.T for cell in measured], middle, yerr=bars, **style)
-        failed = [cell.T for cell in mine if cell.train is None]
-        axes.plot(failed, [0] * len(failed), color=color, marker="x", linestyle="none", clip_on=False)
+        for cell in mine:
+            if cell.train is None:
+                axes.plot(cell.T, 0, color=color, marker="x", clip_on=False)
     axes.margins(x=0.06)
     axes.set_xticks(sorted({cell.T for cell in cells}))
     axes.yaxis.set_major_locator(MaxNLocator(5))

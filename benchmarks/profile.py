@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity
 from benchmarks import candidates, common
 from benchmarks.candidates import NOT_REPLAYED, Candidate, Implementation, Setting
 from benchmarks.common import MeasurementError, NetworkSize, Table, Timing, at_least
-from benchmarks.equality import check_networks
+from benchmarks.equality import begin, check_networks
 from gac.ops.runtime import KERNEL_FOLDER
 
 METHOD = (
@@ -212,14 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_and_report(options: Namespace, device: torch.device, report: common.Report) -> None:
-    size = NetworkSize.from_options(options)
-    implementations, _, skipped = candidates.what_runs(options.implementations, [options.precision], device)
-    rules = dict(KERNEL_RULES if device.type == "cuda" else OPERATOR_RULES)
-    report.begin(rules=rules, network=asdict(size), step=options.step, skipped=skipped)
-    report.line("network", size)
-    for name, reason in skipped.items():
-        report.line("skipped", f"{name}: {reason}")
-    check_networks(implementations, size, [options.time_steps], [options.precision], device, report)
+    more = {"rules": dict(KERNEL_RULES if device.type == "cuda" else OPERATOR_RULES), "step": options.step}
+    names, precisions = options.implementations, [options.precision]
+    size, implementations, _ = begin(options, names, precisions, device, report, **more)
+    check_networks(implementations, size, [options.time_steps], precisions, device, report)
     report.update(breakdowns=[])
     setting = Setting(size, options.time_steps, options.batch, options.precision, options.layout, device)
     for each in implementations:

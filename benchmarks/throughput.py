@@ -4,7 +4,7 @@ import gc
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -22,7 +22,7 @@ from benchmarks.candidates import (
     Setting,
 )
 from benchmarks.common import MeasurementError, NetworkSize, Table, Timing, at_least, or_out_of_memory, time_in_turns
-from benchmarks.equality import check_networks
+from benchmarks.equality import begin, check_networks
 from gac.errors import InputError
 
 METHOD = (
@@ -105,8 +105,7 @@ def _gib(size: int | None) -> str:
 def measure(implementations: Sequence[Implementation], setting: Setting, options: Namespace) -> list[Cell]:
     """Measure implementations with equal weights at one setting, and the convolutions alone if asked for, as the last.
 
-    Raises:
-        MeasurementError: If the loss of a network is not finite at the end.
+    Raises MeasurementError if the loss of a network is not finite at the end.
     """
     weights, device = setting.weights(), setting.device
     on_gpu = device.type == "cuda"
@@ -245,13 +244,8 @@ def _measure_and_report(options: Namespace, device: torch.device, report: common
         options.implementations = [name for name in options.implementations if name in NOT_REPLAYED]
         if not options.implementations:
             raise InputError(f"--largest-batch needs one of the implementations {', '.join(NOT_REPLAYED)}")
-    size = NetworkSize.from_options(options)
     networks = [name for name in options.implementations if name != FLOOR]
-    implementations, precisions, skipped = candidates.what_runs(networks, options.precision, device)
-    report.begin(network=asdict(size), skipped=skipped)
-    report.line("network", size)
-    for name, reason in skipped.items():
-        report.line("skipped", f"{name}: {reason}")
+    size, implementations, precisions = begin(options, networks, options.precision, device, report)
     if device.type == "cpu":
         report.line("memory", "not measured on a CPU")
     check_networks(implementations, size, options.time_steps, precisions, device, report)
