@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from benchmarks import kernels
@@ -24,10 +25,12 @@ from benchmarks.common import (
     MeasurementError,
     NetworkSize,
     Report,
+    compare,
     relative_rms,
     worst,
 )
 from gac.execution.cuda_graph import WARM_UP_CALLS
+from gac.models.ms_resnet import MSResNet
 
 # Of the largest entry of the reference's tensor.
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -100,6 +103,8 @@ def check_networks(
                     names = list(kernels.OPERATIONS)
                     checked = kernels.check_operations(names, size, T, [precision.dtype], device, peers=False)
                     compared.append((precision, [replace(d, quantity=f"{what}: {d.quantity}") for what, d in checked]))
+                elif not each.names:
+                    compared.append((precision, _compare_neuron(each.build(small, T).to(device), precision.dtype)))
             for precision, difference in ((precision, one) for precision, many in compared for one in many):
                 if not difference.within:
                     raise MeasurementError(
@@ -177,6 +182,18 @@ def _compare(each: Implementation, case: Case, size: NetworkSize, T: int, dtype:
             errors.append(0.0 if error == largest == 0 else error / largest)
         differences.append(Difference(quantity, worst(errors), LIMITS[dtype]))
     return differences
+
+
+def _compare_neuron(network: MSResNet, dtype: torch.dtype) -> list[Difference]:
+    """Compare our neuron without kernels on noise in some dtype with itself in float64."""
+    neuron = neurons(network)[0]
+
+    def fire(x: Tensor) -> dict[str, Tensor]:
+        functional.reset_net(neuron)
+        return {"spikes": neuron(x)}
+
+    noise = torch.randn(network.T, BATCH, 8, 8, 8, device=network.head.weight.device)
+    return compare(fire, fire, {"x of a neuron": noise.to(dtype).requires_grad_()})
 
 
 def _outcome(each: Implementation, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:

@@ -22,6 +22,7 @@ SIZE = NetworkSize("gac_msresnet18_cifar", width=8, depth=(1, 1, 1), image_size=
 IMAGENET_SIZE = NetworkSize("gac_msresnet18", width=8, depth=(1, 1, 1, 1), image_size=32, num_classes=3)
 REPLAYED = dataclasses.replace(REFERENCE, name="ours-cupy-graph", replayed=True)
 NETWORK = {"training logits", "loss gradients", "running statistics", "evaluation logits"}
+NEURON = {"share of changed spikes", "gradient of x of a neuron"}
 REPLAY = {f"replayed: {name}" for name in ("loss", "gradients", "weights' change", "running statistics", "logits")}
 
 
@@ -127,9 +128,24 @@ def test_the_gate_finds_defects_of_a_neuron_without_float64(neuron_type, quantit
         return network
 
     sound = dataclasses.replace(REFERENCE, name="kernels")
-    assert {each["quantity"] for each in check(sound)} == NETWORK
+    assert {each["quantity"] for each in check(sound)} == NETWORK | {
+        "share of changed spikes",
+        "gradient of x of a neuron",
+    }
     with pytest.raises(MeasurementError, match=f"kernels is not the network of ours-torch: {quantity}"):
         check(dataclasses.replace(sound, build=build))
+
+
+def test_the_gate_finds_a_neuron_that_is_wrong_in_half_precision(monkeypatch):
+    forward = LIFNode.multi_step_functional_forward
+
+    def wrong(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
+        (spikes,), states = forward(self, inputs, states, **kwargs)
+        return ((1 - spikes if spikes.dtype == torch.bfloat16 else spikes),), states
+
+    monkeypatch.setattr(LIFNode, "multi_step_functional_forward", wrong)
+    with pytest.raises(MeasurementError, match="ours-torch: share of changed spikes in bfloat16"):
+        check(REFERENCE)
 
 
 def test_a_silent_reference_is_refused(monkeypatch):
