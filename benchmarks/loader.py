@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,42 +37,6 @@ TABLE = Table(
 )
 # The commonest size in ImageNet, in pixels, and a quality that gives about 100 kB, as its files have.
 SIZE, QUALITY, CROPS = (500, 375), 98, 8
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a loader reached: the times of rounds of ``images`` images each."""
-
-    split: str
-    workers: int
-    images: int
-    rounds: Timing
-    skipped: int
-
-    @property
-    def images_per_second(self) -> float:
-        """Rate of the median round."""
-        return 1000 * self.images / self.rounds.median_ms
-
-    @property
-    def per_worker(self) -> float:
-        """Rate of one process that decodes."""
-        return self.images_per_second / max(1, self.workers)
-
-    def as_json(self, need: float | None) -> dict[str, Any]:
-        """Return everything measured; the quartiles are the rates of the slower and of the faster one."""
-        fast, slow = self.rounds.quartiles_ms
-        return {
-            "split": self.split,
-            "workers": self.workers,
-            "images_per_second": self.images_per_second,
-            "quartiles": (1000 * self.images / slow, 1000 * self.images / fast),
-            "per_worker": self.per_worker,
-            "share_of_need": None if need is None else self.images_per_second / need,
-            "skipped_images": self.skipped,
-            "images_per_round": self.images,
-            "rounds_ms": self.rounds.samples_ms,
-        }
 
 
 def make_parser() -> Parser:
@@ -152,13 +116,12 @@ def _measure_and_report(options: argparse.Namespace, device: torch.device, repor
             cells = []
             for workers in counts:
                 cell = _measure(folders[split], split, config, workers, options, device)
-                result = cell.as_json(options.need)
-                low, high = result["quartiles"]
-                rates = [f"{cell.images_per_second:,.0f}", f"[{low:,.0f}, {high:,.0f}]", f"{cell.per_worker:,.0f}"]
-                share = "-" if options.need is None else f"{100 * result['share_of_need']:.0f} %"
-                TABLE.row(split, str(workers), *rates, share)
+                rates = [cell["images_per_second"], *cell["quartiles"], cell["per_worker"]]
+                rate, low, high, each = (f"{rate:,.0f}" for rate in rates)
+                share = "-" if options.need is None else f"{100 * cell['share_of_need']:.0f} %"
+                TABLE.row(split, str(workers), rate, f"[{low}, {high}]", each, share)
                 cells.append(cell)
-                report.add("cells", [result])
+                report.add("cells", [cell])
             if options.need is not None:
                 print(_verdict(cells, options.need), flush=True)
 
@@ -176,7 +139,8 @@ def _measure(
     workers: int,
     options: argparse.Namespace,
     device: torch.device,
-) -> Cell:
+) -> dict[str, Any]:
+    """Return what a loader reached: rates of the median round and of its quartiles, and the rounds themselves."""
     training = split == "train"
     loader = image_folder.ImageFolderLoader(
         folders,
@@ -198,14 +162,27 @@ def _measure(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         samples.append(1000 * (time.perf_counter() - started))
-    return Cell(split, workers, per_round * options.batch, Timing(tuple(samples[WARM_UP_ROUNDS:])), loader.skipped)
+    rounds, images = Timing(tuple(samples[WARM_UP_ROUNDS:])), per_round * options.batch
+    fast, slow = rounds.quartiles_ms
+    rate = 1000 * images / rounds.median_ms
+    return {
+        "split": split,
+        "workers": workers,
+        "images_per_second": rate,
+        "quartiles": (1000 * images / slow, 1000 * images / fast),
+        "per_worker": rate / per_round,
+        "share_of_need": None if options.need is None else rate / options.need,
+        "skipped_images": loader.skipped,
+        "images_per_round": images,
+        "rounds_ms": rounds.samples_ms,
+    }
 
 
-def _verdict(cells: Sequence[Cell], need: float) -> str:
-    enough = [cell.workers for cell in cells if cell.images_per_second >= need]
+def _verdict(cells: Sequence[dict[str, Any]], need: float) -> str:
+    enough = [cell["workers"] for cell in cells if cell["images_per_second"] >= need]
     if enough:
         return f"{need:,.0f} images/s are reached with {min(enough)} workers"
-    each = max(cells, key=lambda cell: cell.workers).per_worker
+    each = max(cells, key=lambda cell: cell["workers"])["per_worker"]
     workers = f"{math.ceil(need / each)} workers on as many cores would"
     return f"{need:,.0f} images/s are not reached; at {each:,.0f} images/s each, {workers}"
 
