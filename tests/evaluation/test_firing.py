@@ -24,9 +24,9 @@ class Constant(nn.Module):
         self.second = LIFNode(v_threshold=0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        self.is_main.reset()
+        self.first.reset()
         self.second.reset()
-        return self.second(self.is_main(images.transpose(0, 1)))
+        return self.second(self.first(images.transpose(0, 1)))
 
 
 def batches(*values: float) -> list[tuple[Tensor, Tensor]]:
