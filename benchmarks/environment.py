@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from spikingjelly.activation_based import functional
 
-from gac.ops import runtime
+from gac.ops import backend
 from gac.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def describe_environment(module: str, arguments: Sequence[str], device: torch.de
         "device": _describe_device(device),
         "CPU": f"{_cpu_model()}, threads: {torch.get_num_threads()}",
         "torch": _describe_torch(device),
-        "CuPy": runtime.toolchain_status().reason.removeprefix("CuPy "),
+        "CuPy": backend.toolchain_status().reason.removeprefix("CuPy "),
         "SpikingJelly": f"{version('spikingjelly')}, float32 LIF: {lif}",
         "gac": __version__,
         "Python": platform.python_version(),

@@ -12,7 +12,7 @@ from benchmarks.network_size import NetworkSize
 from benchmarks.peers import spikingjelly_network, step_loop
 from gac import LIFNode, create_model
 from gac.errors import InputError
-from gac.ops import runtime
+from gac.ops import backend
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 """Memory orders of images and weights."""
@@ -48,7 +48,7 @@ class Implementation:
         """Return why it cannot run on a device, in one line, or None if it can."""
         if not self.kernels:
             return None
-        status = runtime.cupy_status(device)
+        status = backend.cupy_status(device)
         if status.ok:
             return None
         return f"{status.reason} ({status.hint})" if status.hint else status.reason

@@ -11,8 +11,10 @@ from torch import Tensor
 
 import gac.version
 from gac.neuron import PRESETS
-from gac.ops import batch_norm, channels, gate_lif, lif, lif_pool, norm_lif, residual_lif, runtime
+from gac.ops import backend, batch_norm, channels, gate_lif, lif, lif_pool, norm_lif, residual_lif
 from gac.ops.batch_norm import Normalization
+from gac.ops.cuda import compiler
+from gac.ops.cuda.compiler import ELEMENTS, Kernel
 
 NEURONS = {
     name: (
@@ -59,18 +61,18 @@ def backends() -> Iterator[Check]:
         yield Check(True, "no CUDA device")
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        status = runtime.cupy_status(device)
-        backend = "the CUDA kernels" if status.ok else "torch"
+        status = backend.cupy_status(device)
+        neurons = "the CUDA kernels" if status.ok else "torch"
         name = torch.cuda.get_device_name(device)
-        yield Check(True, f"{device} ({name}): neurons run in {backend} ({status.reason})")
+        yield Check(True, f"{device} ({name}): neurons run in {neurons} ({status.reason})")
 
 
 def toolchain() -> Iterator[Check]:
     """Yield whether NVRTC compiles the kernels; a CuPy that is installed but does not work is a failure."""
-    status = runtime.toolchain_status()
+    status = backend.toolchain_status()
     if not status.ok:
         remedy = f"; to get the CUDA kernels: {status.hint}"
-        yield Check(not runtime.cupy_installed(), status.reason + remedy)
+        yield Check(not backend.cupy_installed(), status.reason + remedy)
         return
     yield Check(True, status.reason)
     if torch.cuda.is_available():
@@ -81,11 +83,11 @@ def toolchain() -> Iterator[Check]:
     for capability in targets:
         kernels = list(_kernels())
         for kernel in kernels:
-            runtime.compile_kernel(kernel, capability)
+            compiler.compile_kernel(kernel, capability)
         yield Check(True, f"NVRTC compiles {len(kernels)} kernels for compute capability {capability / 10} ({where})")
 
 
-def _kernels() -> Iterator[runtime.Kernel]:
+def _kernels() -> Iterator[Kernel]:
     """Yield one instance of each kernel that depends on the neuron; their parameters' types play no part here."""
     dtype, width = torch.float16, channels.vector_width(torch.float16, T)
     constants = lif.Constants.of(dtype, *NEURONS["cifar"])
@@ -109,13 +111,13 @@ def _kernels() -> Iterator[runtime.Kernel]:
 def kernels_against_reference() -> Iterator[Check]:
     """Yield, for each CUDA device that runs the kernels, how they compare with the reference in plain torch."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    usable = [device for device in devices if runtime.cupy_status(device).ok]
+    usable = [device for device in devices if backend.cupy_status(device).ok]
     if not usable:
         yield Check(True, "not run: no device that runs the kernels")
     for device in usable:
         for operation in OPERATIONS:
             for preset in NEURONS:
-                for dtype in runtime.KERNEL_DTYPES:
+                for dtype in ELEMENTS:
                     yield compare(operation, preset, dtype, device)
 
 

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import lif, lif_cpu, runtime
+from gac.ops import backend, lif, lif_cpu
 
 Backend = Literal["auto", "cupy", "torch"]
 
@@ -132,7 +132,7 @@ class LIFNode(neuron.LIFNode):
     def runs_kernels(self, x_seq: Tensor) -> bool:
         """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable."""
         unsupported = lif.unsupported_reason(self.surrogate_function)
-        return runtime.choose_backend(self.backend, x_seq, unsupported) == "cupy"
+        return backend.choose_backend(self.backend, x_seq, unsupported) == "cupy"
 
     def materialize_states(self, inputs: tuple, states: tuple, step_mode: str) -> tuple:
         """Return the membrane potential as a float32 (float64 for float64 input) tensor of one frame's shape.

@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from gac.ops.runtime import KERNEL_FOLDER
+from gac.ops.cuda.compiler import KERNEL_FOLDER
 
 IDLE = "idle"
 """No kernel runs (on a GPU), or none of torch's operators (on a CPU)."""

@@ -12,7 +12,9 @@ import torch.distributed
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import channels, runtime
+from gac.ops import channels, operators
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _inverse_std_like(moments: Tensor, *_: object) -> Tensor:
     return torch.empty_like(moments[0])
 
 
-@runtime.implement("gac::batch_moments")
+@operators.implement("gac::batch_moments")
 def _batch_moments(y: Tensor) -> Tensor:
     y = channels.channels_last(y)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
@@ -150,7 +152,7 @@ def _batch_moments(y: Tensor) -> Tensor:
     kernel = channels.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, (width,), parameters)
     blocks, columns = channels.grid(kernel, T * rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 3, C, dtype=torch.float32)
-    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
+    launch.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
     moments = _moments_like(y)
     _launch_total("batch_moments_total", (-(-C // _LANES),), (partials, moments, blocks, C), factors=0)
     return moments
@@ -171,10 +173,10 @@ def total_of_partials(partials: Tensor, second_factor: Tensor, third_factor: Ten
 def _launch_total(name: str, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...], factors: int) -> None:
     parameters = ("const float*", *["const float*?"] * factors, "float*", "int", "int")
     # kLanes * kSlices threads
-    runtime.launch(runtime.Kernel("batch_norm.cu", name, parameters), grid, (1024,), arguments)
+    launch.launch(Kernel("batch_norm.cu", name, parameters), grid, (1024,), arguments)
 
 
-@runtime.implement("gac::batch_statistics")
+@operators.implement("gac::batch_statistics")
 def _batch_statistics(
     moments: Tensor,
     running_mean: Tensor | None,
@@ -185,13 +187,13 @@ def _batch_statistics(
     inverse_std = _inverse_std_like(moments)
     C = moments.shape[1]
     arguments = (moments, running_mean, running_var, inverse_std, eps, momentum, C)
-    runtime.launch(_statistics_kernel(), (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
+    launch.launch(_statistics_kernel(), (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
     return inverse_std
 
 
 @cache
-def _statistics_kernel() -> runtime.Kernel:
-    return runtime.Kernel(
+def _statistics_kernel() -> Kernel:
+    return Kernel(
         "batch_norm.cu",
         "batch_statistics",
         ("const float*", "float*?", "float*?", "float*", "float", "float", "int"),

@@ -9,7 +9,9 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import channels, lif, runtime
+from gac.ops import channels, lif, operators
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
 
 
@@ -102,12 +104,12 @@ def _gradients(
 _SIZES = ("long long", "long long", "int")
 
 
-def _blocks_per_image(kernel: runtime.Kernel, x: Tensor, width: int) -> int:
+def _blocks_per_image(kernel: Kernel, x: Tensor, width: int) -> int:
     needed = -(-x[0].numel() // (channels.THREADS * width))
-    return max(1, min(needed, runtime.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
+    return max(1, min(needed, launch.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
 
 
-@runtime.implement("gac::gate_lif")
+@operators.implement("gac::gate_lif")
 def _gate_lif(x: Tensor, temporal: Tensor, spatial: Tensor, *constants: object) -> tuple[Tensor, Tensor]:
     neuron = Constants(*constants)
     x, temporal, spatial = channels.channels_last(x), temporal.contiguous(), channels.channels_last(spatial)
@@ -120,11 +122,11 @@ def _gate_lif(x: Tensor, temporal: Tensor, spatial: Tensor, *constants: object) 
     kernel = channels.make_kernel("gate_lif.cu", "gate_lif_forward", x.dtype, template, parameters)
     blocks = _blocks_per_image(kernel, x, width)
     arguments = (x, temporal, spatial, *neuron.dynamics, membrane, spikes, B, size, blocks)
-    runtime.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
+    launch.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
     return membrane, spikes
 
 
-@runtime.implement("gac::gate_lif_backward")
+@operators.implement("gac::gate_lif_backward")
 def _gate_lif_backward(
     grad_membrane: Tensor | None,
     grad_spikes: Tensor | None,
@@ -147,7 +149,7 @@ def _gate_lif_backward(
     partials = temporal.new_empty(blocks, T, B)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)
     arguments = (*incoming, x, temporal, spatial, *constants, grad_x, partials, grad_spatial, B, size, blocks)
-    runtime.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
+    launch.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
     return grad_x, partials.sum(0), grad_spatial
 
 
@@ -164,4 +166,4 @@ def _backward(
     return *gradients, *(None for _ in ctx.constants)
 
 
-_operator = runtime.differentiable("gac::gate_lif", _setup_context, _backward)
+_operator = operators.differentiable("gac::gate_lif", _setup_context, _backward)

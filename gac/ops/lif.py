@@ -14,7 +14,9 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import runtime
+from gac.ops import operators
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import ELEMENTS, Kernel
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Constants(NamedTuple):
         cls, dtype: torch.dtype, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase
     ) -> "Constants":
         """Return the constants for kernels on input of a dtype. Raises InputError where there are no such kernels."""
-        if dtype not in runtime.KERNEL_DTYPES:
+        if dtype not in ELEMENTS:
             raise InputError(
                 f"the LIF kernels take float32, float16 or bfloat16 input, got {dtype}; use backend='torch'"
             )
@@ -270,11 +272,10 @@ def _same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 _THREADS = 128  # kThreads in kernels/lif.cu
 _CHUNK = 16  # time steps whose membrane potentials fit into registers
-ELEMENTS = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 
 
 @cache
-def forward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runtime.Kernel:
+def forward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> Kernel:
     """Return the forward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
 
     ``neuron`` is a :attr:`Constants.forward_template`.
@@ -282,13 +283,11 @@ def forward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runti
     element = ELEMENTS[dtype]
     instance = f"lif_forward<{_template_arguments(element, T, width)}, {neuron}>"
     state = ("const float*?", "float", *DYNAMICS)
-    return runtime.Kernel(
-        "lif.cu", instance, (f"const {element}*", *state, f"{element}*", "float*?", "long long", "int")
-    )
+    return Kernel("lif.cu", instance, (f"const {element}*", *state, f"{element}*", "float*?", "long long", "int"))
 
 
 @cache
-def backward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runtime.Kernel:
+def backward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> Kernel:
     """Return the backward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
 
     ``neuron`` is a :attr:`Constants.backward_template`.
@@ -297,7 +296,7 @@ def backward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runt
     instance = f"lif_backward<{_template_arguments(element, T, width)}, {neuron}>"
     incoming = (f"const {element}*?", "const float*?", f"const {element}*", "const float*?", "float")
     outgoing = (f"{element}*?", "float*?", "float*?")
-    return runtime.Kernel("lif.cu", instance, (*incoming, *DYNAMICS, *SURROGATE, *outgoing, "long long", "int"))
+    return Kernel("lif.cu", instance, (*incoming, *DYNAMICS, *SURROGATE, *outgoing, "long long", "int"))
 
 
 def _template_arguments(element: str, T: int, width: int) -> str:
@@ -321,9 +320,9 @@ def _width(T: int, neurons: int, sequence: Tensor, *others: Tensor | None) -> in
     return width if aligned else 1
 
 
-def _launch(kernel: runtime.Kernel, neurons: int, width: int, arguments: tuple[Tensor | float | None, ...]) -> None:
+def _launch(kernel: Kernel, neurons: int, width: int, arguments: tuple[Tensor | float | None, ...]) -> None:
     blocks = -(-neurons // (_THREADS * width))
-    runtime.launch(kernel, (blocks,), (_THREADS,), arguments)
+    launch.launch(kernel, (blocks,), (_THREADS,), arguments)
 
 
 def _surrogate_constants(name: str, alpha: float) -> tuple[float, float]:
@@ -368,7 +367,7 @@ def _backward_outputs(
     return grad_x if need_grad_x else grad_x.new_empty(0), grad_v_init if need_grad_v else grad_v_init.new_empty(0)
 
 
-@runtime.implement("gac::lif_forward")
+@operators.implement("gac::lif_forward")
 def _forward_on_device(
     x_seq: Tensor, v_init: Tensor | None, v_start: float, *constants: object
 ) -> tuple[Tensor, Tensor]:
@@ -383,7 +382,7 @@ def _forward_on_device(
     return spikes, v_final
 
 
-@runtime.implement("gac::lif_backward")
+@operators.implement("gac::lif_backward")
 def _backward_on_device(
     grad_spikes: Tensor | None,
     grad_v_final: Tensor | None,
@@ -428,4 +427,4 @@ def _backward(
     return grad_x if need_grad_x else None, grad_v_init if need_grad_v else None, *(None for _ in others)
 
 
-_operator = runtime.differentiable("gac::lif_forward", _setup_context, _backward)
+_operator = operators.differentiable("gac::lif_forward", _setup_context, _backward)

@@ -4,7 +4,8 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from gac.ops import channels, lif, runtime
+from gac.ops import channels, lif, operators
+from gac.ops.cuda import launch
 from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
 
 
@@ -56,7 +57,7 @@ def _gradient_like(grad_pooled: Tensor, x: Tensor, *_: object) -> Tensor:
 _SIZES = ("long long", "int", "int")
 
 
-@runtime.implement("gac::lif_pool")
+@operators.implement("gac::lif_pool")
 def _lif_pool(x: Tensor, *constants: object) -> Tensor:
     neuron = Constants(*constants)
     x = channels.channels_last(x)
@@ -67,11 +68,11 @@ def _lif_pool(x: Tensor, *constants: object) -> Tensor:
     template = (T, width, neuron.forward_template)
     kernel = channels.make_kernel("lif_pool.cu", "lif_pool_forward", x.dtype, template, parameters)
     columns = -(-C // (width * channels.THREADS))
-    runtime.launch(kernel, (B, columns), (channels.THREADS,), (x, *neuron.dynamics, pooled, B, H * W, C))
+    launch.launch(kernel, (B, columns), (channels.THREADS,), (x, *neuron.dynamics, pooled, B, H * W, C))
     return pooled
 
 
-@runtime.implement("gac::lif_pool_backward")
+@operators.implement("gac::lif_pool_backward")
 def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, *constants: object) -> Tensor:
     neuron = Constants(*constants)
     grad_pooled, x = grad_pooled.contiguous(), channels.channels_last(x)
@@ -83,7 +84,7 @@ def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, *constants: object) -> Te
     kernel = channels.make_kernel("lif_pool.cu", "lif_pool_backward", x.dtype, template, parameters)
     grid = channels.grid(kernel, B * H * W, C, width, x.device)
     arguments = (grad_pooled, x, *neuron.dynamics, *neuron.surrogate_constants, grad_x, B, H * W, C)
-    runtime.launch(kernel, grid, (channels.THREADS,), arguments)
+    launch.launch(kernel, grid, (channels.THREADS,), arguments)
     return grad_x
 
 
@@ -98,4 +99,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_pooled: Tensor) -> 
     return grad_x, *(None for _ in ctx.constants)
 
 
-_operator = runtime.differentiable("gac::lif_pool", _setup_context, _backward)
+_operator = operators.differentiable("gac::lif_pool", _setup_context, _backward)

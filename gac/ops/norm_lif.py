@@ -9,8 +9,9 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from gac.ops import batch_norm, channels, lif, runtime
+from gac.ops import batch_norm, channels, lif, operators
 from gac.ops.batch_norm import Normalization
+from gac.ops.cuda import launch
 from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
 
 
@@ -97,7 +98,7 @@ _NORMALIZATION = ("const float*",) * 4
 _SIZES = ("long long", "int")
 
 
-@runtime.implement("gac::norm_lif")
+@operators.implement("gac::norm_lif")
 def _norm_lif(
     y: Tensor,
     weight: Tensor,
@@ -117,11 +118,11 @@ def _norm_lif(
     template = (T, width, neuron.forward_template)
     kernel = channels.make_kernel("norm_lif.cu", "norm_lif_forward", y.dtype, template, parameters)
     arguments = (y, weight, bias, mean, inverse_std, *neuron.dynamics, spikes, rows, C)
-    runtime.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
+    launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
     return spikes
 
 
-@runtime.implement("gac::norm_lif_backward_sums")
+@operators.implement("gac::norm_lif_backward_sums")
 def _backward_sums(
     grad_spikes: Tensor, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, *constants: object
 ) -> Tensor:
@@ -136,11 +137,11 @@ def _backward_sums(
     partials = y.new_empty(blocks, 2, C, dtype=torch.float32)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)
     arguments = (grad_spikes, y, weight, bias, mean, inverse_std, *constants, partials, rows, C)
-    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
+    launch.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
     return batch_norm.total_of_partials(partials, inverse_std)
 
 
-@runtime.implement("gac::norm_lif_backward_input")
+@operators.implement("gac::norm_lif_backward_input")
 def _backward_input(
     grad_spikes: Tensor,
     y: Tensor,
@@ -163,7 +164,7 @@ def _backward_input(
     kernel = channels.make_kernel("norm_lif.cu", "norm_lif_backward_input", y.dtype, template, parameters)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)
     arguments = (grad_spikes, y, weight, bias, mean, inverse_std, *constants, sums, inverse_count, grad_y, rows, C)
-    runtime.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
+    launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
     return grad_y
 
 
@@ -181,4 +182,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor) -> 
     return grad_y, sums[1], sums[0], *(None for _ in range(4 + len(ctx.constants)))
 
 
-_operator = runtime.differentiable("gac::norm_lif", _setup_context, _backward)
+_operator = operators.differentiable("gac::norm_lif", _setup_context, _backward)

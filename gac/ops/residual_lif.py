@@ -9,8 +9,9 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from gac.ops import batch_norm, channels, lif, runtime
+from gac.ops import batch_norm, channels, lif, operators
 from gac.ops.batch_norm import Normalization
+from gac.ops.cuda import launch
 from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
 
 
@@ -152,7 +153,7 @@ def _channels_last(*tensors: Tensor | None) -> list[Tensor | None]:
 _SIZES = ("long long", "int")
 
 
-@runtime.implement("gac::residual_lif")
+@operators.implement("gac::residual_lif")
 def _residual_lif(
     y: Tensor,
     weight: Tensor,
@@ -183,11 +184,11 @@ def _residual_lif(
     arguments = (y, *normalization, shortcut, *shortcut_normalization, *neuron.dynamics)
     outputs = (membrane, spikes if with_spikes else None)
     grid = channels.grid(kernel, rows, C, width, y.device)
-    runtime.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
+    launch.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
     return membrane, spikes
 
 
-@runtime.implement("gac::residual_lif_backward_sums")
+@operators.implement("gac::residual_lif_backward_sums")
 def _backward_sums(
     grad_membrane: Tensor | None,
     grad_spikes: Tensor | None,
@@ -214,11 +215,11 @@ def _backward_sums(
     partials = y.new_empty(blocks, 2 if shortcut is None else 3, C, dtype=torch.float32)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)
     arguments = (*sequences, mean, shortcut, shortcut_mean, *constants, grad, partials, rows, C)
-    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
+    launch.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
     return grad, batch_norm.total_of_partials(partials, inverse_std, shortcut_inverse_std)
 
 
-@runtime.implement("gac::residual_lif_backward_inputs")
+@operators.implement("gac::residual_lif_backward_inputs")
 def _backward_inputs(
     grad: Tensor,
     y: Tensor,
@@ -245,7 +246,7 @@ def _backward_inputs(
     arguments = (grad, y, *normalization, shortcut, *shortcut_normalization, sums, inverse_count)
     outputs = (grad_y, None if shortcut is None else grad_shortcut)
     grid = channels.grid(kernel, rows, C, width, y.device)
-    runtime.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
+    launch.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
     return grad_y, grad_shortcut
 
 
@@ -291,4 +292,4 @@ def _backward(
     return grad_y, *of_normalization, *of_shortcut, *(None for _ in range(3 + len(ctx.constants)))
 
 
-_operator = runtime.differentiable("gac::residual_lif", _setup_context, _backward)
+_operator = operators.differentiable("gac::residual_lif", _setup_context, _backward)

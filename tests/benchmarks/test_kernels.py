@@ -16,7 +16,8 @@ from benchmarks.kernels.report import bandwidth_of_all_layers
 from benchmarks.network_size import network_size
 from benchmarks.replay import capturable_stream, replay
 from benchmarks.timing import Timing
-from gac.ops import runtime
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -113,11 +114,11 @@ def test_operations_are_the_kernels(name, kernels_on_cpu):
 def record_launches(launcher: KernelsOnCpu) -> list[str]:
     launched: list[str] = []
 
-    def record(kernel: runtime.Kernel, *others: object) -> None:
+    def record(kernel: Kernel, *others: object) -> None:
         launched.append(kernel.instance)
         launcher(kernel, *others)
 
-    runtime.set_cpu_launcher(record)
+    launch.set_cpu_launcher(record)
     return launched
 
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks.profile import command
 from benchmarks.profile.groups import IDLE, OTHER, kernel_group, operator_group, our_kernels
 from benchmarks.profile.measure import Record, divide_time, profile_steps, read_trace
-from gac.ops.runtime import KERNEL_FOLDER
+from gac.ops.cuda.compiler import KERNEL_FOLDER
 
 CPU = torch.device("cpu")
 SMALL = [

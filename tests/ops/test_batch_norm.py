@@ -9,8 +9,9 @@ from ops.fused import DTYPES
 from torch import Tensor, nn
 
 from gac.errors import InputError
-from gac.ops import batch_norm, runtime
+from gac.ops import batch_norm
 from gac.ops.batch_norm import Normalization
+from gac.ops.cuda import launch
 
 
 def assert_moments_equal_reference(y: Tensor, mean_error: float = 1e-6, variance_error: float = 3e-6) -> None:
@@ -57,7 +58,7 @@ def test_moments(shape: tuple[int, ...], dtype: str, layout: str, device: str) -
 def test_moments_of_more_blocks_than_the_second_stage_has_threads(
     kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_CPU_BLOCKS", 70)
+    monkeypatch.setattr(launch, "_CPU_BLOCKS", 70)
     assert_moments_equal_reference(fused.normal((6, 2, 48, 8, 8), 0, 1.0, 2.0))
 
 

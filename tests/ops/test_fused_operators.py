@@ -13,8 +13,10 @@ from ops import fused
 from ops.fused import CIFAR, IMAGENET
 from torch import Tensor
 
-from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, residual_lif, runtime
+from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, operators, residual_lif
 from gac.ops.batch_norm import Normalization
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import Kernel
 
 # --- A network of all operators
 
@@ -133,9 +135,9 @@ def run_rank(rank: int, kernel_folder: Path, folder: Path) -> None:
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with torch.library._scoped_library("gac", "FRAGMENT") as library:
-        for name, implementation in runtime.OPERATORS.items():
+        for name, implementation in operators.OPERATORS.items():
             library.impl(name.removeprefix("gac::"), implementation, "CPU")
-        runtime.set_cpu_launcher(KernelsOnCpu(kernel_folder))
+        launch.set_cpu_launcher(KernelsOnCpu(kernel_folder))
         running = torch.zeros(8), torch.ones(8)
         images = slice(rank, rank + 1)
         results = run_network(leaves_of_network("cpu"), images=images, synchronized=True, running=running)
@@ -185,7 +187,7 @@ class LastBlockOnly:
         self._kernels = KernelsOnCpu(folder, kernel_folder=folder)
         self.launched: list[str] = []
 
-    def __call__(self, kernel: runtime.Kernel, grid: tuple, block: tuple, values: list[np.generic]) -> None:
+    def __call__(self, kernel: Kernel, grid: tuple, block: tuple, values: list[np.generic]) -> None:
         self.launched.append(kernel.instance.split("<")[0])
         blocks = grid[0]
         if "total" in kernel.instance:
@@ -197,7 +199,7 @@ class LastBlockOnly:
             return
         file = f"last_block_{blocks}_{kernel.file}"
         (self._folder / file).write_text(_LAST_BLOCK.format(file=kernel.file, blocks=blocks))
-        last = runtime.Kernel(file, f"LastBlock<{kernel.instance}>::run", kernel.parameters)
+        last = Kernel(file, f"LastBlock<{kernel.instance}>::run", kernel.parameters)
         self._kernels(last, (1, *grid[1:]), block, values)
 
 
@@ -223,7 +225,7 @@ class TestLargeTensors:
     def _last_block_only(self, kernels_on_cpu: KernelsOnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # torch.empty must not write all of what it returns.
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        monkeypatch.setattr(runtime, "_CPU_BLOCKS", 2**30)
+        monkeypatch.setattr(launch, "_CPU_BLOCKS", 2**30)
         self.all_blocks = kernels_on_cpu
         self.last_block = LastBlockOnly(tmp_path)
 
@@ -235,7 +237,7 @@ class TestLargeTensors:
         """``leaves`` and ``gradients``: pairs of a small and a large one; ``batch``: their dimensions of images."""
         results = []
         for size, launcher in enumerate((self.all_blocks, self.last_block)):
-            runtime.set_cpu_launcher(launcher)
+            launch.set_cpu_launcher(launcher)
             outputs, found = fused.run(function, [pair[size] for pair in leaves], [pair[size] for pair in gradients])
             results.append([*outputs, *found])
         for small, large, dim in zip(*results, batch, strict=True):
@@ -290,9 +292,9 @@ class TestLargeTensors:
 
     def test_batch_moments(self) -> None:
         small, large = self.small_and_large(0)
-        runtime.set_cpu_launcher(self.last_block)
+        launch.set_cpu_launcher(self.last_block)
         moments = batch_norm.batch_moments(large)
-        runtime.set_cpu_launcher(self.all_blocks)
+        launch.set_cpu_launcher(self.all_blocks)
         # The last rows of all are the last image at the last time step.
         torch.testing.assert_close(moments, batch_norm.batch_moments(small[-1:]))
 
@@ -300,17 +302,17 @@ class TestLargeTensors:
 # --- Compilation for GPUs, and sanitizers
 
 
-def launched_by(function, *arguments: object, **options: object) -> list[tuple[runtime.Kernel, int]]:
+def launched_by(function, *arguments: object, **options: object) -> list[tuple[Kernel, int]]:
     """Return kernel and threads of a block for every launch of ``function``; none of them runs."""
     launches = []
-    before = runtime._cpu_launcher
-    runtime.set_cpu_launcher(lambda kernel, grid, block, values: launches.append((kernel, block[0])))
+    before = launch._cpu_launcher
+    launch.set_cpu_launcher(lambda kernel, grid, block, values: launches.append((kernel, block[0])))
     function(*arguments, **options)
-    runtime.set_cpu_launcher(before)
+    launch.set_cpu_launcher(before)
     return launches
 
 
-def kernels_to_compile(capability: int) -> list[tuple[runtime.Kernel, int]]:
+def kernels_to_compile(capability: int) -> list[tuple[Kernel, int]]:
     """Return all kernels at T = 6, and for one capability at other T the backward ones, which need most registers."""
     whole, backward = [(6, torch.float16, 16, CIFAR)], []
     # One capability needs about as many registers as another.
@@ -332,7 +334,7 @@ def test_kernels_compile_for_gpus_without_spills(capability: int, kernels_on_cpu
     if capability not in nvrtc.getSupportedArchs():
         pytest.skip(f"NVRTC {nvrtc.getVersion()} does not compile for compute capability {capability / 10}")
     for kernel, threads in kernels_to_compile(capability):
-        compiled = runtime.compile_kernel(kernel, capability, ["--ptxas-options=-v"])
+        compiled = compiler.compile_kernel(kernel, capability, ["--ptxas-options=-v"])
         # The log has the file's other kernels too, where they are no templates.
         log = compiled.log[compiled.log.index(f"'{compiled.name}'") :]
         registers, spills = re.search(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill", log)[:2]
@@ -350,7 +352,7 @@ def test_frames_are_written_in_16_byte_accesses(kernels_on_cpu: KernelsOnCpu) ->
         name = kernel.instance.partition("<")[0]
         if name in frames:
             # No GPU has capability 9.1: the compiler stops at PTX, which can be read.
-            ptx = runtime.compile_kernel(kernel, 91).binary.decode()
+            ptx = compiler.compile_kernel(kernel, 91).binary.decode()
             assert not re.search(r"st\.global\.[^v]", ptx), kernel.instance
             stores[name].add(ptx.count("st.global.v4.b32"))
     assert stores == frames

@@ -15,7 +15,9 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import lif, runtime
+from gac.ops import backend, lif
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import Kernel
 from gac.ops.lif import LIFParameters
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "lif_cases.npz"
@@ -297,14 +299,14 @@ def test_opcheck(layout: str, with_state: bool, device: str) -> None:
         torch.library.opcheck(torch.ops.gac.lif_backward.default, (grad_spikes, None, *detached, *wanted))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
-def test_compiles_without_graph_breaks(backend: str, device: str) -> None:
+@pytest.mark.parametrize("compile_backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiles_without_graph_breaks(compile_backend: str, device: str) -> None:
     def network(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        assert runtime.choose_backend("auto", x) in ("cupy", "torch")
+        assert backend.choose_backend("auto", x) in ("cupy", "torch")
         spikes, v = lif.lif(2 * x, v, *CIFAR)
         return spikes * 3, v
 
-    compiled = torch.compile(network, fullgraph=True, backend=backend)
+    compiled = torch.compile(network, fullgraph=True, backend=compile_backend)
     results = []
     for function in (network, compiled):
         x = make_input((6, 2, 8, 4, 4), torch.float32, "channels_last", device).requires_grad_()
@@ -383,7 +385,7 @@ def test_kernel_without_a_final_state(device: str) -> None:
     expected, _ = lif.reference(x, 0.0, *CIFAR)
     spikes = torch.full_like(x, torch.nan)
     kernel = lif.forward_kernel(torch.float32, 4, 4, "Reset::hard")
-    runtime.launch(kernel, (1,), (128,), (x, None, 0.0, 0.5, 1.0, 0.0, 1.0, 0.0, spikes, None, 16, 4))
+    launch.launch(kernel, (1,), (128,), (x, None, 0.0, 0.5, 1.0, 0.0, 1.0, 0.0, spikes, None, 16, 4))
     assert torch.equal(spikes, expected)
 
 
@@ -437,7 +439,7 @@ def test_no_kernels_on_the_cpu_in_production() -> None:
 # --- Compilation for GPUs, and sanitizers
 
 
-def kernels_to_compile(capability: int) -> list[runtime.Kernel]:
+def kernels_to_compile(capability: int) -> list[Kernel]:
     """Return both directions at T = 6 and longer, and for one capability at other T, one by one, and all options."""
     variants = [(torch.float16, 6, 8), (torch.float32, 17, 2)]
     if capability == 90:
@@ -463,7 +465,7 @@ def test_kernels_compile_for_gpus_without_spills(capability: int) -> None:
     if capability not in nvrtc.getSupportedArchs():
         pytest.skip(f"NVRTC {nvrtc.getVersion()} does not compile for compute capability {capability / 10}")
     for kernel in kernels_to_compile(capability):
-        compiled = runtime.compile_kernel(kernel, capability, ["--ptxas-options=-v"])
+        compiled = compiler.compile_kernel(kernel, capability, ["--ptxas-options=-v"])
         spills = re.findall(r"(\d+) bytes spill", compiled.log)
         registers = int(re.search(r"Used (\d+) registers", compiled.log)[1])
         assert len(spills) == 2
@@ -475,7 +477,7 @@ def test_vectors_travel_in_16_byte_accesses() -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
     kernel = lif.forward_kernel(torch.float16, 6, 8, "Reset::hard")
     # No GPU has capability 9.1: the compiler stops at PTX, which can be read.
-    ptx = runtime.compile_kernel(kernel, 91).binary.decode()
+    ptx = compiler.compile_kernel(kernel, 91).binary.decode()
     assert len(re.findall(r"ld\.global\.nc\.v4\.[bu]32", ptx)) == 6
     # Eight neurons' final potentials take two.
     assert ptx.count("st.global.v4.b32") == 6 + 2
