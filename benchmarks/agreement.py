@@ -27,10 +27,10 @@ from benchmarks.network_size import NetworkSize
 from benchmarks.recording import record_inputs_of
 from benchmarks.replayed_contender import compare_replayed
 from benchmarks.teacher_forcing import compare_fused
+from gac.execution.device import DTYPES, autocast
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import PRESETS, LIFNode
 from gac.ops import lif
-from gac.training.precision import DTYPES, autocast
 
 BATCH = 2
 SEED = 20

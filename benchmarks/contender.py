@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.implementations import LAYOUTS, Implementation
 from benchmarks.network_size import NetworkSize
-from gac.training.precision import autocast
+from gac.execution.device import autocast
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """float32, and autocast to half precision."""

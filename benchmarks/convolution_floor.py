@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.implementations import LAYOUTS, REFERENCE
 from benchmarks.network_size import NetworkSize
 from benchmarks.recording import record_inputs
-from gac.training.precision import DTYPES
+from gac.execution.device import DTYPES
 
 FLOOR = "convolution-floor"
 """Its name beside those of the implementations."""

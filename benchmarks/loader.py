@@ -30,7 +30,7 @@ from gac.data.image_folder import (
 )
 from gac.data.normalization import Normalization
 from gac.errors import InputError
-from gac.training.device import select_device
+from gac.execution.device import select_device
 
 MODULE = "benchmarks.loader"
 METHOD = (

@@ -12,8 +12,8 @@ from benchmarks.comparison import ROUNDING_LIMITS, Difference, relative_rms, wor
 from benchmarks.contender import Contender
 from benchmarks.implementations import Implementation
 from benchmarks.network_size import NetworkSize
-from gac.training.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
-from gac.training.precision import DTYPES
+from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
+from gac.execution.device import DTYPES
 
 BATCH = 2
 # Fewer images have larger gradients than a batch that is trained on: from 65,536 the first steps would overflow.
@@ -23,7 +23,7 @@ CHANGE_LIMIT = 0.05
 
 
 class ReplayedContender(Contender):
-    """A contender whose steps are replayed as :class:`gac.training.cuda_graph.Replayed` does it for train.cuda_graph.
+    """A contender whose steps are replayed as :class:`gac.execution.cuda_graph.Replayed` does it for train.cuda_graph.
 
     The first step of a turn warms up, captures and replays; those that follow replay.
     """

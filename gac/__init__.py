@@ -2,8 +2,8 @@
 
 from gac.checkpoint import load_checkpoint
 from gac.coding.gated import GatedAttentionCoding
-from gac.layout import BatchFirst
 from gac.models import create_model, list_models
+from gac.models.batch_first import BatchFirst
 from gac.neuron import LIFNode
 from gac.version import __version__
 

@@ -23,15 +23,13 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from gac.checkpoint import is_ours, read_checkpoint
 from gac.config import SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
-from gac.files import atomic_write
-from gac.training.distributed import Ranks, is_lost_connection, process_group
-from gac.training.dry_run import dry_run
+from gac.evaluation.report import evaluate_checkpoint, format_report
+from gac.execution.distributed import Ranks, is_lost_connection, process_group
+from gac.files import ResultsNotWritten, atomic_write, writing
+from gac.training.dry_run import dry_run, overfit_one_batch
 from gac.training.engine import train
-from gac.training.health import TrainingDiverged
-from gac.training.overfit import overfit_one_batch
-from gac.training.report import evaluate_checkpoint, format_report
 from gac.training.signals import Interrupted
-from gac.training.writing import ResultsNotWritten, writing
+from gac.training.totals import TrainingDiverged
 
 # The help of an option is the docstring below its field.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -105,7 +103,7 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
     def run(arguments: Sequence[str], ranks: Ranks) -> int:
         parsed = ranks.together(lambda: parse_eval(arguments))
         report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.T, ranks)
-        if not ranks.first:
+        if not ranks.is_main:
             return 0
         print(format_report(report))
         if parsed.json is not None:
@@ -218,10 +216,10 @@ def _run(command: Callable[[Sequence[str], Ranks], int], arguments: Sequence[str
     who = ""
     try:
         with process_group() as ranks:
-            who = "" if ranks.first else f"rank {ranks.rank}: "
+            who = "" if ranks.is_main else f"rank {ranks.rank}: "
             logging.basicConfig(format=f"{who}%(message)s", stream=sys.stderr)
             # What the ranks have in common rank 0 says.
-            logging.getLogger("gac").setLevel(logging.INFO if ranks.first else logging.WARNING)
+            logging.getLogger("gac").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
             return command(sys.argv[1:] if arguments is None else arguments, ranks)
     except InputError as error:
         print(f"{who}error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what to say when they cannot be written."""
 
 import glob
 import os
@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, make_way: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
     """Open a binary file that takes the place of ``path`` once everything is on disk.
 
     A failure on the way, or a crash, leaves what was at ``path`` as it was; a crash leaves a temporary file too,
-    which :func:`remove_leftovers` removes. ``make_way`` is called in between, with the content on disk and ``path``
-    still as it was, and may move that elsewhere.
+    which :func:`remove_leftovers` removes. ``before_replace`` is called in between, with the content on disk and
+    ``path`` still as it was, and may move that elsewhere.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -26,7 +26,7 @@ def atomic_write(path: str | os.PathLike, make_way: Callable[[], None] = lambda:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        make_way()
+        before_replace()
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -49,3 +49,25 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+class ResultsNotWritten(Exception):
+    """Results could not be written; the message is one line with the path and the reason."""
+
+
+@contextmanager
+def writing(path: Path, what_is_left: str = "") -> Iterator[None]:
+    """Turn an OSError of the block, which writes ``path``, into ResultsNotWritten.
+
+    The error itself often does not say which file it is about. ``what_is_left`` is added to the message.
+    """
+    ending = f"; {what_is_left}" if what_is_left else ""
+    try:
+        yield
+    except OSError as error:
+        raise ResultsNotWritten(f"cannot write {path}: {error.strerror or error}{ending}") from error
+    except RuntimeError as error:
+        # torch.save raises this in place of the OSError that it met.
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise ResultsNotWritten(f"cannot write {path}: {error.__context__.strerror}{ending}") from error

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class CaptureByRecording:
-    """Stands for :class:`gac.training.cuda_graph.CaptureOnDevice`: replays repeat operations on the same tensors.
+    """Stands for :class:`gac.execution.cuda_graph.CaptureOnDevice`: replays repeat operations on the same tensors.
 
     As in a graph, numbers of the host are those of the recording, and reading a tensor on the host is an error. As
     graphs share their memory, everything that any of the functions made is garbage (NaN, -1) when a replay begins. The

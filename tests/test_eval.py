@@ -92,7 +92,7 @@ def test_batches_are_replayed_on_request(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capture = CaptureByRecording()
-    monkeypatch.setattr("gac.training.report.select_capture", lambda wanted, device: capture if wanted else None)
+    monkeypatch.setattr("gac.evaluation.report.select_capture", lambda wanted, device: capture if wanted else None)
     scores = []
     for options in ([], ["--train.cuda_graph", "true"]):
         assert capture.replays == 0
@@ -159,7 +159,7 @@ def test_the_published_number_stands_beside_the_published_network(
         data = build_data(replace(config, name="synthetic", image_size=8, synthetic_images=8), **options)
         return replace(data, info=replace(data.info, name="cifar10"))
 
-    monkeypatch.setattr("gac.training.report.build_data", small_cifar10)
+    monkeypatch.setattr("gac.evaluation.report.build_data", small_cifar10)
     assert eval_main(["--checkpoint", str(tmp_path / "weights.pt"), "--data.name=cifar10", "--device=cpu"]) == 0
     published = capsys.readouterr().out.splitlines()[-1]
     assert published.startswith("published")

@@ -43,7 +43,7 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path):
 def test_what_was_there_can_be_kept_under_another_name(tmp_path):
     target, older = tmp_path / "result", tmp_path / "older"
     target.write_bytes(b"old")
-    with atomic_write(target, make_way=lambda: target.rename(older)) as file:
+    with atomic_write(target, before_replace=lambda: target.rename(older)) as file:
         file.write(b"new")
     assert (target.read_bytes(), older.read_bytes()) == (b"new", b"old")
 
@@ -63,7 +63,7 @@ def test_the_content_is_on_the_disk_before_it_has_the_name_and_the_name_before_t
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
-    with atomic_write(target, make_way=lambda: calls.append("make way")) as file:
+    with atomic_write(target, before_replace=lambda: calls.append("make way")) as file:
         file.write(b"new")
     assert calls == ["3 bytes", "make way", "replace", "folder"]
 

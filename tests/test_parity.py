@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import monitor, neuron
 
-from gac.authors_format import translate
+from gac.checkpoint.authors import translate
 from gac.config import TrainConfig
 from gac.models import ms_resnet
 from gac.models.fused import forward

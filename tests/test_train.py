@@ -18,12 +18,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import assert_same, result_of
+from run_results import assert_same, result_of
 
 from gac.checkpoint import read_checkpoint
 from gac.cli import train_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
-from gac.training.metrics_file import read_metrics
+from gac.training.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(

@@ -21,7 +21,7 @@ from benchmarks.output import write_json
 from benchmarks.recording import record_inputs
 from benchmarks.replay import capturable_stream
 from gac.errors import InputError
-from gac.training.device import select_device
+from gac.execution.device import select_device
 
 MODULE = "benchmarks.kernels"
 METHOD = (

@@ -17,7 +17,7 @@ from benchmarks.profile import plot
 from benchmarks.profile.groups import KERNEL_RULES, OPERATOR_RULES
 from benchmarks.profile.measure import Breakdown, profile_steps
 from benchmarks.timing import or_out_of_memory, release_cached_memory, time_in_turns
-from gac.training.device import select_device
+from gac.execution.device import select_device
 
 MODULE = "benchmarks.profile"
 # A replayed step has the kernels of the step itself, and no idle time between them.

@@ -21,7 +21,7 @@ from benchmarks.throughput.largest_batch import find_largest_batch
 from benchmarks.throughput.measure import Cell, Schedule, measure
 from benchmarks.throughput.report import LARGEST_BATCH_TABLE, TABLE, json_cell, largest_batch_row, table_row
 from gac.errors import InputError
-from gac.training.device import select_device
+from gac.execution.device import select_device
 
 MODULE = "benchmarks.throughput"
 METHOD = (

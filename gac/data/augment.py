@@ -105,7 +105,7 @@ class Erasing:
 
 
 @dataclass(frozen=True)
-class InTurn:
+class Compose:
     """Several augmentations, one after the other."""
 
     steps: Sequence[Augmentation]

@@ -8,9 +8,8 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from gac.config import DataConfig
-from gac.data.array_loader import ArrayLoader
-from gac.data.array_set import ArraySet
-from gac.data.augment import Augmentation, CropAndFlip, Erasing, InTurn, Policy, mean_color
+from gac.data.arrays import ArrayLoader, ArraySet
+from gac.data.augment import Augmentation, Compose, CropAndFlip, Erasing, Policy, mean_color
 from gac.data.cifar import load_cifar
 from gac.data.class_folders import ClassFolders, open_folders
 from gac.data.digits import load_digits
@@ -21,10 +20,9 @@ from gac.data.image_folder import (
     evaluation_transform,
     train_transform,
 )
-from gac.data.interface import Data, DataInfo, Loader
+from gac.data.interface import WHOLE, Data, DataInfo, Loader, Shard
 from gac.data.normalization import Normalization
 from gac.data.npz import load_npz
-from gac.data.share import WHOLE, Share
 from gac.data.synthetic import load_synthetic
 from gac.errors import InputError
 
@@ -40,7 +38,7 @@ def build_data(
     seed: int,
     normalize: bool = True,
     splits: Collection[Literal["train", "test"]] = _SPLITS,
-    share: Share = WHOLE,
+    shard: Shard = WHOLE,
 ) -> Data:
     """Open a data set and make the loaders of the splits asked for.
 
@@ -48,7 +46,7 @@ def build_data(
     batches are the images in their fixed order. ``normalize`` subtracts the set's mean and divides by its
     standard deviation, both in ``info``; without it images are intensities in [0, 1], which rate, latency and
     phase coding need. With ``splits=("test",)`` a training part may be missing. Of each batch, whose sizes are
-    those given, the loaders yield ``share``. Raises InputError if the data set cannot be used, with what is missing or
+    those given, the loaders yield ``shard``. Raises InputError if the data set cannot be used, with what is missing or
     wrong in it, or an argument is out of range.
     """
     _check_arguments(batch_size, eval_batch_size, seed, splits)
@@ -73,7 +71,7 @@ def build_data(
             "device": device,
             "seed": seed,
             "shuffle": training,
-            "share": share,
+            "shard": shard,
         }
         if config.name == "imagefolder":
             transform = train_transform(config, info.mean) if training else evaluation_transform(config)
@@ -125,7 +123,7 @@ def _augmentation(config: DataConfig, mean: Sequence[float]) -> Augmentation | N
         steps.append(Policy(config.augment, config.augment_group))
     if config.random_erasing > 0:
         steps.append(Erasing(config.random_erasing, mean_color(mean)))
-    return InTurn(steps) if steps else None
+    return Compose(steps) if steps else None
 
 
 def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) -> DataInfo:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from gac.data.array_set import ArraySet, Split
+from gac.data.arrays import ArraySet, Split
 from gac.errors import InputError
 
 # The values in common use. For CIFAR-10 the second triple is the mean of the images' own standard deviations;

@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.model_selection import train_test_split
 
-from gac.data.array_set import ArraySet, Split
+from gac.data.arrays import ArraySet, Split
 from gac.data.normalization import pixel_statistics
 
 _WHITE = 16  # scikit-learn's pixels are the whole numbers 0 to 16

@@ -17,10 +17,9 @@ from torchvision.transforms import v2
 from gac.config import DataConfig
 from gac.data.augment import POLICIES, mean_color
 from gac.data.class_folders import ClassFolders
-from gac.data.interface import TOLERATED_PERCENT, check_start, tolerated
+from gac.data.interface import TOLERATED_PERCENT, WHOLE, Shard, check_start, tolerated
 from gac.data.normalization import Normalization
 from gac.data.seeding import Stream, derive_seed, epoch_order
-from gac.data.share import WHOLE, Share
 from gac.data.transfer import copy_ahead
 from gac.errors import InputError
 
@@ -153,14 +152,14 @@ def _end_when_told_by(parent: int) -> None:
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
-    """Keys of ``share`` of the batches ``start, start + 1, ...`` of ``epoch``, both set before each iteration."""
+    """Keys of ``shard`` of the batches ``start, start + 1, ...`` of ``epoch``, both set before each iteration."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool, share: Share) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool, shard: Shard) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.share = share
+        self.shard = shard
         self.epoch = 0
         self.start = 0
 
@@ -173,7 +172,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         for batch in range(start, len(self)):
             span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             numbers = order[span]
-            yield [(epoch, number) for number in numbers[self.share.of(len(numbers))].tolist()]
+            yield [(epoch, number) for number in numbers[self.shard.of(len(numbers))].tolist()]
 
 
 class ImageFolderLoader:
@@ -202,7 +201,7 @@ class ImageFolderLoader:
         seed: int,
         shuffle: bool,
         replace_unreadable: bool,
-        share: Share = WHOLE,
+        shard: Shard = WHOLE,
     ) -> None:
         self.size = len(folders)
         self.skipped = 0
@@ -212,7 +211,7 @@ class ImageFolderLoader:
         self._replace = replace_unreadable
         self._tolerated = tolerated(self.size)
         self._named: set[int] = set()
-        self._batches = _Batches(self.size, batch_size, seed, shuffle, share)
+        self._batches = _Batches(self.size, batch_size, seed, shuffle, shard)
         self._loader = DataLoader(
             # One image more than may be unreadable is bound to be readable, unless the set is broken.
             _Images(folders, transform, seed, substitutes=self._tolerated if replace_unreadable else 0),

@@ -20,8 +20,8 @@ class Loader(Protocol):
     among the batches yielded since :meth:`epoch` was called last: in training another image stands for each of
     them, a test set lacks them.
 
-    With a :class:`~gac.data.share.Share` the batches are this rank's parts of them, and ``skipped`` counts this rank's
-    images; ``size`` and ``len(loader)`` stay those of the split. A part without images does not come.
+    With a :class:`Shard` the batches are this rank's parts of them, and ``skipped`` counts this rank's images; ``size``
+    and ``len(loader)`` stay those of the split. A part without images does not come.
     """
 
     size: int
@@ -88,3 +88,25 @@ def check_readable(split: str, skipped: int, images: int) -> None:
             f"{skipped} of the {images} {split} images cannot be read, more than {TOLERATED_PERCENT} %: replace or"
             " delete those that the warnings name"
         )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of every batch that rank ``rank`` of ``ranks`` loads.
+
+    The parts of all ranks, one after another, are the batch, cut as ``tensor_split`` does: the first ones may have one
+    image more than the others, and the last ones are empty if a batch has fewer images than there are ranks.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, images: int) -> slice:
+        """Return the part of a batch of ``images`` images."""
+        each, more = divmod(images, self.ranks)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
+
+
+WHOLE = Shard()
+"""The whole of every batch: the shard of a run's only process."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gac.data.array_set import ArraySet, Split
+from gac.data.arrays import ArraySet, Split
 from gac.data.normalization import pixel_statistics
 from gac.errors import InputError
 

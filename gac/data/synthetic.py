@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from gac.data.array_set import ArraySet, Split
+from gac.data.arrays import ArraySet, Split
 
 _SEED = 0
 _CHANNELS = 3

@@ -7,10 +7,7 @@ convolution to convolution, and a block's end computes the spikes of the next bl
 The modules themselves (:mod:`gac.models.ms_resnet`) are the specification, and what runs wherever this cannot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from spikingjelly.activation_based import functional
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from gac.coding.gated import GatedAttentionCoding, GatedAttentionUnit
 from gac.models.batch_norm import BatchNorm2d
+from gac.models.blocks import ConvNorm, MSBlock
 from gac.models.recompute import recomputed
 from gac.neuron import LIFNode
 from gac.ops.channels import MAX_T
@@ -26,12 +24,9 @@ from gac.ops.lif_pool import lif_pool
 from gac.ops.norm_lif import norm_lif
 from gac.ops.residual_lif import residual_lif
 
-if TYPE_CHECKING:
-    from gac.models.ms_resnet import MSBlock, MSResNet
 
-
-def possible(net: MSResNet, x: Tensor) -> bool:
-    """Return whether the fused execution computes what calling the network's modules on ``x`` would.
+def possible(net: nn.Module, x: Tensor) -> bool:
+    """Return whether the fused execution computes what calling the modules of ``net``, an MSResNet, on ``x`` would.
 
     It does not where the modules are not the ones it knows, for more than 16 time steps, in step mode "s", and where
     someone has a hook on a module that it would not call. LIF layers alone may have hooks: those are called.
@@ -45,8 +40,8 @@ def possible(net: MSResNet, x: Tensor) -> bool:
     )
 
 
-def forward(net: MSResNet, x: Tensor) -> Tensor:
-    """Return the network's logits [T, B, K] for images [B, C, H, W] or a sequence [T, B, C, H, W]."""
+def forward(net: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits [T, B, K] of ``net``, an MSResNet, for images [B, C, H, W] or a sequence [T, B, C, H, W]."""
     blocks = [block for stage in net.stages for block in stage]
     membrane, spikes = _encode(net, x, blocks[0].lif1)
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
@@ -56,7 +51,7 @@ def forward(net: MSResNet, x: Tensor) -> Tensor:
     return net.head(lif_pool(membrane, *_constants(net.lif)))
 
 
-def _encode(net: MSResNet, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
+def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
     """Return the first block's input and the spikes of its first LIF layer."""
     coding = net.coding
     if x.dim() == 4 and type(coding) is GatedAttentionCoding and _gate_fuses(coding, following):
@@ -121,7 +116,7 @@ def _runs_by_itself(neuron: LIFNode) -> bool:
     return neuron.store_v_seq or any(_hooked(module) for module in neuron.modules())
 
 
-def _neurons(net: MSResNet) -> Iterator[LIFNode]:
+def _neurons(net: nn.Module) -> Iterator[LIFNode]:
     if isinstance(net.coding, GatedAttentionCoding):
         yield net.coding.lif
     for stage in net.stages:
@@ -133,8 +128,6 @@ def _neurons(net: MSResNet) -> Iterator[LIFNode]:
 
 def _known(block: nn.Module) -> bool:
     """Return whether a block and its layers need not be called: others than this package's run as they were written."""
-    from gac.models.ms_resnet import ConvNorm, MSBlock  # which imports this file
-
     if not _bypassable(block, MSBlock):
         return False
     shortcut = block.shortcut

@@ -14,8 +14,7 @@ from gac.coding.gated import GatedAttentionCoding, TemporalInit
 from gac.config import Coding
 from gac.errors import InputError
 from gac.models import fused
-from gac.models.batch_norm import BatchNorm2d
-from gac.models.recompute import recomputed
+from gac.models.blocks import ConvNorm, MSBlock
 from gac.neuron import PRESETS, Backend, LIFNode
 
 
@@ -33,51 +32,6 @@ class Family:
 
 CIFAR = Family(3, 1, widths=(2, 4, 8), strides=(1, 2, 2), neuron="cifar")
 IMAGENET = Family(7, 2, widths=(1, 2, 4, 8), strides=(2, 2, 2, 2), neuron="imagenet")
-
-
-class ConvNorm(nn.Module):
-    """Convolution without bias, then BatchNorm over batch and time jointly: [T, B, C, H, W] or [B, C, H, W].
-
-    A single frame may stand for ``repeats`` equal ones.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
-        self.norm = BatchNorm2d(out_channels)
-
-    def forward(self, x: Tensor, repeats: int = 1) -> Tensor:
-        if x.dim() == 5:
-            return functional.seq_to_ann_forward(x, (self.conv, self.norm))
-        return self.norm(self.conv(x), repeats)
-
-
-class MSBlock(nn.Module):
-    """Membrane-shortcut block: LIF-conv-BN twice, added to the real-valued input; nothing follows the addition.
-
-    Where the shape changes, the shortcut is a 1 x 1 convolution with BatchNorm of the real-valued input. With
-    ``checkpoint_activations`` (an attribute, False at first) training keeps the block's input alone and computes what
-    is inside again for the backward pass.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, backend: Backend) -> None:
-        super().__init__()
-        self.lif1 = PRESETS[neuron].make(backend)
-        self.conv1 = ConvNorm(in_channels, out_channels, 3, stride)
-        self.lif2 = PRESETS[neuron].make(backend)
-        self.conv2 = ConvNorm(out_channels, out_channels, 3)
-        same_shape = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if same_shape else ConvNorm(in_channels, out_channels, 1, stride)
-        self.checkpoint_activations = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return recomputed(self._forward, [self], x)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(self.lif1(x))
-        return self.conv2(self.lif2(y)) + self.shortcut(x)
 
 
 class MSResNet(nn.Module, base.StepModule):

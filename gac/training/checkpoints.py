@@ -9,7 +9,7 @@ from typing import Any
 
 from gac.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
 from gac.errors import InputError
-from gac.training.writing import writing
+from gac.files import writing
 
 logger = logging.getLogger("gac")
 
@@ -64,7 +64,7 @@ class Checkpoints:
         Raises ResultsNotWritten, with the checkpoints as they were, if the disk is full or cannot be written.
         """
         with writing(self.newest, "the checkpoints before it are as they were"):
-            write_checkpoint(self.newest, payload, make_way=lambda: self._move_down(keep))
+            write_checkpoint(self.newest, payload, before_replace=lambda: self._move_down(keep))
             for path in self.existing()[keep:]:
                 path.unlink()
 
@@ -76,7 +76,7 @@ class Checkpoints:
             os.replace(names[age - 1], names[age])
 
 
-class Cadence:
+class CheckpointInterval:
     """When a checkpoint is due within an epoch: after ``minutes`` or ``steps`` since the last one; 0 means never.
 
     The minutes are counted from the last :meth:`restart`, at first from the beginning.

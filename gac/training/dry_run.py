@@ -1,5 +1,8 @@
-"""--dry-run: one step of everything that a run does, so that what would fail after hours fails within a minute."""
+"""Trial runs whose results nobody keeps: --dry-run and --overfit-one-batch."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +11,14 @@ import torch
 from gac.checkpoint import load_checkpoint
 from gac.config import Config
 from gac.data import Data
-from gac.data.part import FirstBatches
+from gac.data.part import FirstBatches, OneBatch
+from gac.errors import InputError
+from gac.evaluation.firing import FiringRates
+from gac.execution.cuda_graph import WARM_UP_CALLS
+from gac.execution.device import select_device
 from gac.training.checkpoints import Checkpoints
-from gac.training.cuda_graph import WARM_UP_CALLS
-from gac.training.device import select_device
 from gac.training.engine import train
-from gac.training.firing import FiringRates
-from gac.training.metrics_file import read_metrics
-from gac.training.scratch import scratch_folder
+from gac.training.run_folder import read_metrics
 
 
 def dry_run(config: Config, output: Path) -> str:
@@ -55,3 +58,47 @@ def dry_run(config: Config, output: Path) -> str:
         load_checkpoint(folder / "resumed" / "best.pt")
         done.append(f"resumed a checkpoint of {oldest.stat().st_size / 1e6:.1f} MB and ended the run again")
     return f"dry run of {config.model.name} on {config.data.name}: {'; '.join(done)}"
+
+
+STEPS = 300
+EPOCHS = 6
+"""How many evaluations the steps are shared out to."""
+LEARNT = 99.0
+"""Test top-1 in percent above which the batch counts as learnt."""
+
+
+def overfit_one_batch(config: Config, output: Path) -> tuple[bool, str]:
+    """Train ``STEPS`` steps on the first batch alone and evaluate on it; return whether it was learnt, and in words.
+
+    Neither augmentation nor mixing; an image folder's images keep the crop that they were given once. Everything is
+    written to a temporary folder next to ``output``. Raises what :func:`gac.training.engine.train` does.
+    """
+    data = replace(config.data, crop_padding=0, horizontal_flip=False, augment="off", random_erasing=0.0)
+    plain = replace(config.train, cutmix="off", mixup_alpha=0.0, mix_off_epochs=0, warmup_epochs=0.0)
+    config = replace(config, data=data, train=replace(plain, epochs=EPOCHS, checkpoint_minutes=0, checkpoint_steps=0))
+    with scratch_folder(output) as folder:
+        train(config, folder / "run", part=_first_batch)
+        top1 = max(line["test_top1"] for line in read_metrics(folder / "run" / "metrics.jsonl"))
+    learnt = top1 > LEARNT
+    verdict = "learnt" if learnt else "NOT learnt: look for a mistake in the data or the learning rate"
+    return learnt, f"one batch, {STEPS} steps: {top1:.2f} % of it right, {verdict} (more than {LEARNT:.0f} % needed)"
+
+
+def _first_batch(data: Data) -> Data:
+    images, labels = next(data.train.epoch(0))
+    return replace(data, train=OneBatch(images, labels, STEPS // EPOCHS), test=OneBatch(images, labels, 1))
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """Make a folder next to ``output``, on the same disk, and remove it with all that was written to it.
+
+    Raises InputError if it cannot be made.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
+    except OSError as error:
+        raise InputError(f"cannot write next to {output}: {error.strerror}; choose another --output") from error
+    with folder as path:
+        yield Path(path)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,20 +19,18 @@ from gac.data import Data, build_data
 from gac.data.interface import check_readable
 from gac.data.seeding import Stream, derive_seed
 from gac.errors import InputError
+from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
+from gac.evaluation.firing import FiringRates
+from gac.execution import random_state
+from gac.execution.cuda_graph import Replayed, check_capturable, select_capture
+from gac.execution.device import check_precision, memory_format, select_device
+from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
+from gac.files import writing
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
-from gac.training import random_state
-from gac.training.checkpoints import Cadence
-from gac.training.cuda_graph import Replayed, check_capturable, select_capture
-from gac.training.device import memory_format, select_device
-from gac.training.distributed import ALONE, Ranks, shared_fields
+from gac.training.checkpoints import CheckpointInterval
 from gac.training.ema import MovingAverage
-from gac.training.evaluate import Evaluation, EvaluationStep, evaluate
-from gac.training.firing import FiringRates
-from gac.training.health import check_totals, check_weights
-from gac.training.log import log_epoch, log_start
-from gac.training.metrics_file import append_metrics, write_metrics
 from gac.training.mixing import Mixing
 from gac.training.optim import (
     learning_rate_at,
@@ -41,17 +39,34 @@ from gac.training.optim import (
     parameter_groups,
     set_learning_rate,
 )
-from gac.training.position import Position
-from gac.training.precision import check_precision
-from gac.training.progress import EpochProgress
-from gac.training.run_folder import RunFolder, check_same_data, check_same_run
+from gac.training.progress import EpochProgress, log_epoch, log_start
+from gac.training.run_folder import RunFolder, append_metrics, check_same_data, check_same_run, write_metrics
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
-from gac.training.totals import Readback, Totals, over_ranks
-from gac.training.versions import versions
-from gac.training.writing import writing
+from gac.training.totals import Readback, Totals, check_totals, check_weights, over_ranks
+from gac.version import versions
 
 logger = logging.getLogger("gac")
+
+
+@dataclass
+class Position:
+    """Where a run is; together with the weights, the optimiser and the generators all that resuming needs."""
+
+    epoch: int = 0
+    """Complete epochs, evaluation included."""
+    batch: int = 0
+    """Batches done of the epoch in progress."""
+    step: int = 0
+    """Batches done in all."""
+    seconds: float = 0.0
+    """Seconds spent training in the epoch in progress."""
+    skipped_images: int = 0
+    """Images of the epoch in progress that could not be read."""
+    mix_epoch: bool | None = None
+    """With train.cutmix epoch: whether the batches of this epoch are mixed; None before it is decided."""
+    best_top1: float = -math.inf
+    """Highest test accuracy so far, in percent."""
 
 
 def train(
@@ -59,7 +74,7 @@ def train(
     output: str | Path,
     resume: str | None = None,
     part: Callable[[Data], Data] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> None:
     """Train as ``config`` says and write everything to the folder ``output``.
 
@@ -97,7 +112,7 @@ class Trainer:
         resume: str | None,
         interruption: Interruption,
         part: Callable[[Data], Data] | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -135,7 +150,7 @@ class Trainer:
         self._score_average = None if self.average is None else EvaluationStep(self.average.network, *evaluation)
         self.mixing = Mixing(config.train, self.data.info.num_classes, ranks)
         self.firing_rates = FiringRates(self.network, ranks)
-        self.cadence = Cadence(config.train.checkpoint_minutes, config.train.checkpoint_steps)
+        self.interval = CheckpointInterval(config.train.checkpoint_minutes, config.train.checkpoint_steps)
         self.position = Position()
         self.history: list[dict[str, float]] = []
         # Rank 0's alone.
@@ -176,7 +191,7 @@ class Trainer:
             eval_batch_size=config.train.eval_batch_size,
             seed=config.train.seed,
             normalize=config.model.takes_normalized_images,
-            share=self.ranks.share,
+            shard=self.ranks.shard,
         )
         smallest = data.train.size % config.train.batch_size or config.train.batch_size
         if smallest < ranks:
@@ -241,7 +256,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         position, totals = self.position, self.step.totals
         if position.mix_epoch is None:
-            position.mix_epoch = self.mixing.toss_for_epoch(position.epoch)
+            position.mix_epoch = self.mixing.draw_for_epoch(position.epoch)
         self.network.train()
         readback, suspect = Readback(totals.tensor), False
 
@@ -265,13 +280,13 @@ class Trainer:
             position.seconds = seconds_before + time.perf_counter() - started
             position.skipped_images = skipped_before + self.data.train.skipped
 
-        with EpochProgress(title, self.batches, position.batch, poll, self.ranks.first) as progress:
+        with EpochProgress(title, self.batches, position.batch, poll, self.ranks.is_main) as progress:
             try:
                 for images, labels in self.interruption.watch(epoch):
                     self._train_step(images, labels)
                     progress.update(self.step.batch_images or len(labels))
                     # The clocks of the ranks differ, and so may what they have seen of their own images.
-                    due, suspect = self.ranks.largest(self.cadence.due(position.step) and self.ranks.first, suspect)
+                    due, suspect = self.ranks.largest(self.interval.due(position.step) and self.ranks.is_main, suspect)
                     if suspect:
                         self._check_health()
                     if due:
@@ -427,7 +442,7 @@ class Trainer:
         }
         payload = {**self._payload(), "training": training}
         self.ranks.from_first(lambda: self.folder.checkpoints.write(payload, self.config.train.keep_checkpoints))
-        self.cadence.restart()
+        self.interval.restart()
 
     def _payload(self, weights: Literal["raw", "ema"] = "raw") -> dict[str, Any]:
         network = self.network if weights == "raw" else self.average.network
@@ -448,7 +463,7 @@ class Trainer:
         self.network.load_state_dict(payload["model"])
         self.position = Position(**training["position"])
         totals = Totals(*training["totals"].tolist())
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             # The sums so far are rank 0's, whatever rank they came from.
             self.position.skipped_images = 0
             totals = totals._replace(images=0.0, loss=0.0, correct=0.0)

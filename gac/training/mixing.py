@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from gac.config import TrainConfig
-from gac.training.distributed import ALONE, Ranks
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
 
 class Mixing:
@@ -15,13 +15,13 @@ class Mixing:
     tossed for the epoch or for the batch, says so.
     """
 
-    def __init__(self, config: TrainConfig, num_classes: int, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: TrainConfig, num_classes: int, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.config = config
         self.ranks = ranks
         self._cutmix = v2.CutMix(alpha=config.cutmix_beta, num_classes=num_classes)
         self._mixup = v2.MixUp(alpha=config.mixup_alpha, num_classes=num_classes) if config.mixup_alpha > 0 else None
 
-    def toss_for_epoch(self, epoch: int) -> bool | None:
+    def draw_for_epoch(self, epoch: int) -> bool | None:
         """Return whether CutMix takes the batches of an epoch (from 0), or None if that is decided for each batch."""
         if self._off(epoch):
             return False
@@ -34,7 +34,7 @@ class Mixing:
             images: Images [B, C, H, W].
             labels: Their labels, int64 [B].
             epoch: Number of the epoch, from 0.
-            cutmix_epoch: What :meth:`toss_for_epoch` returned for it.
+            cutmix_epoch: What :meth:`draw_for_epoch` returned for it.
         """
         if self._off(epoch):
             return images, labels

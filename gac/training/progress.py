@@ -1,12 +1,22 @@
-"""What a user sees while an epoch runs."""
+"""What a run shows while it goes on: its progress bar and its log lines."""
 
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 
+import torch
 from tqdm import tqdm
+
+from gac.config import Config
+from gac.data import DataInfo
+from gac.execution.device import describe_precision
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
+from gac.models import describe
+from gac.models.ms_resnet import MSResNet
 
 logger = logging.getLogger("gac")
 
@@ -86,3 +96,56 @@ class EpochProgress:
                 *figures,
                 rate,
             )
+
+
+def log_start(
+    config: Config,
+    info: DataInfo,
+    network: MSResNet,
+    batches: int,
+    device: torch.device,
+    folder: Path,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> None:
+    """Say what is trained on what; ``batches`` is the number of batches in an epoch."""
+    logger.info(
+        "%s: %d training and %d test images, %d x %d x %d, %d classes",
+        info.name,
+        info.train_size,
+        info.test_size,
+        info.channels,
+        info.height,
+        info.width,
+        info.num_classes,
+    )
+    for line in describe(network):
+        logger.info("%s: %s", config.model.name, line)
+    logger.info(
+        "%d epochs of %d batches on %s, precision %s; writing to %s",
+        config.train.epochs,
+        batches,
+        device if ranks.size == 1 else f"{ranks.size} x {device.type}",
+        describe_precision(device, config.train.amp),
+        folder,
+    )
+
+
+def log_epoch(metrics: Mapping[str, float], epochs: int, improved: bool, seconds: float) -> None:
+    """Say how an epoch of ``epochs`` went; ``seconds`` is what one takes in all."""
+    logger.info(
+        "epoch %d/%d: train loss %.4f, top-1 %.2f %%; test loss %.4f, top-1 %.2f %%%s%s; learning rate %.3g, "
+        "%.0f images/s, %.1f s, time left %s%s",
+        metrics["epoch"],
+        epochs,
+        metrics["train_loss"],
+        metrics["train_top1"],
+        metrics["test_loss"],
+        metrics["test_top1"],
+        f", of the averaged weights {metrics['test_top1_ema']:.2f} %" if "test_top1_ema" in metrics else "",
+        " (best so far)" if improved else "",
+        metrics["learning_rate"],
+        metrics["images_per_second"],
+        metrics["seconds"],
+        timedelta(seconds=round(seconds * (epochs - metrics["epoch"]))),
+        f"; loss scaling skipped {metrics['skipped_steps']} steps" if metrics["skipped_steps"] else "",
+    )

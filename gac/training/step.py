@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from gac.config import TrainConfig
-from gac.training.distributed import ALONE, Ranks, without_synchronization
+from gac.execution.device import autocast
+from gac.execution.distributed import SINGLE_PROCESS, Ranks, without_synchronization
 from gac.training.ema import MovingAverage
 from gac.training.optim import classification_loss
-from gac.training.precision import autocast
 from gac.training.totals import DeviceTotals
 
 # Below it the gradients overflow although they are made smaller. GradScaler's documentation calls that a sign that
@@ -41,7 +41,7 @@ class TrainingStep:
         config: TrainConfig,
         device: torch.device,
         average: MovingAverage | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.network = network
         self.ranks = ranks

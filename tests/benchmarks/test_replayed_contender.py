@@ -12,8 +12,8 @@ from benchmarks.command_line import MeasurementError
 from benchmarks.implementations import IMPLEMENTATIONS, REFERENCE
 from benchmarks.network_size import NetworkSize
 from benchmarks.replayed_contender import ReplayedContender, compare_replayed
-from gac.training import cuda_graph
-from gac.training.precision import autocast
+from gac.execution import cuda_graph
+from gac.execution.device import autocast
 
 CPU = torch.device("cpu")
 # As in tests/models/test_fused.py, so that no kernel has to be compiled for this file alone.

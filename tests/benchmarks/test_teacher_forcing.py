@@ -9,8 +9,8 @@ from benchmarks.comparison import Difference
 from benchmarks.implementations import IMPLEMENTATIONS, REFERENCE
 from benchmarks.network_size import NetworkSize
 from benchmarks.teacher_forcing import compare_fused
+from gac.execution.device import autocast
 from gac.models import fused
-from gac.training.precision import autocast
 
 CPU = torch.device("cpu")
 # A block with an identity shortcut, blocks with a normalised one, and the last block.

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as torchvision_functional
 
-from gac.data.augment import POLICIES, CropAndFlip, Erasing, InTurn, Policy, crop_and_flip, mean_color
+from gac.data.augment import POLICIES, Compose, CropAndFlip, Erasing, Policy, crop_and_flip, mean_color
 from gac.data.seeding import Stream, derive_seed
 
 
@@ -138,7 +138,7 @@ def test_erasing_is_a_function_of_the_seed_and_leaves_the_global_generator_alone
 def test_steps_follow_each_other():
     white = torch.full((30, 3, 8, 8), 255, dtype=torch.uint8)
     steps = [Erasing(1.0, [9, 9, 9]), Erasing(1.0, [7, 7, 7])]
-    result = InTurn(steps)(white, seeded(0))
+    result = Compose(steps)(white, seeded(0))
     assert torch.equal(result, steps[1](steps[0](white, seeded(0)), seeded(0)))
     assert set(result.unique().tolist()) == {7, 255}  # one seed, one rectangle
 

@@ -9,8 +9,8 @@ import pytest
 
 from gac.checkpoint import read_checkpoint
 from gac.errors import InputError
-from gac.training.checkpoints import Cadence, Checkpoints
-from gac.training.writing import ResultsNotWritten
+from gac.files import ResultsNotWritten
+from gac.training.checkpoints import CheckpointInterval, Checkpoints
 
 
 def steps_in(folder: Path) -> dict[str, int]:
@@ -128,15 +128,15 @@ def test_a_failing_write_leaves_all_as_they_were(three: Checkpoints, monkeypatch
 
 
 def test_every_so_many_steps() -> None:
-    cadence = Cadence(minutes=0, steps=4)
+    cadence = CheckpointInterval(minutes=0, steps=4)
     assert [step for step in range(1, 13) if cadence.due(step)] == [4, 8, 12]
-    assert not any(Cadence(minutes=0, steps=0).due(step) for step in range(1, 13))
+    assert not any(CheckpointInterval(minutes=0, steps=0).due(step) for step in range(1, 13))
 
 
 def test_every_so_many_minutes_since_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    cadence = Cadence(minutes=1.5, steps=0)
+    cadence = CheckpointInterval(minutes=1.5, steps=0)
     due = []
     for now[0] in (0.0, 89.0, 90.0, 91.0, 180.0, 200.0):
         if cadence.due(1):
@@ -144,4 +144,4 @@ def test_every_so_many_minutes_since_the_last_one(monkeypatch: pytest.MonkeyPatc
             cadence.restart()
     assert due == [90.0, 180.0]
     now[0] = 1e9
-    assert not Cadence(minutes=0, steps=0).due(1)
+    assert not CheckpointInterval(minutes=0, steps=0).due(1)

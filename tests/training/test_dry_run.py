@@ -10,6 +10,10 @@ import yaml
 
 from gac.cli import train_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
+from gac.data import build_data
+from gac.errors import InputError
+from gac.training import dry_run as overfit
+from gac.training.dry_run import scratch_folder
 from gac.training.engine import Trainer
 
 TINY = Config(
@@ -70,3 +74,71 @@ def test_what_would_end_the_run_ends_the_dry_run(tmp_path: Path, capsys: pytest.
     assert dry_run(replace(TINY, train=replace(TINY.train, learning_rate=1e30)), tmp_path, tmp_path / "run") == 1
     assert "learning rate 1e+30" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+# Random pixels with random labels: what is learnt of them is learnt by heart.
+MEMORIZABLE = Config(
+    data=DataConfig(name="synthetic", image_size=8, synthetic_images=64, augment="randaugment", random_erasing=1.0),
+    model=ModelConfig(T=2, width=16, depth=[1, 1, 1]),
+    train=TrainConfig(batch_size=16, cutmix="batch", cutmix_probability=1.0, mixup_alpha=1.0, mix_off_epochs=100),
+    device="cpu",
+)
+
+
+def overfit_one_batch(config: Config, folder: Path) -> int:
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    arguments = ["--config", str(folder / "tiny.yaml"), "--output", str(folder / "run"), "--overfit-one-batch"]
+    status = train_main(arguments)
+    assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
+    return status
+
+
+def test_one_batch_is_learnt_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    batches = []
+    train_step = Trainer._train_step
+
+    def record(trainer: Trainer, images: object, labels: object) -> None:
+        batches.append((images, labels))
+        train_step(trainer, images, labels)
+
+    monkeypatch.setattr(Trainer, "_train_step", record)
+    monkeypatch.setattr(overfit, "STEPS", 120)
+    assert overfit_one_batch(MEMORIZABLE, tmp_path) == 0
+    assert "one batch, 120 steps: 100.00 % of it right, learnt" in capsys.readouterr().out
+    assert len(batches) == 120
+    assert all(images is batches[0][0] and labels is batches[0][1] for images, labels in batches)
+    images, _ = batches[0]
+    assert len(images) == 16
+    plain = replace(MEMORIZABLE.data, crop_padding=0, horizontal_flip=False, augment="off", random_erasing=0.0)
+    data = build_data(plain, device="cpu", batch_size=16, eval_batch_size=1, seed=MEMORIZABLE.train.seed)
+    assert torch.equal(images, next(data.train.epoch(0))[0])
+
+
+def test_a_network_that_does_not_learn_is_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(overfit, "STEPS", 12)
+    assert overfit_one_batch(replace(MEMORIZABLE, train=replace(MEMORIZABLE.train, learning_rate=1e-9)), tmp_path) == 1
+    assert "NOT learnt: look for a mistake" in capsys.readouterr().out
+
+
+def test_it_is_next_to_the_output_and_goes_whatever_happens(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "mine"
+    with scratch_folder(output) as folder:
+        assert folder.parent == output.parent
+        (folder / "file").write_text("")
+    assert list(output.parent.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), scratch_folder(output) as folder:
+        raise KeyboardInterrupt
+    assert list(output.parent.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match=r"cannot write next to .*file/run: .*; choose another --output"),
+        scratch_folder(tmp_path / "file" / "run"),
+    ):
+        pass

@@ -13,23 +13,22 @@ from unittest.mock import Mock
 import pytest
 import torch
 from image_tree import write_split
-from runs import TIMES, assert_same, result_of
+from run_results import TIMES, assert_same, result_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gac.checkpoint import load_checkpoint, read_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
+from gac.execution.cuda_graph import CaptureOnDevice
 from gac.training import checkpoints, engine, step
 from gac.training.checkpoints import Checkpoints
-from gac.training.cuda_graph import CaptureOnDevice
 from gac.training.engine import Trainer, train
-from gac.training.health import TrainingDiverged
-from gac.training.metrics_file import read_metrics
 from gac.training.mixing import Mixing
 from gac.training.optim import make_optimizer
-from gac.training.run_folder import RunFolder
+from gac.training.run_folder import RunFolder, read_metrics
 from gac.training.signals import Interrupted, Interruption
+from gac.training.totals import TrainingDiverged
 
 TINY = Config(
     data=DataConfig(name="synthetic", image_size=8, synthetic_images=40, synthetic_classes=3, crop_padding=1),

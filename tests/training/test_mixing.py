@@ -18,7 +18,7 @@ def kinds(config: TrainConfig, batches: int = 400, epoch: int = 0) -> dict[str, 
     """Return the shares of batches that each kind of mixing takes."""
     torch.manual_seed(0)
     mixing = Mixing(config, CLASSES)
-    cutmix_epoch = mixing.toss_for_epoch(epoch)
+    cutmix_epoch = mixing.draw_for_epoch(epoch)
     # A distinct number in every image: CutMix keeps the numbers, mixup makes others.
     images = (2.0 ** torch.arange(8)).view(8, 1, 1, 1).expand(8, 1, 6, 6)
     labels = torch.arange(8) % CLASSES
@@ -67,7 +67,7 @@ def test_the_last_epochs_are_not_mixed_and_draw_nothing(cutmix: str) -> None:
         torch.manual_seed(1)
         before = torch.random.get_rng_state()
         mixing = Mixing(config, CLASSES)
-        mixing(torch.ones(2, 1, 4, 4), torch.arange(2), epoch, mixing.toss_for_epoch(epoch))
+        mixing(torch.ones(2, 1, 4, 4), torch.arange(2), epoch, mixing.draw_for_epoch(epoch))
         assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -1,0 +1,122 @@
+"""One evaluation for training and for eval.py."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gac.errors import InputError
+from gac.execution.cuda_graph import Capture, Replayed
+from gac.execution.device import autocast
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network scores on a test set; accuracies in percent.
+
+    The class of an image is the one with the largest output, averaged over time. ``top1_by_time[t - 1]`` is the
+    top-1 accuracy of the average over the first t steps alone, so its last entry is ``top1``. ``top5`` counts the
+    min(5, classes) largest outputs. ``loss`` is the mean cross entropy of the outputs' mean over time.
+    """
+
+    images: int
+    correct: int
+    top1: float
+    top5: float
+    loss: float
+    top1_by_time: list[float]
+    images_per_second: float
+
+
+class EvaluationStep:
+    """Forward and scores of one batch, as work for the device alone.
+
+    Args:
+        network: Returns outputs [T, B, K] for images [B, C, H, W]; in evaluation mode when the step is called.
+        device: Where it runs.
+        amp: Precision: "off", "fp16" or "bf16".
+        channels_last: Whether the images, and with them the activations, are put into this memory order.
+        capture: Lets batches be replayed as CUDA graphs; None runs each of them as it is. The network may be trained on
+            between two calls, in place. Batches that hooks on its modules watch (a monitor's) are never replayed, as no
+            hook is called then.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        amp: str = "off",
+        channels_last: bool = True,
+        capture: Capture | None = None,
+    ) -> None:
+        self.network = network
+        self.device = device
+        self.amp = amp
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._replayed = None if capture is None else Replayed(self._score, capture)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hits [T + 1] of a batch (top-1 after each time step, then top-5) and its summed loss in float64.
+
+        A replay overwrites what the one before returned.
+        """
+        if self._replayed is None or _has_hooks(self.network):
+            return self._score(images, labels)
+        return self._replayed(images, labels)
+
+    def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.device, self.amp):
+            logits = self.network(images.contiguous(memory_format=self._memory_format))
+        logits = logits.float()
+        # The sum over the first t steps has the same largest entry as their average.
+        by_time = (logits.cumsum(0).argmax(-1) == labels).sum(-1)
+        mean = logits.mean(0)
+        top5 = (mean.topk(min(5, mean.shape[-1])).indices == labels.unsqueeze(-1)).sum()
+        loss = F.cross_entropy(mean, labels, reduction="sum").double()
+        return torch.cat([by_time, top5.unsqueeze(0)]), loss
+
+
+def evaluate(
+    step: EvaluationStep, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = SINGLE_PROCESS
+) -> Evaluation:
+    """Run a network in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
+
+    Counts are exact integers, kept on the device until the end, and those of all ranks, each with its own images, are
+    added up. The network is left in the mode it was in. Raises InputError if there are no images.
+    """
+    was_training = step.network.training
+    step.network.eval()
+    started = time.perf_counter()
+    images_seen = correct = loss = 0
+    try:
+        for images, labels in batches:
+            hits, batch_loss = step(images, labels)
+            # Into new tensors, the first sum too: the next replay overwrites what the step returned.
+            correct, loss = correct + hits, loss + batch_loss
+            images_seen += len(labels)
+    finally:
+        step.network.train(was_training)
+    mine = images_seen, correct.tolist() if images_seen else None, float(loss)
+    seen, hits, losses = zip(*ranks.gather(mine), strict=True)
+    images_seen, total_loss = sum(seen), sum(losses)
+    if images_seen == 0:
+        raise InputError("the test set has no images; evaluate on one that has")
+    *by_time, top5 = map(sum, zip(*(counts for counts in hits if counts is not None), strict=True))
+    return Evaluation(
+        images=images_seen,
+        correct=by_time[-1],
+        top1=100 * by_time[-1] / images_seen,
+        top5=100 * top5 / images_seen,
+        loss=total_loss / images_seen,
+        top1_by_time=[100 * count / images_seen for count in by_time],
+        images_per_second=images_seen / (time.perf_counter() - started),
+    )
+
+
+def _has_hooks(network: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

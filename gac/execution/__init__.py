@@ -1,0 +1,1 @@
+"""How anything runs: devices, processes, CUDA graphs, random state."""

@@ -1,0 +1,63 @@
+"""Device names."""
+
+import pytest
+import torch
+
+from gac.errors import InputError
+from gac.execution.device import autocast, check_precision, describe_precision, select_device
+
+
+def test_cpu() -> None:
+    assert select_device("cpu") == torch.device("cpu")
+
+
+def test_auto_is_cuda_where_there_is_one() -> None:
+    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "cpu:0"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="device must be auto, cpu, cuda or cuda:N"):
+        select_device(name)
+
+
+def test_a_cuda_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match="device cuda:99 is not there"):
+        select_device("cuda:99")
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_cuda_device_becomes_the_current_one(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert select_device(name) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_half_precision_with_loss_scaling_needs_a_cuda_device():
+    with pytest.raises(ValueError, match=r"train\.amp fp16 needs a CUDA device, got cpu; use bf16 or off"):
+        check_precision(CPU, "fp16")
+    check_precision(CPU, "bf16")
+    check_precision(CUDA, "fp16")
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_networks_run_in_the_precision_asked_for(amp, dtype):
+    with autocast(CPU, amp):
+        assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("allowed", "capability", "expected"),
+    [(True, (9, 0), "float32 with TF32 convolutions"), (False, (9, 0), "float32"), (True, (7, 5), "float32")],
+)
+def test_tf32_is_named(monkeypatch, allowed, capability, expected):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert describe_precision(CUDA, "off") == expected
+    assert describe_precision(CPU, "off") == "float32"
+    assert describe_precision(CUDA, "fp16") == "fp16"
