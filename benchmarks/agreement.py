@@ -233,7 +233,7 @@ def _compare_neurons(
     dtype: torch.dtype,
 ) -> list[Agreement]:
     T = len(inputs[0])
-    exact = PRESETS[family].make("torch")
+    exact = LIFNode.from_parameters(PRESETS[family], "torch")
     changed = spikes = 0
     squared_error = squared_size = 0.0
     for neuron, recorded in zip(neurons, inputs, strict=True):
@@ -327,7 +327,7 @@ def _near_a_jump(exact: LIFNode, x_seq: Tensor) -> Tensor:
     # The reference asks the surrogate at every time step.
     handle = exact.surrogate_function.register_forward_pre_hook(record)
     with torch.no_grad():
-        lif.reference(x_seq, 0.0, exact.dynamics(), exact.surrogate_function)
+        lif.reference(x_seq, 0.0, exact.lif_parameters())
     handle.remove()
     distance = torch.stack(distances)
     # On the jump itself all precisions agree: such membranes are exact.

@@ -12,17 +12,11 @@ from torch import Tensor
 import gac.version
 from gac.neuron import PRESETS
 from gac.ops import backend, batch_norm, channels, gate_lif, lif, lif_pool, norm_lif, residual_lif
-from gac.ops.batch_norm import Normalization
+from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import ELEMENTS, Kernel
+from gac.ops.neuron import LIFParameters
 
-NEURONS = {
-    name: (
-        lif.LIFParameters.from_tau(preset.tau, False, preset.v_threshold, 0.0, preset.detach_reset),
-        preset.surrogate(alpha=1.0),
-    )
-    for name, preset in PRESETS.items()
-}
 SHAPE = T, B, C, H, W = 6, 4, 32, 16, 16
 # Largest deviation of a gradient, relative to the largest gradient.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -90,8 +84,8 @@ def toolchain() -> Iterator[Check]:
 def _kernels() -> Iterator[Kernel]:
     """Yield one instance of each kernel that depends on the neuron; their parameters' types play no part here."""
     dtype, width = torch.float16, channels.vector_width(torch.float16, T)
-    constants = lif.Constants.of(dtype, *NEURONS["cifar"])
-    forward, backward = constants.forward_template, constants.backward_template
+    neuron = PRESETS["cifar"]
+    forward, backward = neuron.forward_template, neuron.backward_template
     yield lif.forward_kernel(dtype, T, width, forward)
     yield lif.backward_kernel(dtype, T, width, backward)
     for file, name, template in (
@@ -116,14 +110,14 @@ def kernels_against_reference() -> Iterator[Check]:
         yield Check(True, "not run: no device that runs the kernels")
     for device in usable:
         for operation in OPERATIONS:
-            for preset in NEURONS:
+            for preset in PRESETS:
                 for dtype in ELEMENTS:
                     yield compare(operation, preset, dtype, device)
 
 
 def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.device) -> Check:
     """Run kernels and reference of an operation forward and backward on the same random input."""
-    neuron = NEURONS[preset]
+    neuron = PRESETS[preset]
     generator = torch.Generator().manual_seed(0)
     x, other, weights = ((torch.randn(SHAPE, generator=generator) + 0.3).to(device, dtype) for _ in range(3))
     results = []
@@ -144,28 +138,28 @@ def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.devic
     )
 
 
-def _lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
-    return (lif.lif if kernels else lif.reference)(x, 0.0, *neuron)[0]
+def _lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
+    return (lif.lif if kernels else lif.reference)(x, 0.0, neuron)[0]
 
 
-def _norm_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
-    return (norm_lif.norm_lif if kernels else norm_lif.reference)(x, _normalization(x, kernels), *neuron)
+def _norm_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
+    return (norm_lif.norm_lif if kernels else norm_lif.reference)(x, _normalization(x, kernels), neuron)
 
 
-def _residual_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+def _residual_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
     function = residual_lif.residual_lif if kernels else residual_lif.reference
-    return function(x, _normalization(x, kernels), other, _normalization(other, kernels), *neuron)[1]
+    return function(x, _normalization(x, kernels), other, _normalization(other, kernels), neuron)[1]
 
 
-def _gate_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+def _gate_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
     # Scores that open the gate: at 1 and below the next layer would hardly fire.
     temporal = other.float().abs().mean((2, 3, 4)) * 5
     function = gate_lif.gate_lif if kernels else gate_lif.reference
-    return function(x[0], temporal, other[0], *neuron)[1]
+    return function(x[0], temporal, other[0], neuron)[1]
 
 
-def _lif_pool(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
-    return (lif_pool.lif_pool if kernels else lif_pool.reference)(x, *neuron)
+def _lif_pool(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
+    return (lif_pool.lif_pool if kernels else lif_pool.reference)(x, neuron)
 
 
 OPERATIONS = {
@@ -177,7 +171,7 @@ OPERATIONS = {
 }
 
 
-def _normalization(y: Tensor, kernels: bool) -> Normalization:
+def _normalization(y: Tensor, kernels: bool) -> BatchNormTransform:
     weight, bias = torch.full((C,), 1.5, device=y.device), torch.full((C,), 0.5, device=y.device)
     mean, inverse_std = batch_norm.statistics(batch_norm.batch_moments(y.detach()), eps=1e-5)
     if not kernels:
@@ -187,7 +181,7 @@ def _normalization(y: Tensor, kernels: bool) -> Normalization:
         mean, inverse_std = (
             each + (given - each).detach() for each, given in zip(own, (mean, inverse_std), strict=True)
         )
-    return Normalization(weight, bias, mean, inverse_std, from_batch=True)
+    return BatchNormTransform(weight, bias, mean, inverse_std, from_batch=True)
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {

@@ -10,6 +10,7 @@ from gac import doctor
 from gac.ops import backend
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import ELEMENTS
+from gac.ops.neuron import LIFParameters
 
 
 def test_this_installation_is_healthy() -> None:
@@ -64,7 +65,7 @@ def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
-@pytest.mark.parametrize("preset", doctor.NEURONS)
+@pytest.mark.parametrize("preset", doctor.PRESETS)
 @pytest.mark.parametrize("operation", doctor.OPERATIONS)
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_comparison_accepts_the_kernels(operation: str, preset: str, dtype: torch.dtype) -> None:
@@ -81,7 +82,7 @@ def test_comparison_finds_wrong_outputs_and_gradients(
 ) -> None:
     function = doctor.OPERATIONS[operation]
 
-    def wrong(x: torch.Tensor, other: torch.Tensor, neuron: tuple, kernels: bool) -> torch.Tensor:
+    def wrong(x: torch.Tensor, other: torch.Tensor, neuron: LIFParameters, kernels: bool) -> torch.Tensor:
         spikes = function(x, other, neuron, kernels)
         if not kernels:
             return spikes

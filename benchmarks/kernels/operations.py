@@ -11,7 +11,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional
-from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
 from torch import Tensor, nn
 
 from benchmarks.comparison import Operation
@@ -19,8 +18,8 @@ from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSBlock, MSResNet
 from gac.neuron import PRESETS
 from gac.ops import batch_norm, gate_lif, lif, lif_pool, norm_lif, residual_lif
-from gac.ops.batch_norm import Normalization
-from gac.ops.lif import LIFParameters
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.neuron import LIFParameters
 
 EPS = 1e-5
 
@@ -65,17 +64,15 @@ class Setting:
     kernels: bool
 
     @property
-    def neuron(self) -> tuple[LIFParameters, SurrogateFunctionBase]:
-        """Constants and surrogate, as the operations take them."""
-        preset = PRESETS[self.preset]
-        parameters = LIFParameters.from_tau(preset.tau, False, preset.v_threshold, 0.0, preset.detach_reset)
-        return parameters, preset.surrogate(alpha=1.0)
+    def neuron(self) -> LIFParameters:
+        """The neuron as the operations take it."""
+        return PRESETS[self.preset]
 
     def spikingjelly(self, x: Tensor) -> Tensor:
         """Return the spikes of SpikingJelly's fastest execution: its state in float32, which its kernels need."""
         preset = PRESETS[self.preset]
         v = torch.zeros_like(x[0], dtype=torch.float32, requires_grad=False)
-        constants = (preset.tau, False, preset.v_threshold, 0.0, preset.surrogate(alpha=1.0), preset.detach_reset)
+        constants = (preset.tau, False, preset.v_threshold, 0.0, preset.surrogate, preset.detach_reset)
         return functional.lif_multi_step(x, v, *constants)[0]
 
     def sequence(self) -> Tensor:
@@ -95,17 +92,17 @@ class Setting:
         weight, bias = 0.2 * torch.randn(2, self.shape[2], device=self.device)
         return (1 + weight).requires_grad_(), bias.detach().requires_grad_()
 
-    def normalization(self, y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+    def normalization(self, y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
         """Return the BatchNorm of ``y`` as the operations take it."""
         if not self.kernels:
             return self.reference_normalization(y, weight, bias)
         statistics = batch_norm.statistics(batch_norm.batch_moments(y.detach()), EPS)
-        return Normalization(weight, bias, *statistics, from_batch=True)
+        return BatchNormTransform(weight, bias, *statistics, from_batch=True)
 
-    def reference_normalization(self, y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+    def reference_normalization(self, y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
         """Return the BatchNorm of ``y``, differentiable through its statistics."""
         mean, variance, _ = batch_norm.reference_moments(y)
-        return Normalization(weight, bias, mean, (variance + EPS).rsqrt(), from_batch=True)
+        return BatchNormTransform(weight, bias, mean, (variance + EPS).rsqrt(), from_batch=True)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the dtype as the operations store it; the gradient passes as it is."""
@@ -122,8 +119,8 @@ def _lif(setting: Setting) -> Case:
     x = setting.sequence()
     return Case(
         {"x": x},
-        ours=lambda x: {"spikes": run(x, 0.0, *setting.neuron)[0]},
-        reference=lambda x: {"spikes": lif.reference(x, 0.0, *setting.neuron)[0]},
+        ours=lambda x: {"spikes": run(x, 0.0, setting.neuron)[0]},
+        reference=lambda x: {"spikes": lif.reference(x, 0.0, setting.neuron)[0]},
         peer=lambda x: {"spikes": setting.spikingjelly(x)},
         # Read x; write spikes and the last membrane potential, float32.
         forward_bytes=2 * x.nbytes + 4 * x[0].numel(),
@@ -158,10 +155,10 @@ def _norm_lif(setting: Setting) -> Case:
     weight, bias = setting.affine()
 
     def ours(y: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
-        return {"spikes": run(y, setting.normalization(y, weight, bias), *setting.neuron)}
+        return {"spikes": run(y, setting.normalization(y, weight, bias), setting.neuron)}
 
     def reference(y: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
-        return {"spikes": norm_lif.reference(y, setting.reference_normalization(y, weight, bias), *setting.neuron)}
+        return {"spikes": norm_lif.reference(y, setting.reference_normalization(y, weight, bias), setting.neuron)}
 
     return Case(
         {"y": y, "weight": weight, "bias": bias},
@@ -187,14 +184,14 @@ def _residual_lif(setting: Setting, shortcut_norm: bool, spiking: bool) -> Case:
     def ours(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *affine: Tensor) -> dict[str, Tensor]:
         norm = setting.normalization(y, weight, bias)
         norm_of_shortcut = setting.normalization(shortcut, *affine) if affine else None
-        return named(*run(y, norm, shortcut, norm_of_shortcut, *(setting.neuron if spiking else (None, None))))
+        return named(*run(y, norm, shortcut, norm_of_shortcut, setting.neuron if spiking else None))
 
     def reference(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *affine: Tensor) -> dict[str, Tensor]:
         norm = setting.reference_normalization(y, weight, bias)
         norm_of_shortcut = setting.reference_normalization(shortcut, *affine) if affine else None
-        membrane, _ = residual_lif.reference(y, norm, shortcut, norm_of_shortcut, None, None)
+        membrane, _ = residual_lif.reference(y, norm, shortcut, norm_of_shortcut, None)
         membrane = setting.rounded(membrane)
-        return named(membrane, lif.reference(membrane, 0.0, *setting.neuron)[0] if spiking else None)
+        return named(membrane, lif.reference(membrane, 0.0, setting.neuron)[0] if spiking else None)
 
     def peer(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *affine: Tensor) -> dict[str, Tensor]:
         added = _torch_batch_norm(shortcut, *affine) if affine else shortcut
@@ -225,7 +222,7 @@ def _gate_lif(setting: Setting) -> Case:
     temporal = torch.randn(setting.shape[:2], device=setting.device).requires_grad_()
 
     def ours(x: Tensor, temporal: Tensor, spatial: Tensor) -> dict[str, Tensor]:
-        membrane, spikes = run(x, temporal, spatial, *setting.neuron)
+        membrane, spikes = run(x, temporal, spatial, setting.neuron)
         return {"membrane stream": membrane, "spikes": spikes}
 
     def gated(encode: Callable[[Tensor], Tensor], x: Tensor, temporal: Tensor, spatial: Tensor) -> Tensor:
@@ -234,7 +231,7 @@ def _gate_lif(setting: Setting) -> Case:
 
     def reference(x: Tensor, temporal: Tensor, spatial: Tensor) -> dict[str, Tensor]:
         def encode(sequence: Tensor) -> Tensor:
-            return lif.reference(sequence, 0.0, *setting.neuron)[0]
+            return lif.reference(sequence, 0.0, setting.neuron)[0]
 
         membrane = setting.rounded(gated(encode, x, temporal, spatial))
         return {"membrane stream": membrane, "spikes": encode(membrane)}
@@ -261,8 +258,8 @@ def _lif_pool(setting: Setting) -> Case:
     x = setting.sequence()
     return Case(
         {"x": x},
-        ours=lambda x: {"firing rates": run(x, *setting.neuron)},
-        reference=lambda x: {"firing rates": lif_pool.reference(x, *setting.neuron)},
+        ours=lambda x: {"firing rates": run(x, setting.neuron)},
+        reference=lambda x: {"firing rates": lif_pool.reference(x, setting.neuron)},
         peer=lambda x: {"firing rates": setting.spikingjelly(x).mean((-2, -1))},
         # Read x.
         forward_bytes=x.nbytes,

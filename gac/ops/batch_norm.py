@@ -18,7 +18,7 @@ from gac.ops.cuda.compiler import Kernel
 
 
 @dataclass(frozen=True)
-class Normalization:
+class BatchNormTransform:
     """BatchNorm as one affine map for each channel: z = (y - mean) * (inverse_std * weight) + bias; all float32 [C].
 
     ``from_batch``: mean and inverse_std are those of y itself, so that the gradient of y goes through them too; else
@@ -60,7 +60,7 @@ def reference_moments(y: Tensor) -> Tensor:
     return torch.stack((values.mean(1), values.var(1, correction=0), values.var(1, correction=1)))
 
 
-def reference(y: Tensor, normalization: Normalization) -> Tensor:
+def reference(y: Tensor, normalization: BatchNormTransform) -> Tensor:
     """Return ``y`` [..., C, H, W] normalised, float32 (float64 for float64); the specification."""
     weight, bias, mean, inverse_std = (tensor[:, None, None] for tensor in normalization.tensors)
     return (y.to(mean.dtype) - mean) * (inverse_std * weight) + bias
@@ -125,20 +125,19 @@ def statistics(
 
 _LANES = 8  # kLanes in kernels/batch_norm.cu
 
-torch.library.define("gac::batch_moments", "(Tensor y) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.define(
+operators.define("gac::batch_moments", "(Tensor y) -> Tensor")
+operators.define(
     "gac::batch_statistics",
     "(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, float eps, float momentum) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-@torch.library.register_fake("gac::batch_moments")
+@operators.outputs("gac::batch_moments")
 def _moments_like(y: Tensor) -> Tensor:
     return y.new_empty(3, y.shape[2], dtype=torch.float32)
 
 
-@torch.library.register_fake("gac::batch_statistics")
+@operators.outputs("gac::batch_statistics")
 def _inverse_std_like(moments: Tensor, *_: object) -> Tensor:
     return torch.empty_like(moments[0])
 
@@ -206,7 +205,7 @@ def gradient_sums(sums: Tensor, count: int, from_batch: bool, synchronized: bool
     Args:
         sums: Sums over this rank's values of a channel.
         count: Number of those values.
-        from_batch: See :class:`Normalization`; otherwise the statistics have no gradient.
+        from_batch: See :class:`BatchNormTransform`; otherwise the statistics have no gradient.
         synchronized: Take the mean over the values of all ranks; every rank must call this.
     """
     if not from_batch:

@@ -1,21 +1,20 @@
 """The last LIF layer and the average of its spikes over each image: specification, CUDA operators, public function."""
 
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.ops import channels, lif, operators
 from gac.ops.cuda import launch
-from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
+from gac.ops.neuron import DYNAMICS, SURROGATE, LIFParameters
 
 
-def reference(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase) -> Tensor:
+def reference(x: Tensor, neuron: LIFParameters) -> Tensor:
     """Return the firing rates of :func:`lif_pool` in plain torch, on any device; the specification."""
-    spikes, _ = lif.reference(x, parameters.v_reset or 0.0, parameters, surrogate_function)
+    spikes, _ = lif.reference(x, neuron.v_start, neuron)
     return spikes.mean((-2, -1), dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
-def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase) -> Tensor:
+def lif_pool(x: Tensor, neuron: LIFParameters) -> Tensor:
     """Return the firing rate of each channel, image and time step of a LIF layer, without writing its spikes.
 
     The layer starts from its reset potential. A rate is the number nearest to the exact one; torch's mean on a GPU may
@@ -23,8 +22,7 @@ def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate
 
     Args:
         x: Membrane stream [T, B, C, H, W] with T <= 16, float32, float16 or bfloat16.
-        parameters: The neuron's constants.
-        surrogate_function: One of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+        neuron: Its surrogate is one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
 
     Returns:
         Firing rates [T, B, C] in the dtype of ``x``.
@@ -33,23 +31,23 @@ def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate
         InputError: For an input of another rank, empty input, T > 16, an unsupported surrogate or dtype.
     """
     channels.check_activations("input of LIF and pooling", x)
-    return _operator(x, *Constants.of(x.dtype, parameters, surrogate_function))
+    neuron.check_kernels(x.dtype)
+    return _operator(x, neuron)
 
 
-torch.library.define("gac::lif_pool", f"(Tensor x, {Constants.SCHEMA}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.define(
+operators.define("gac::lif_pool", "(Tensor x, LIF neuron) -> Tensor")
+operators.define(
     "gac::lif_pool_backward",
-    f"(Tensor grad_pooled, Tensor x, {Constants.SCHEMA}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "(Tensor grad_pooled, Tensor x, LIF neuron) -> Tensor",
 )
 
 
-@torch.library.register_fake("gac::lif_pool")
+@operators.outputs("gac::lif_pool")
 def _pooled_like(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[:3])
 
 
-@torch.library.register_fake("gac::lif_pool_backward")
+@operators.outputs("gac::lif_pool_backward")
 def _gradient_like(grad_pooled: Tensor, x: Tensor, *_: object) -> Tensor:
     return channels.empty_channels_last(x.shape, x)
 
@@ -58,8 +56,7 @@ _SIZES = ("long long", "int", "int")
 
 
 @operators.implement("gac::lif_pool")
-def _lif_pool(x: Tensor, *constants: object) -> Tensor:
-    neuron = Constants(*constants)
+def _lif_pool(x: Tensor, neuron: LIFParameters) -> Tensor:
     x = channels.channels_last(x)
     pooled = _pooled_like(x)
     T, B, C, H, W = x.shape
@@ -73,8 +70,7 @@ def _lif_pool(x: Tensor, *constants: object) -> Tensor:
 
 
 @operators.implement("gac::lif_pool_backward")
-def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, *constants: object) -> Tensor:
-    neuron = Constants(*constants)
+def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, neuron: LIFParameters) -> Tensor:
     grad_pooled, x = grad_pooled.contiguous(), channels.channels_last(x)
     grad_x = _gradient_like(grad_pooled, x)
     T, B, C, H, W = x.shape
@@ -89,14 +85,13 @@ def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, *constants: object) -> Te
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, *ctx.constants = inputs
+    x, ctx.neuron = inputs
     ctx.save_for_backward(x)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
-    grad_x = torch.ops.gac.lif_pool_backward(grad_pooled, x, *ctx.constants)
-    return grad_x, *(None for _ in ctx.constants)
+    return (operators.call("gac::lif_pool_backward", grad_pooled, x, ctx.neuron),)
 
 
 _operator = operators.differentiable("gac::lif_pool", _setup_context, _backward)

@@ -381,9 +381,9 @@ def test_the_gate_finds_defects_of_a_neuron_without_float64(neuron_type, quantit
 def test_membranes_that_rounding_may_put_on_either_side_of_a_jump_are_left_out():
     # h = x at the first step; Rect jumps where h is 0 and 1.
     x = torch.tensor([[-1e-9, 0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, 1 + 1e-9, 1.1]], dtype=torch.float64)
-    found = agreement._near_a_jump(PRESETS["imagenet"].make("torch"), x)
+    found = agreement._near_a_jump(LIFNode.from_parameters(PRESETS["imagenet"], "torch"), x)
     assert found.tolist() == [[True, False, True, False, True, False, True, False]]
-    assert not agreement._near_a_jump(PRESETS["cifar"].make("torch"), x).any()
+    assert not agreement._near_a_jump(LIFNode.from_parameters(PRESETS["cifar"], "torch"), x).any()
 
 
 REPLAYED = dataclasses.replace(REFERENCE, name="ours-cupy-graph", float64=False, replayed=True)

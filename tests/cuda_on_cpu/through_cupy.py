@@ -81,11 +81,11 @@ def test_every_kernel(driver: StandInDriver) -> None:
 
 def test_every_device_gets_its_own_binary(driver: StandInDriver) -> None:
     x = make_input((6, 2, 8, 4, 4), torch.float16, "channels_last", "cpu")
-    expected = lif.lif(x, 0.25, *fused.CIFAR)
+    expected = lif.lif(x, 0.25, fused.CIFAR)
     launch.set_cpu_launcher(driver)
     for index in (0, 1, 2, 0):
         driver.device = torch.device("cuda", index)
-        results = lif.lif(x, 0.25, *fused.CIFAR)
+        results = lif.lif(x, 0.25, fused.CIFAR)
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     assert len(driver.launched) == 4
 

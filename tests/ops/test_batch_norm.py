@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gac.errors import InputError
 from gac.ops import batch_norm
-from gac.ops.batch_norm import Normalization
+from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.cuda import launch
 
 
@@ -118,7 +118,7 @@ def test_statistics_are_torchs(C: int, device: str) -> None:
         expected = module(y.flatten(0, 1)).unflatten(0, y.shape[:2])
         moments = batch_norm.batch_moments(y)
         mean, inverse_std = batch_norm.statistics(moments, module.eps, 0.3, running_mean, running_var)
-        found = batch_norm.reference(y, Normalization(module.weight, module.bias, mean, inverse_std, True))
+        found = batch_norm.reference(y, BatchNormTransform(module.weight, module.bias, mean, inverse_std, True))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(running_mean, module.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(running_var, module.running_var, rtol=1e-6, atol=1e-6)

@@ -14,9 +14,10 @@ from ops.fused import CIFAR, IMAGENET
 from torch import Tensor
 
 from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, operators, residual_lif
-from gac.ops.batch_norm import Normalization
+from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
+from gac.ops.neuron import LIFParameters
 
 # --- A network of all operators
 
@@ -36,7 +37,7 @@ def network(
     temporal: Tensor,
     spatial: Tensor,
     *parameters: Tensor,
-    neuron: tuple = CIFAR,
+    neuron: LIFParameters = CIFAR,
     synchronized: bool = False,
     running: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
@@ -45,27 +46,27 @@ def network(
     The second block has a normalised shortcut, and a sum without a neuron is behind it.
     """
 
-    def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+    def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
         with torch.no_grad():
             moments = batch_norm.batch_moments(y)
             if synchronized:
                 moments = batch_norm.over_all_ranks(moments, y.numel() // y.shape[2])
             mean, inverse_std = batch_norm.statistics(moments, fused.EPS, 0.1, *running)
-        return Normalization(weight, bias, mean, inverse_std, True, synchronized)
+        return BatchNormTransform(weight, bias, mean, inverse_std, True, synchronized)
 
     first, second, third = zip(parameters[::2], parameters[1::2], strict=True)
-    membrane, spikes = gate_lif.gate_lif(x, temporal, spatial, *neuron)
+    membrane, spikes = gate_lif.gate_lif(x, temporal, spatial, neuron)
     y = 2 * spikes - membrane
-    inner = norm_lif.norm_lif(y, normalize(y, *first), *neuron)
+    inner = norm_lif.norm_lif(y, normalize(y, *first), neuron)
     y = inner + 0.5 * spikes
-    membrane, spikes = residual_lif.residual_lif(y, normalize(y, *second), membrane, None, *neuron)
+    membrane, spikes = residual_lif.residual_lif(y, normalize(y, *second), membrane, None, neuron)
     y, shortcut = inner - 0.5 * spikes, 0.5 * membrane
     membrane, spikes = residual_lif.residual_lif(
-        y, normalize(y, *second), shortcut, normalize(shortcut, *third), *neuron
+        y, normalize(y, *second), shortcut, normalize(shortcut, *third), neuron
     )
     y = membrane + spikes
-    membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None, None)
-    return lif_pool.lif_pool(membrane, *neuron), membrane
+    membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None)
+    return lif_pool.lif_pool(membrane, neuron), membrane
 
 
 def gradients_of_network(x: Tensor, temporal: Tensor, *_: Tensor) -> list[Tensor]:
@@ -251,7 +252,7 @@ class TestLargeTensors:
     def test_norm_lif(self) -> None:
         parameters = [(parameter, parameter) for parameter in fused.parameters_of_norm(self.C, "cpu")]
         self.compare(
-            lambda y, weight, bias: [norm_lif.norm_lif(y, fused.fixed_statistics(y, weight, bias), *IMAGENET)],
+            lambda y, weight, bias: [norm_lif.norm_lif(y, fused.fixed_statistics(y, weight, bias), IMAGENET)],
             [self.small_and_large(0), *parameters],
             [self.small_and_large(1)],
             [1, 1, None, None],
@@ -263,7 +264,7 @@ class TestLargeTensors:
 
         def operation(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple:
             statistics = fused.fixed_statistics(y, weight, bias), fused.fixed_statistics(y, *parameters)
-            return residual_lif.residual_lif(y, statistics[0], shortcut, statistics[1], *IMAGENET)
+            return residual_lif.residual_lif(y, statistics[0], shortcut, statistics[1], IMAGENET)
 
         self.compare(
             operation,
@@ -275,7 +276,7 @@ class TestLargeTensors:
     def test_gate_lif(self) -> None:
         temporal = fused.normal((2, 1), 2, 1.0)
         self.compare(
-            lambda *leaves: gate_lif.gate_lif(*leaves, *IMAGENET),
+            lambda *leaves: gate_lif.gate_lif(*leaves, IMAGENET),
             [self.small_and_large(0, ()), (temporal, temporal.repeat(1, IMAGES)), self.small_and_large(1, ())],
             [self.small_and_large(2), self.small_and_large(3)],
             [1, 1, 0, 1, 0],
@@ -284,7 +285,7 @@ class TestLargeTensors:
     def test_lif_pool(self) -> None:
         grad = fused.normal((2, 1, self.C), 1).half()
         self.compare(
-            lambda x: [lif_pool.lif_pool(x, *IMAGENET)],
+            lambda x: [lif_pool.lif_pool(x, IMAGENET)],
             [self.small_and_large(0)],
             [(grad, grad.expand(2, IMAGES, self.C))],
             [1, 1],

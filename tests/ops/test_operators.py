@@ -6,16 +6,16 @@ import pytest
 import torch
 from ops.fused import CIFAR, DEFAULT, activations
 
-from gac.ops import lif, lif_pool
+from gac.ops import lif_pool
 
 
 def rates(x: torch.Tensor) -> torch.Tensor:
-    return lif_pool.lif_pool(x, *CIFAR)
+    return lif_pool.lif_pool(x, CIFAR)
 
 
 def rates_by_the_operator(x: torch.Tensor) -> torch.Tensor:
     """Return the same as a compiled graph would: by the operator and the Function that torch.library makes for it."""
-    return torch.ops.gac.lif_pool(x, *lif.Constants.of(x.dtype, *CIFAR))
+    return torch.ops.gac.lif_pool(x, *CIFAR.flatten())
 
 
 def test_one_derivative_for_both_ways_of_calling(device: str) -> None:
