@@ -1,0 +1,33 @@
+"""The scripts in examples/ run as their first line says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import gac
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_the_coding_picture_is_drawn_from_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    net = gac.create_model("gac_msresnet18_cifar", 10, 2, width=4, depth=[1, 1, 1], in_channels=1)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    done = run(ROOT / "examples" / "coding_picture.py", tmp_path / "net.pt", tmp_path / "coding.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"wrote {tmp_path / 'coding.png'}: test image ")
+    assert (tmp_path / "coding.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_coding_picture_says_what_it_needs():
+    done = run(ROOT / "examples" / "coding_picture.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: python examples/coding_picture.py CHECKPOINT PICTURE")
