@@ -82,7 +82,7 @@ def toolchain() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Kernel]:
-    """Yield one instance of each kernel that depends on the neuron; their parameters' types play no part here."""
+    """Yield one instance of each kernel that depends on the neuron."""
     dtype, width = torch.float16, channels.vector_width(torch.float16, T)
     neuron = PRESETS["cifar"]
     forward, backward = neuron.forward_template, neuron.backward_template
@@ -99,7 +99,7 @@ def _kernels() -> Iterator[Kernel]:
         ("lif_pool.cu", "lif_pool_forward", (T, width, forward)),
         ("lif_pool.cu", "lif_pool_backward", (T, width, backward)),
     ):
-        yield channels.make_kernel(file, name, dtype, template, ())
+        yield compiler.make_kernel(file, name, dtype, *template)
 
 
 def kernels_against_reference() -> Iterator[Check]:

@@ -5,7 +5,6 @@ that follows (:mod:`gac.ops.norm_lif`, :mod:`gac.ops.residual_lif`).
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import channels, operators
-from gac.ops.cuda import launch
-from gac.ops.cuda.compiler import Kernel
+from gac.ops.cuda import compiler, launch
 
 
 @dataclass(frozen=True)
@@ -147,13 +145,12 @@ def _batch_moments(y: Tensor) -> Tensor:
     y = channels.channels_last(y)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(1, C, y)
-    parameters = ("const Element*", "float*", "long long", "int")
-    kernel = channels.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, (width,), parameters)
+    kernel = compiler.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, width)
     blocks, columns = channels.grid(kernel, T * rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 3, C, dtype=torch.float32)
     launch.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
     moments = _moments_like(y)
-    _launch_total("batch_moments_total", (-(-C // _LANES),), (partials, moments, blocks, C), factors=0)
+    _launch_total("batch_moments_total", (-(-C // _LANES),), (partials, moments, blocks, C))
     return moments
 
 
@@ -165,14 +162,13 @@ def total_of_partials(partials: Tensor, second_factor: Tensor, third_factor: Ten
     blocks, quantities, C = partials.shape
     totals = torch.empty_like(partials[0])
     arguments = (partials, second_factor, third_factor, totals, blocks, C)
-    _launch_total("total_of_partials", (-(-C // _LANES), quantities), arguments, factors=2)
+    _launch_total("total_of_partials", (-(-C // _LANES), quantities), arguments)
     return totals
 
 
-def _launch_total(name: str, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...], factors: int) -> None:
-    parameters = ("const float*", *["const float*?"] * factors, "float*", "int", "int")
+def _launch_total(name: str, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...]) -> None:
     # kLanes * kSlices threads
-    launch.launch(Kernel("batch_norm.cu", name, parameters), grid, (1024,), arguments)
+    launch.launch(compiler.make_kernel("batch_norm.cu", name), grid, (1024,), arguments)
 
 
 @operators.implement("gac::batch_statistics")
@@ -186,17 +182,9 @@ def _batch_statistics(
     inverse_std = _inverse_std_like(moments)
     C = moments.shape[1]
     arguments = (moments, running_mean, running_var, inverse_std, eps, momentum, C)
-    launch.launch(_statistics_kernel(), (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
+    kernel = compiler.make_kernel("batch_norm.cu", "batch_statistics")
+    launch.launch(kernel, (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
     return inverse_std
-
-
-@cache
-def _statistics_kernel() -> Kernel:
-    return Kernel(
-        "batch_norm.cu",
-        "batch_statistics",
-        ("const float*", "float*?", "float*?", "float*", "float", "float", "int"),
-    )
 
 
 def gradient_sums(sums: Tensor, count: int, from_batch: bool, synchronized: bool) -> tuple[Tensor, float]:

@@ -1,7 +1,5 @@
 """Activations [T, B, C, H, W] as the fused kernels take them: T frames of rows, a row being the channels of a pixel."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -74,16 +72,6 @@ def fitting_width(T: int, length: int, *tensors: Tensor | None, backward: bool =
     width = vector_width(tensors[0].dtype, T, backward)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
     return width if aligned and length % width == 0 else 1
-
-
-@cache
-def make_kernel(file: str, name: str, dtype: torch.dtype, template: tuple, parameters: tuple[str, ...]) -> Kernel:
-    """Return ``name<element, *template>``; "Element" in the parameters' types stands for that of ``dtype``."""
-    element = ELEMENTS[dtype]
-    arguments = ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in (element, *template))
-    return Kernel(
-        file, f"{name}<{arguments}>", tuple(parameter.replace("Element", element) for parameter in parameters)
-    )
 
 
 def grid(

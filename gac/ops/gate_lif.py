@@ -9,9 +9,9 @@ from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import channels, lif, operators
-from gac.ops.cuda import launch
+from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
-from gac.ops.neuron import DYNAMICS, SURROGATE, LIFParameters
+from gac.ops.neuron import LIFParameters
 
 
 def reference(
@@ -95,9 +95,6 @@ def _gradients(
     return grad_x, temporal.new_empty(temporal.shape), torch.empty_like(grad_x)
 
 
-_SIZES = ("long long", "long long", "int")
-
-
 def _blocks_per_image(kernel: Kernel, x: Tensor, width: int) -> int:
     needed = -(-x[0].numel() // (channels.THREADS * width))
     return max(1, min(needed, launch.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
@@ -109,10 +106,8 @@ def _gate_lif(x: Tensor, temporal: Tensor, spatial: Tensor, neuron: LIFParameter
     membrane, spikes = _outputs(x, temporal)
     T, B, size = len(temporal), len(x), x[0].numel()
     width = channels.fitting_width(T, size, x, spatial)
-    inputs = ("const Element*", "const float*", "const Element*")
-    parameters = (*inputs, *DYNAMICS, "Element*", "Element*", *_SIZES)
     template = (T, width, neuron.forward_template)
-    kernel = channels.make_kernel("gate_lif.cu", "gate_lif_forward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("gate_lif.cu", "gate_lif_forward", x.dtype, *template)
     blocks = _blocks_per_image(kernel, x, width)
     arguments = (x, temporal, spatial, *neuron.dynamics, membrane, spikes, B, size, blocks)
     launch.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
@@ -133,10 +128,8 @@ def _gate_lif_backward(
     grad_x, _, grad_spatial = _gradients(None, None, x, temporal)
     T, B, size = len(temporal), len(x), x[0].numel()
     width = channels.fitting_width(T, size, x, spatial, *incoming, backward=True)
-    inputs = ("const Element*?", "const Element*?", "const Element*", "const float*", "const Element*")
-    parameters = (*inputs, *DYNAMICS, *SURROGATE, "Element*", "float*", "Element*", *_SIZES)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("gate_lif.cu", "gate_lif_backward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("gate_lif.cu", "gate_lif_backward", x.dtype, *template)
     blocks = _blocks_per_image(kernel, x, width)
     partials = temporal.new_empty(blocks, T, B)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)

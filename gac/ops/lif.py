@@ -4,16 +4,14 @@
 (``kernels/lif.cu``), registered as ``gac::lif_forward`` and ``gac::lif_backward``.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import operators
-from gac.ops.cuda import launch
-from gac.ops.cuda.compiler import ELEMENTS, Kernel
-from gac.ops.neuron import DYNAMICS, SURROGATE, LIFParameters
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import Kernel
+from gac.ops.neuron import LIFParameters
 
 
 def step(x: Tensor, v: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
@@ -137,34 +135,20 @@ _THREADS = 128  # kThreads in kernels/lif.cu
 _CHUNK = 16  # time steps whose membrane potentials fit into registers
 
 
-@cache
 def forward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> Kernel:
     """Return the forward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
 
     ``neuron`` is a :attr:`~gac.ops.neuron.LIFParameters.forward_template`.
     """
-    element = ELEMENTS[dtype]
-    instance = f"lif_forward<{_template_arguments(element, T, width)}, {neuron}>"
-    state = ("const float*?", "float", *DYNAMICS)
-    return Kernel("lif.cu", instance, (f"const {element}*", *state, f"{element}*", "float*?", "long long", "int"))
+    return compiler.make_kernel("lif.cu", "lif_forward", dtype, min(T, _CHUNK), T <= _CHUNK, width, neuron)
 
 
-@cache
 def backward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> Kernel:
     """Return the backward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
 
     ``neuron`` is a :attr:`~gac.ops.neuron.LIFParameters.backward_template`.
     """
-    element = ELEMENTS[dtype]
-    instance = f"lif_backward<{_template_arguments(element, T, width)}, {neuron}>"
-    incoming = (f"const {element}*?", "const float*?", f"const {element}*", "const float*?", "float")
-    outgoing = (f"{element}*?", "float*?", "float*?")
-    return Kernel("lif.cu", instance, (*incoming, *DYNAMICS, *SURROGATE, *outgoing, "long long", "int"))
-
-
-def _template_arguments(element: str, T: int, width: int) -> str:
-    whole_sequence = T <= _CHUNK
-    return f"{element}, {T if whole_sequence else _CHUNK}, {str(whole_sequence).lower()}, {width}"
+    return compiler.make_kernel("lif.cu", "lif_backward", dtype, min(T, _CHUNK), T <= _CHUNK, width, neuron)
 
 
 def vector_width(dtype: torch.dtype, T: int) -> int:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from gac.ops import channels, lif, operators
-from gac.ops.cuda import launch
-from gac.ops.neuron import DYNAMICS, SURROGATE, LIFParameters
+from gac.ops.cuda import compiler, launch
+from gac.ops.neuron import LIFParameters
 
 
 def reference(x: Tensor, neuron: LIFParameters) -> Tensor:
@@ -52,18 +52,14 @@ def _gradient_like(grad_pooled: Tensor, x: Tensor, *_: object) -> Tensor:
     return channels.empty_channels_last(x.shape, x)
 
 
-_SIZES = ("long long", "int", "int")
-
-
 @operators.implement("gac::lif_pool")
 def _lif_pool(x: Tensor, neuron: LIFParameters) -> Tensor:
     x = channels.channels_last(x)
     pooled = _pooled_like(x)
     T, B, C, H, W = x.shape
     width = channels.fitting_width(T, C, x)
-    parameters = ("const Element*", *DYNAMICS, "Element*", *_SIZES)
     template = (T, width, neuron.forward_template)
-    kernel = channels.make_kernel("lif_pool.cu", "lif_pool_forward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("lif_pool.cu", "lif_pool_forward", x.dtype, *template)
     columns = -(-C // (width * channels.THREADS))
     launch.launch(kernel, (B, columns), (channels.THREADS,), (x, *neuron.dynamics, pooled, B, H * W, C))
     return pooled
@@ -75,9 +71,8 @@ def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, neuron: LIFParameters) ->
     grad_x = _gradient_like(grad_pooled, x)
     T, B, C, H, W = x.shape
     width = channels.fitting_width(T, C, x, grad_pooled, backward=True)
-    parameters = ("const Element*", "const Element*", *DYNAMICS, *SURROGATE, "Element*", *_SIZES)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("lif_pool.cu", "lif_pool_backward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("lif_pool.cu", "lif_pool_backward", x.dtype, *template)
     grid = channels.grid(kernel, B * H * W, C, width, x.device)
     arguments = (grad_pooled, x, *neuron.dynamics, *neuron.surrogate_constants, grad_x, B, H * W, C)
     launch.launch(kernel, grid, (channels.THREADS,), arguments)

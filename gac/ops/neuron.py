@@ -98,12 +98,12 @@ class LIFParameters:
 
     @property
     def dynamics(self) -> tuple[float, ...]:
-        """decay, gain, bias, threshold and v_reset as kernels take them; DYNAMICS are their types."""
+        """decay, gain, bias, threshold and v_reset as kernels take them."""
         return self.decay, self.gain, self.bias, self.v_threshold, self.v_start
 
     @cached_property
     def surrogate_constants(self) -> tuple[float, float]:
-        """The constants a and b of ``kernels/surrogate.cuh``; SURROGATE are their types."""
+        """The constants a and b of ``kernels/surrogate.cuh``."""
         alpha = self.surrogate.alpha
         return {
             surrogate.PiecewiseQuadratic: (alpha, alpha**2),
@@ -121,10 +121,6 @@ class LIFParameters:
     def backward_template(self) -> str:
         """Template arguments of backward kernels."""
         return f"{self.forward_template}, {str(self.detach_reset).lower()}, {type(self.surrogate).__name__}"
-
-
-DYNAMICS = ("float",) * 5
-SURROGATE = ("float",) * 2
 
 
 def unsupported_reason(function: SurrogateFunctionBase) -> str | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gac.ops import batch_norm, channels, lif, operators
 from gac.ops.batch_norm import BatchNormTransform
-from gac.ops.cuda import launch
-from gac.ops.neuron import DYNAMICS, SURROGATE, LIFParameters
+from gac.ops.cuda import compiler, launch
+from gac.ops.neuron import LIFParameters
 
 
 def reference(
@@ -87,10 +87,6 @@ def _gradient_like(grad_spikes: Tensor, y: Tensor, *_: object) -> Tensor:
     return channels.empty_channels_last(y.shape, y)
 
 
-_NORMALIZATION = ("const float*",) * 4
-_SIZES = ("long long", "int")
-
-
 @operators.implement("gac::norm_lif")
 def _norm_lif(
     y: Tensor,
@@ -106,9 +102,8 @@ def _norm_lif(
     spikes = _spikes_like(y)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, weight, bias, mean, inverse_std)
-    parameters = ("const Element*", *_NORMALIZATION, *DYNAMICS, "Element*", *_SIZES)
     template = (T, width, neuron.forward_template)
-    kernel = channels.make_kernel("norm_lif.cu", "norm_lif_forward", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_forward", y.dtype, *template)
     arguments = (y, weight, bias, mean, inverse_std, *neuron.dynamics, spikes, rows, C)
     launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
     return spikes
@@ -127,9 +122,8 @@ def _backward_sums(
     y, grad_spikes = channels.channels_last(y), channels.channels_last(grad_spikes)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, grad_spikes, weight, bias, mean, inverse_std, backward=True)
-    parameters = ("const Element*", "const Element*", *_NORMALIZATION, *DYNAMICS, *SURROGATE, "float*", *_SIZES)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("norm_lif.cu", "norm_lif_backward_sums", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2, C, dtype=torch.float32)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)
@@ -154,10 +148,8 @@ def _backward_input(
     grad_y = _gradient_like(grad_spikes, y)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, grad_spikes, weight, bias, mean, inverse_std, sums, backward=True)
-    outgoing = ("const float*", "float", "Element*", *_SIZES)
-    parameters = ("const Element*", "const Element*", *_NORMALIZATION, *DYNAMICS, *SURROGATE, *outgoing)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("norm_lif.cu", "norm_lif_backward_input", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_input", y.dtype, *template)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)
     arguments = (grad_spikes, y, weight, bias, mean, inverse_std, *constants, sums, inverse_count, grad_y, rows, C)
     launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gac.ops import batch_norm, channels, lif, operators
 from gac.ops.batch_norm import BatchNormTransform
-from gac.ops.cuda import launch
-from gac.ops.neuron import DYNAMICS, SURROGATE, LIFParameters
+from gac.ops.cuda import compiler, launch
+from gac.ops.neuron import LIFParameters
 
 
 def reference(
@@ -144,9 +144,6 @@ def _channels_last(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else channels.channels_last(tensor) for tensor in tensors]
 
 
-_SIZES = ("long long", "int")
-
-
 @operators.implement("gac::residual_lif")
 def _residual_lif(
     y: Tensor,
@@ -170,10 +167,8 @@ def _residual_lif(
     shortcut_normalization = (shortcut_weight, shortcut_bias, shortcut_mean, shortcut_inverse_std)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, shortcut, *normalization, *shortcut_normalization)
-    inputs = ("const Element*", *("const float*",) * 4, "const Element*", *("const float*?",) * 4)
-    parameters = (*inputs, *DYNAMICS, "Element*", "Element*?", *_SIZES)
     template = (T, width, neuron.forward_template, shortcut_weight is not None, with_spikes)
-    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_forward", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_forward", y.dtype, *template)
     arguments = (y, *normalization, shortcut, *shortcut_normalization, *neuron.dynamics)
     outputs = (membrane, spikes if with_spikes else None)
     grid = channels.grid(kernel, rows, C, width, y.device)
@@ -199,10 +194,8 @@ def _backward_sums(
     grad, _ = _gradient_and_sums(None, None, membrane, y, mean, inverse_std, shortcut)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, *sequences, mean, shortcut, shortcut_mean, backward=True)
-    inputs = (*("const Element*?",) * 2, *("const Element*",) * 2, "const float*", "const Element*?", "const float*?")
-    parameters = (*inputs, *DYNAMICS, *SURROGATE, "Element*", "float*", *_SIZES)
     template = (T, width, neuron.backward_template, shortcut is not None)
-    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2 if shortcut is None else 3, C, dtype=torch.float32)
     constants = (*neuron.dynamics, *neuron.surrogate_constants)
@@ -231,10 +224,8 @@ def _backward_inputs(
     shortcut_normalization = (shortcut_weight, shortcut_mean, shortcut_inverse_std)
     C, rows = y.shape[2], len(y) * channels.rows(y)
     width = channels.fitting_width(1, C, y, grad, shortcut, *normalization, *shortcut_normalization, sums)
-    inputs = (*("const Element*",) * 2, *("const float*",) * 3, "const Element*?", *("const float*?",) * 3)
-    parameters = (*inputs, "const float*", "float", "Element*", "Element*?", *_SIZES)
     template = (width, shortcut is not None)
-    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_backward_inputs", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_inputs", y.dtype, *template)
     arguments = (grad, y, *normalization, shortcut, *shortcut_normalization, sums, inverse_count)
     outputs = (grad_y, None if shortcut is None else grad_shortcut)
     grid = channels.grid(kernel, rows, C, width, y.device)

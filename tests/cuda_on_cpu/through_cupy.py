@@ -18,7 +18,7 @@ from ops.test_lif import make_input, run
 from cuda_on_cpu import stand_in_driver
 from cuda_on_cpu.launcher import KernelsOnCpu
 from cuda_on_cpu.stand_in_driver import BLOCKS, CAPABILITIES, MULTIPROCESSORS, StandInDriver
-from gac.ops import backend, batch_norm, lif
+from gac.ops import backend, lif
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import KERNEL_FOLDER, Kernel
 
@@ -117,7 +117,7 @@ def test_occupancy(driver: StandInDriver) -> None:
 def test_a_number_of_another_type_arrives_as_another_number(driver: StandInDriver) -> None:
     """CuPy takes numbers of any type, and the kernel reads as many bytes as it declares: types must be exact."""
     moments = torch.tensor([[0.0], [3.0], [4.0]])
-    kernel = batch_norm._statistics_kernel()
+    kernel = compiler.make_kernel("batch_norm.cu", "batch_statistics")
 
     def inverse_std(eps: object) -> float:
         result = torch.zeros(1)

@@ -52,14 +52,6 @@ def test_fitting_width() -> None:
         assert channels.fitting_width(6, 48, *unaligned) == 1
 
 
-def test_make_kernel() -> None:
-    kernel = channels.make_kernel(
-        "lif.cu", "name", torch.float16, (6, "Reset::hard, false", True), ("const Element*", "Element*?", "float*")
-    )
-    assert kernel.instance == "name<Float16, 6, Reset::hard, false, true>"
-    assert kernel.parameters == ("const Float16*", "Float16*?", "float*")
-
-
 @pytest.mark.parametrize("resident", [1, 3, 7, 1000])
 @pytest.mark.parametrize("C", [1, 7, 8, 48, 512, 520, 1040])
 @pytest.mark.parametrize("rows", [1, 5, 300])

@@ -1,5 +1,6 @@
 """The kernels' source, and NVRTC (through CuPy), which compiles it at run time."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,33 @@ def source_text(file: str, folders: Sequence[Path] = (KERNEL_FOLDER,)) -> str:
         return "\n".join(lines)
 
     return f'#line 1 "{file}"\n{expand(file)}\n'
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def make_kernel(file: str, name: str, *template: torch.dtype | bool | int | str) -> Kernel:
+    """Return a kernel, or its instance for a template's arguments; the parameters' types are read from the source.
+
+    A dtype in the place of ``Element`` is that of a tensor.
+    """
+    element, arguments = "", []
+    for argument in template:
+        if isinstance(argument, torch.dtype):
+            argument = element = ELEMENTS[argument]
+        arguments.append(str(argument).lower() if isinstance(argument, bool) else str(argument))
+    parameters = tuple(re.sub(r"\bElement\b", element, declared) for declared in signature(file, name))
+    return Kernel(file, f"{name}<{', '.join(arguments)}>" if template else name, parameters)
+
+
+_PARAMETER = re.compile(r"(?P<type>(?:const )?[\w ]+?\*?) ?(?:__restrict__ )?(?P<nullable>NULLABLE )?\b\w+")
+
+
+@functools.cache
+def signature(file: str, name: str) -> tuple[str, ...]:
+    """Return the types of a kernel's parameters as in :class:`Kernel`: with a "?" where the source says NULLABLE."""
+    source = (KERNEL_FOLDER / file).read_text()
+    kernel = re.search(rf"__global__ void (?:__launch_bounds__\([^()]*\) )?{name}\(([^()]*)\)", source)
+    parameters = [_PARAMETER.fullmatch(" ".join(each.split())) for each in kernel[1].split(",")]
+    return tuple(each["type"] + ("?" if each["nullable"] else "") for each in parameters)
 
 
 def compile_kernel(kernel: Kernel, capability: int, options: Sequence[str] = ()) -> CompiledKernel:

@@ -88,7 +88,7 @@ __device__ __forceinline__ float sum_over_block(float value) {
 // grad_membrane and grad_spikes may be null (zero). grad_temporal_partials: [blocks_per_image, T, images].
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
-    const Element* __restrict__ grad_membrane, const Element* __restrict__ grad_spikes,
+    const Element* __restrict__ NULLABLE grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
     const Element* __restrict__ x, const float* __restrict__ temporal, const Element* __restrict__ spatial,
     float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
     Element* __restrict__ grad_x, float* __restrict__ grad_temporal_partials, Element* __restrict__ grad_spatial,

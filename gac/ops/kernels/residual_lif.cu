@@ -14,11 +14,11 @@ template <typename Element, int kSteps, int kWidth, Reset kReset, bool kNormShor
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
     const Element* __restrict__ y, const float* __restrict__ weight_of, const float* __restrict__ bias_of,
     const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
-    const Element* __restrict__ shortcut, const float* __restrict__ shortcut_weight_of,
-    const float* __restrict__ shortcut_bias_of, const float* __restrict__ shortcut_mean_of,
-    const float* __restrict__ shortcut_inverse_std_of,
+    const Element* __restrict__ shortcut, const float* __restrict__ NULLABLE shortcut_weight_of,
+    const float* __restrict__ NULLABLE shortcut_bias_of, const float* __restrict__ NULLABLE shortcut_mean_of,
+    const float* __restrict__ NULLABLE shortcut_inverse_std_of,
     float decay, float gain, float bias, float threshold, float v_reset,
-    Element* __restrict__ membrane, Element* __restrict__ spikes, long long rows, int channels) {
+    Element* __restrict__ membrane, Element* __restrict__ NULLABLE spikes, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
     if (!tile.active) return;
     const LIF lif{decay, gain, bias, threshold, v_reset};
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
 // and time steps, of its products with (y - mean) and, with kNormShortcut, with (shortcut - its mean).
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate, bool kNormShortcut>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
-    const Element* __restrict__ grad_membrane, const Element* __restrict__ grad_spikes,
+    const Element* __restrict__ NULLABLE grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
     const Element* __restrict__ membrane, const Element* __restrict__ y, const float* __restrict__ mean_of,
-    const Element* __restrict__ shortcut, const float* __restrict__ shortcut_mean_of,
+    const Element* __restrict__ NULLABLE shortcut, const float* __restrict__ NULLABLE shortcut_mean_of,
     float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
     Element* __restrict__ grad, float* __restrict__ partials, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
@@ -118,10 +118,10 @@ template <typename Element, int kWidth, bool kNormShortcut>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_inputs(
     const Element* __restrict__ grad, const Element* __restrict__ y, const float* __restrict__ weight_of,
     const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
-    const Element* __restrict__ shortcut, const float* __restrict__ shortcut_weight_of,
-    const float* __restrict__ shortcut_mean_of, const float* __restrict__ shortcut_inverse_std_of,
+    const Element* __restrict__ NULLABLE shortcut, const float* __restrict__ NULLABLE shortcut_weight_of,
+    const float* __restrict__ NULLABLE shortcut_mean_of, const float* __restrict__ NULLABLE shortcut_inverse_std_of,
     const float* __restrict__ sums, float inverse_count,
-    Element* __restrict__ grad_y, Element* __restrict__ grad_shortcut, long long rows, int channels) {
+    Element* __restrict__ grad_y, Element* __restrict__ NULLABLE grad_shortcut, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
     if (!tile.active) return;
     const NormalizationGradient<kWidth> norm(

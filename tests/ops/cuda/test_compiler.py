@@ -35,6 +35,29 @@ def test_kernel_sources_need_no_header_of_cuda() -> None:
     assert "#include" not in compiler.source_text("lif.cu")
 
 
+def test_signatures_are_read_from_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "k.cu").write_text("""
+template <typename Element, int kWidth>
+__global__ void __launch_bounds__(kThreads, 1) first(
+    const Element* __restrict__ x, const float* __restrict__ NULLABLE y, float* NULLABLE z,
+    Element* spikes, long long rows,
+    float scale, int channels) {}
+__global__ void first_of_two(float* answer) {}
+""")
+    monkeypatch.setattr(compiler, "KERNEL_FOLDER", tmp_path)
+    half = compiler.make_kernel("k.cu", "first", torch.float16, 4, True, "Reset::hard, false")
+    assert half.instance == "first<Float16, 4, true, Reset::hard, false>"
+    types = ("const Float16*", "const float*?", "float*?", "Float16*", "long long", "float", "int")
+    assert half.parameters == types
+    assert compiler.make_kernel("k.cu", "first", torch.float32, 1).parameters[0] == "const float*"
+    assert compiler.make_kernel("k.cu", "first_of_two") == Kernel("k.cu", "first_of_two", ("float*",))
+
+
+def test_one_and_true_are_different_arguments() -> None:
+    instances = [compiler.make_kernel("lif.cu", "lif_forward", torch.float32, one).instance for one in (1, True)]
+    assert instances == ["lif_forward<float, 1>", "lif_forward<float, true>"]
+
+
 def test_compiler_errors_show_the_log() -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
     kernel = Kernel("lif.cu", "lif_forward<double, 1, true, 1, Reset::sideways>", ())
