@@ -109,7 +109,7 @@ def _gate_lif(x: Tensor, temporal: Tensor, spatial: Tensor, neuron: LIFParameter
     template = (T, width, neuron.forward_template)
     kernel = compiler.make_kernel("gate_lif.cu", "gate_lif_forward", x.dtype, *template)
     blocks = _blocks_per_image(kernel, x, width)
-    arguments = (x, temporal, spatial, *neuron.dynamics, membrane, spikes, B, size, blocks)
+    arguments = (x, temporal, spatial, neuron.struct, membrane, spikes, B, size, blocks)
     launch.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
     return membrane, spikes
 
@@ -132,8 +132,7 @@ def _gate_lif_backward(
     kernel = compiler.make_kernel("gate_lif.cu", "gate_lif_backward", x.dtype, *template)
     blocks = _blocks_per_image(kernel, x, width)
     partials = temporal.new_empty(blocks, T, B)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (*incoming, x, temporal, spatial, *constants, grad_x, partials, grad_spatial, B, size, blocks)
+    arguments = (*incoming, x, temporal, spatial, neuron.struct, grad_x, partials, grad_spatial, B, size, blocks)
     launch.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
     return grad_x, partials.sum(0), grad_spatial
 

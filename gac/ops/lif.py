@@ -212,7 +212,7 @@ def _forward_on_device(
     spikes, v_final = _forward_outputs(x_seq)
     width = _width(T, neurons, x_seq, v_init, spikes, v_final)
     kernel = forward_kernel(x_seq.dtype, T, width, neuron.forward_template)
-    _launch(kernel, neurons, width, (x_seq, v_init, v_start, *neuron.dynamics, spikes, v_final, neurons, T))
+    _launch(kernel, neurons, width, (x_seq, v_init, v_start, neuron.struct, spikes, v_final, neurons, T))
     return spikes, v_final
 
 
@@ -240,7 +240,7 @@ def _backward_on_device(
     width = _width(T, neurons, x_seq, grad_spikes, grad_v_final, v_init, *outgoing)
     kernel = backward_kernel(x_seq.dtype, T, width, neuron.backward_template)
     incoming = (grad_spikes, grad_v_final, x_seq, v_init, v_start)
-    _launch(kernel, neurons, width, (*incoming, *neuron.dynamics, *neuron.surrogate_constants, *outgoing, neurons, T))
+    _launch(kernel, neurons, width, (*incoming, neuron.struct, *outgoing, neurons, T))
     return grad_x, grad_v_init
 
 

@@ -61,7 +61,7 @@ def _lif_pool(x: Tensor, neuron: LIFParameters) -> Tensor:
     template = (T, width, neuron.forward_template)
     kernel = compiler.make_kernel("lif_pool.cu", "lif_pool_forward", x.dtype, *template)
     columns = -(-C // (width * channels.THREADS))
-    launch.launch(kernel, (B, columns), (channels.THREADS,), (x, *neuron.dynamics, pooled, B, H * W, C))
+    launch.launch(kernel, (B, columns), (channels.THREADS,), (x, neuron.struct, pooled, B, H * W, C))
     return pooled
 
 
@@ -74,7 +74,7 @@ def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, neuron: LIFParameters) ->
     template = (T, width, neuron.backward_template)
     kernel = compiler.make_kernel("lif_pool.cu", "lif_pool_backward", x.dtype, *template)
     grid = channels.grid(kernel, B * H * W, C, width, x.device)
-    arguments = (grad_pooled, x, *neuron.dynamics, *neuron.surrogate_constants, grad_x, B, H * W, C)
+    arguments = (grad_pooled, x, neuron.struct, grad_x, B, H * W, C)
     launch.launch(kernel, grid, (channels.THREADS,), arguments)
     return grad_x
 

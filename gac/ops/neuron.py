@@ -96,21 +96,17 @@ class LIFParameters:
         if reason is not None:
             raise InputError(f"{reason}; use another surrogate or backend='torch'")
 
-    @property
-    def dynamics(self) -> tuple[float, ...]:
-        """decay, gain, bias, threshold and v_reset as kernels take them."""
-        return self.decay, self.gain, self.bias, self.v_threshold, self.v_start
-
     @cached_property
-    def surrogate_constants(self) -> tuple[float, float]:
-        """The constants a and b of ``kernels/surrogate.cuh``."""
+    def struct(self) -> tuple[float, ...]:
+        """The neuron as kernels take it: ``LIF`` of ``kernels/lif.cuh``, with the constants of ``surrogate.cuh``."""
         alpha = self.surrogate.alpha
-        return {
+        surrogate_constants = {
             surrogate.PiecewiseQuadratic: (alpha, alpha**2),
             surrogate.Rect: (alpha, 0.5 / alpha),
             surrogate.Sigmoid: (alpha, 0.0),
             surrogate.ATan: (alpha / 2, math.pi * (alpha / 2)),
         }[type(self.surrogate)]
+        return self.decay, self.gain, self.bias, self.v_threshold, self.v_start, *surrogate_constants
 
     @property
     def forward_template(self) -> str:

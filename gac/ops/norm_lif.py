@@ -104,7 +104,7 @@ def _norm_lif(
     width = channels.fitting_width(T, C, y, weight, bias, mean, inverse_std)
     template = (T, width, neuron.forward_template)
     kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_forward", y.dtype, *template)
-    arguments = (y, weight, bias, mean, inverse_std, *neuron.dynamics, spikes, rows, C)
+    arguments = (y, (weight, bias, mean, inverse_std), neuron.struct, spikes, rows, C)
     launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
     return spikes
 
@@ -126,8 +126,7 @@ def _backward_sums(
     kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2, C, dtype=torch.float32)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (grad_spikes, y, weight, bias, mean, inverse_std, *constants, partials, rows, C)
+    arguments = (grad_spikes, y, (weight, bias, mean, inverse_std), neuron.struct, partials, rows, C)
     launch.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
     return batch_norm.total_of_partials(partials, inverse_std)
 
@@ -150,8 +149,7 @@ def _backward_input(
     width = channels.fitting_width(T, C, y, grad_spikes, weight, bias, mean, inverse_std, sums, backward=True)
     template = (T, width, neuron.backward_template)
     kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_input", y.dtype, *template)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (grad_spikes, y, weight, bias, mean, inverse_std, *constants, sums, inverse_count, grad_y, rows, C)
+    arguments = (grad_spikes, y, (weight, bias, mean, inverse_std), neuron.struct, sums, inverse_count, grad_y, rows, C)
     launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
     return grad_y
 

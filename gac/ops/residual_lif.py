@@ -169,7 +169,8 @@ def _residual_lif(
     width = channels.fitting_width(T, C, y, shortcut, *normalization, *shortcut_normalization)
     template = (T, width, neuron.forward_template, shortcut_weight is not None, with_spikes)
     kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_forward", y.dtype, *template)
-    arguments = (y, *normalization, shortcut, *shortcut_normalization, *neuron.dynamics)
+    shortcut_struct = None if shortcut_weight is None else shortcut_normalization
+    arguments = (y, normalization, shortcut, shortcut_struct, neuron.struct)
     outputs = (membrane, spikes if with_spikes else None)
     grid = channels.grid(kernel, rows, C, width, y.device)
     launch.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
@@ -198,8 +199,7 @@ def _backward_sums(
     kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2 if shortcut is None else 3, C, dtype=torch.float32)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (*sequences, mean, shortcut, shortcut_mean, *constants, grad, partials, rows, C)
+    arguments = (*sequences, mean, shortcut, shortcut_mean, neuron.struct, grad, partials, rows, C)
     launch.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
     return grad, batch_norm.total_of_partials(partials, inverse_std, shortcut_inverse_std)
 

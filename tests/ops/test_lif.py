@@ -373,7 +373,7 @@ def test_kernel_without_a_final_state(device: str) -> None:
     expected, _ = lif.reference(x, 0.0, CIFAR)
     spikes = torch.full_like(x, torch.nan)
     kernel = lif.forward_kernel(torch.float32, 4, 4, "Reset::hard")
-    launch.launch(kernel, (1,), (128,), (x, None, 0.0, 0.5, 1.0, 0.0, 1.0, 0.0, spikes, None, 16, 4))
+    launch.launch(kernel, (1,), (128,), (x, None, 0.0, CIFAR.struct, spikes, None, 16, 4))
     assert torch.equal(spikes, expected)
 
 

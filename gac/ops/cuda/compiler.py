@@ -25,8 +25,8 @@ class Kernel:
     Args:
         file: Source file in ``gac/ops/kernels``, such as "lif.cu".
         instance: C++ name, such as "lif_forward<float, 6, true, 4, Reset::hard>".
-        parameters: C++ type of each parameter: "float", "int", "long long", or a pointer such as "const float*".
-            A "?" after a pointer allows None (a null pointer).
+        parameters: C++ type of each parameter: "float", "int", "long long", a pointer such as "const float*", or a
+            struct of these such as "LIF". A "?" after a pointer or struct allows None (all bytes zero).
     """
 
     file: str
@@ -87,6 +87,14 @@ def signature(file: str, name: str) -> tuple[str, ...]:
     kernel = re.search(rf"__global__ void (?:__launch_bounds__\([^()]*\) )?{name}\(([^()]*)\)", source)
     parameters = [_PARAMETER.fullmatch(" ".join(each.split())) for each in kernel[1].split(",")]
     return tuple(each["type"] + ("?" if each["nullable"] else "") for each in parameters)
+
+
+@functools.cache
+def struct_fields(name: str) -> tuple[str, ...]:
+    """Return the types of the members of a struct that kernels take, in their order."""
+    headers = "\n".join(path.read_text() for path in sorted(KERNEL_FOLDER.glob("*.cuh")))
+    body = re.search(rf"^struct {name} {{\n(.*?)^}};", headers, re.MULTILINE | re.DOTALL)
+    return tuple(re.findall(r"^    ((?:const )?\w[\w ]*\*?) \w+;", body[1], re.MULTILINE))
 
 
 def compile_kernel(kernel: Kernel, capability: int, options: Sequence[str] = ()) -> CompiledKernel:

@@ -1,7 +1,6 @@
 """Launches kernels on torch's streams: CuPy loads them and makes the driver's launch call; memory is torch's."""
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,13 @@ from gac.ops.cuda.compiler import Kernel
 _POINTERS = {element: dtype for dtype, element in compiler.ELEMENTS.items()}
 _SCALARS = {"float": np.float32, "int": np.int32, "long long": np.int64}
 
+Argument = Tensor | float | None | tuple["Argument", ...]
+"""What a kernel is launched with; a tuple is a struct."""
+Packed = np.generic | np.ndarray
+
 # Called with kernel, grid, block and typed arguments in place of a CUDA launch for tensors on the CPU.
 # Only tests set it: they run the kernels' source compiled for the CPU.
-CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], list[np.generic]], None]
+CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], list[Packed]], None]
 _cpu_launcher: CpuLauncher | None = None
 
 
@@ -31,7 +34,7 @@ def launch(
     kernel: Kernel,
     grid: tuple[int, ...],
     block: tuple[int, ...],
-    arguments: Sequence[Tensor | float | None],
+    arguments: Sequence[Argument],
 ) -> None:
     """Launch a kernel on torch's current stream of the tensors' device.
 
@@ -52,7 +55,7 @@ def launch(
 
 
 def _launch_on_cuda(
-    kernel: Kernel, device: torch.device, grid: tuple[int, ...], block: tuple[int, ...], typed: list[np.generic]
+    kernel: Kernel, device: torch.device, grid: tuple[int, ...], block: tuple[int, ...], typed: list[Packed]
 ) -> None:
     with torch.cuda.device(device):
         stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
@@ -65,34 +68,62 @@ class _Stream:
     ptr: int
 
 
-def _typed_arguments(
-    kernel: Kernel, arguments: Sequence[Tensor | float | None], device: torch.device
-) -> list[np.generic]:
+def _typed_arguments(kernel: Kernel, arguments: Sequence[Argument], device: torch.device) -> list[Packed]:
     # CuPy checks nothing: a wrong type here would read other memory than the kernel's author meant.
     if len(arguments) != len(kernel.parameters):
         raise TypeError(f"{kernel.instance} takes {len(kernel.parameters)} arguments, got {len(arguments)}")
-    typed: list[np.generic] = []
+    typed = []
     for position, (declared, argument) in enumerate(zip(kernel.parameters, arguments, strict=True)):
-        pointee, optional = _parse_type(declared)
-        if pointee is None and isinstance(argument, (int, float)):
-            typed.append(_SCALARS[declared](argument))
-        elif pointee is not None and argument is None and optional:
-            typed.append(np.uint64(0))
-        elif isinstance(argument, Tensor) and argument.dtype is pointee and argument.device == device:
-            typed.append(np.uint64(argument.data_ptr()))
-        else:
-            got = f"{argument.dtype} on {argument.device}" if isinstance(argument, Tensor) else repr(argument)
+        packed = _pack(_parse_type(declared), argument, device)
+        if packed is None:
+            got = _describe(argument)
             raise TypeError(f"argument {position} of {kernel.instance} is a {declared} on {device}, got {got}")
+        typed.append(packed)
     return typed
 
 
+@dataclass(frozen=True)
+class _Type:
+    """A parameter's type: how it lies in memory, and what Python passes for it."""
+
+    layout: np.dtype
+    pointee: torch.dtype | None = None
+    members: tuple["_Type", ...] = ()
+    nullable: bool = False
+
+
 @functools.cache
-def _parse_type(declared: str) -> tuple[torch.dtype | None, bool]:
-    """Return a pointer's dtype, or None for a scalar, and whether it may be null."""
+def _parse_type(declared: str) -> _Type:
     if declared in _SCALARS:
-        return None, False
-    pointer = re.fullmatch(r"(?:const )?(\w+)\*(\??)", declared)
-    return _POINTERS[pointer[1]], pointer[2] == "?"
+        return _Type(np.dtype(_SCALARS[declared]))
+    name, nullable = declared.removesuffix("?"), declared.endswith("?")
+    if name.endswith("*"):
+        return _Type(np.dtype(np.uint64), _POINTERS[name.removeprefix("const ").removesuffix("*")], (), nullable)
+    members = tuple(map(_parse_type, compiler.struct_fields(name)))
+    # With the padding that C++ puts between the members.
+    layout = np.dtype([(str(i), member.layout) for i, member in enumerate(members)], align=True)
+    return _Type(layout, None, members, nullable)
+
+
+def _pack(kind: _Type, argument: Argument, device: torch.device) -> Packed | None:
+    """Return an argument's bytes as its type lies in memory, or None if it is of another type."""
+    if argument is None:
+        return np.zeros((), kind.layout)[() if kind.pointee else ...] if kind.nullable else None
+    if kind.members:
+        if not (isinstance(argument, tuple) and len(argument) == len(kind.members)):
+            return None
+        members = tuple(_pack(*pair, device) for pair in zip(kind.members, argument, strict=True))
+        return None if any(member is None for member in members) else np.array(members, kind.layout)
+    if kind.pointee is None:
+        return kind.layout.type(argument) if isinstance(argument, (int, float)) else None
+    fits = isinstance(argument, Tensor) and argument.dtype is kind.pointee and argument.device == device
+    return np.uint64(argument.data_ptr()) if fits else None
+
+
+def _describe(argument: Argument) -> str:
+    if isinstance(argument, tuple):
+        return f"({', '.join(map(_describe, argument))})"
+    return f"{argument.dtype} on {argument.device}" if isinstance(argument, Tensor) else repr(argument)
 
 
 @functools.cache

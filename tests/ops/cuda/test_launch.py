@@ -1,12 +1,14 @@
 """Arguments of kernels are checked and typed before a launch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu.launcher import KernelsOnCpu
 
-from gac.ops.cuda import launch
+from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 
 KERNEL = Kernel("lif.cu", "f", ("const float*", "Float16*?", "float", "int", "long long"))
@@ -57,6 +59,60 @@ def test_wrong_arguments_are_refused(position: int, wrong: object, message: str,
 def test_integers_must_fit(launched: list) -> None:
     with pytest.raises(OverflowError):
         launch.launch(KERNEL, (1,), (32,), (torch.zeros(3), None, 0.5, 2**31, 8))
+    assert launched == []
+
+
+@pytest.fixture
+def with_structs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder with a kernel that writes the members of a struct, which C++ pads twice, to its output."""
+    (tmp_path / "mixed.cuh").write_text("""
+struct Mixed {
+    float a;  // four bytes of padding follow
+    const float* b;
+    int c;
+    long long d;
+
+    float sum() const { return 0.0f; }
+};
+""")
+    (tmp_path / "mixed.cu").write_text("""
+#include "mixed.cuh"
+__global__ void mixed(float* out, Mixed first, Mixed NULLABLE second, float last) {
+    out[0] = first.a; out[1] = *first.b; out[2] = first.c; out[3] = first.d;
+    out[4] = second.b == nullptr; out[5] = second.a; out[6] = last;
+}
+""")
+    monkeypatch.setattr(compiler, "KERNEL_FOLDER", tmp_path)
+    for cache in (compiler.signature, compiler.struct_fields, compiler.make_kernel, launch._parse_type):
+        cache.cache_clear()
+    yield tmp_path
+    for cache in (compiler.signature, compiler.struct_fields, compiler.make_kernel, launch._parse_type):
+        cache.cache_clear()
+
+
+def test_structs_arrive_as_they_were_packed(with_structs: Path) -> None:
+    (with_structs / "run.cu").write_text('#define NULLABLE\n#include "mixed.cu"\n')
+    declared = compiler.make_kernel("mixed.cu", "mixed")
+    assert declared.parameters == ("float*", "Mixed", "Mixed?", "float")
+    kernel = Kernel("run.cu", "mixed", declared.parameters)
+    launch.set_cpu_launcher(KernelsOnCpu(with_structs, kernel_folder=with_structs))
+    try:
+        out, b = torch.zeros(7), torch.tensor([2.0])
+        launch.launch(kernel, (1,), (1,), (out, (0.5, b, -3, 2**20), None, 7.0))
+    finally:
+        launch.set_cpu_launcher(None)
+    assert out.tolist() == [0.5, 2.0, -3.0, 2.0**20, 1.0, 0.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    "struct",
+    [None, 0.5, (0.5, None, 1, 2), (0.5, torch.zeros(1).half(), 1, 2), (torch.zeros(1), torch.zeros(1), 1, 2), (0.5,)],
+    ids=["none", "number", "null", "dtype", "tensor", "length"],
+)
+def test_wrong_structs_are_refused(struct: object, with_structs: Path, launched: list) -> None:
+    kernel = compiler.make_kernel("mixed.cu", "mixed")
+    with pytest.raises(TypeError, match="argument 1 of mixed is a Mixed on cpu, got "):
+        launch.launch(kernel, (1,), (1,), (torch.zeros(7), struct, None, 7.0))
     assert launched == []
 
 
