@@ -1,22 +1,69 @@
-"""The configuration of a run: these dataclasses are its single source.
+"""The configuration of a run: the fields below are its only source.
 
 YAML files, command-line overrides, ``--help`` and the configuration stored in a checkpoint are all read off
-them (:mod:`gac.cli`). Every default that is not the authors' says so.
+them (:mod:`gac.options`): the text below a field is its help, its annotation says which values are allowed. Every
+default that is not the authors' says so.
 
-A value outside its range raises InputError as soon as the dataclass is made.
+pydantic checks types, choices and ranges; a value that is not allowed raises FieldError as soon as it is given.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, field, fields
+from typing import Annotated, Any, Literal, NamedTuple
 
+import yaml
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from gac.coding import Coding
+from gac.coding.gated import TemporalInit
 from gac.errors import InputError
+from gac.neuron import Backend
 
-Coding = Literal["gac", "direct", "rate", "latency", "phase"]
+PositiveInt = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+# Python code may give a tuple, which becomes a list.
+Integers = Annotated[list[int], Field(strict=False)]
+
+# A whole number is not taken for a truth value or the other way round.
+_SETTINGS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-@dataclass
+class FieldError(InputError):
+    """A value that its field does not allow; ``field`` is the full name, ``allowed`` says what it takes."""
+
+    def __init__(self, field: str, allowed: str, value: Any) -> None:
+        super().__init__(f"{field} must be {allowed}; got {value!r}")
+        self.field = field
+        self.allowed = allowed
+
+
+def _configuration(prefix: str) -> Callable[[type], type]:
+    """Make a class a dataclass whose fields pydantic checks; what it finds wrong is raised as a FieldError."""
+
+    def decorate(cls: type) -> type:
+        cls = dataclass(cls, config=_SETTINGS)
+        check, signature = cls.__init__, inspect.signature(cls)
+
+        @functools.wraps(check)
+        def __init__(self: object, *values: Any, **named: Any) -> None:
+            given = signature.bind(*values, **named).arguments
+            try:
+                check(self, **given)
+            except ValidationError as error:
+                raise _field_error(error, prefix, given) from None
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
+
+
+@_configuration("data.")
 class DataConfig:
     """The data set and its augmentation."""
 
@@ -28,51 +75,38 @@ class DataConfig:
     """Folder of the data set; for npz the file itself. Not used by digits and synthetic."""
     download: bool = False
     """Let torchvision download CIFAR into root when it is not there."""
-    crop_padding: int = 4
+    crop_padding: NonNegativeInt = 4
     """All but imagefolder: pixels of black padding on each side of a training image before a random crop back
     to the image size; 0 turns the crop off."""
     horizontal_flip: bool = True
     """All data sets: flip each training image left to right with probability 1/2."""
-    image_size: int = 224
+    image_size: PositiveInt = 224
     """Side of the images in pixels that imagefolder crops to and synthetic makes."""
     resize: int = 256
     """imagefolder: length in pixels that the shorter side of a test image is resized to before the centre
     crop."""
     augment: Literal["off", "autoaugment_cifar10", "autoaugment_imagenet", "randaugment", "trivialaugment"] = "off"
     """All data sets: torchvision's policy of random operations on training images, after crop and flip."""
-    augment_group: int = 8
+    augment_group: PositiveInt = 8
     """All but imagefolder: neighbours in a batch that share one draw of the policy's operations; 1 gives each image
     its own, at about six times the cost of 8. imagefolder draws for each image, in its workers."""
-    random_erasing: float = 0.0
+    random_erasing: Probability = 0.0
     """All data sets: probability that a random rectangle of a training image is filled with the data set's mean
     colour, after everything else (torchvision's RandomErasing)."""
-    workers: int = 8
+    workers: NonNegativeInt = 8
     """imagefolder: processes that decode images, 0 for none but the training process; batches do not depend on it."""
-    synthetic_classes: int = 10
+    synthetic_classes: Annotated[int, Field(ge=2)] = 10
     """synthetic: number of classes."""
-    synthetic_images: int = 512
+    synthetic_images: Annotated[int, Field(ge=4)] = 512
     """synthetic: number of training images; the test set has a quarter of them."""
 
     def __post_init__(self) -> None:
-        _check_choices("data", self)
-        _check_ranges(
-            "data",
-            self,
-            crop_padding=(self.crop_padding >= 0, "at least 0"),
-            augment_group=(self.augment_group >= 1, "at least 1"),
-            random_erasing=(0 <= self.random_erasing <= 1, "in [0, 1]"),
-            image_size=(self.image_size >= 1, "at least 1"),
-            resize=(
-                self.resize >= self.image_size or self.name != "imagefolder",
-                f"at least data.image_size ({self.image_size}), which is cropped from it",
-            ),
-            workers=(self.workers >= 0, "at least 0"),
-            synthetic_classes=(self.synthetic_classes >= 2, "at least 2"),
-            synthetic_images=(self.synthetic_images >= 4, "at least 4"),
-        )
+        if self.name == "imagefolder" and self.resize < self.image_size:
+            allowed = f"at least data.image_size ({self.image_size}), which is cropped from it"
+            raise FieldError("data.resize", allowed, self.resize)
 
 
-@dataclass
+@_configuration("model.")
 class ModelConfig:
     """The network and how an image becomes spikes."""
 
@@ -81,41 +115,31 @@ class ModelConfig:
     coding: Coding | None = None
     """How an image becomes spikes: gac (gated attention coding), direct, rate (Poisson), latency or phase
     (weighted phase). Default: gac for names that begin with gac_, direct for the others."""
-    T: int = 6
+    T: PositiveInt = 6
     """Number of time steps."""
-    width: int = 64
+    width: PositiveInt = 64
     """Channels of the stem; the stages have fixed multiples of it."""
-    depth: list[int] | None = None
+    depth: Integers | None = None
     """Blocks in each stage. Default: the network's own, for example [3, 3, 2] for gac_msresnet18_cifar."""
     neuron: Literal["cifar", "imagenet"] | None = None
     """LIF preset: cifar (decay 0.5, threshold 1, triangle) or imagenet (decay 0.25, threshold 0.5, rectangle,
     detached reset). Default: the one the authors use with this network."""
-    kernel_size: int = 4
+    kernel_size: PositiveInt = 4
     """Gated attention: side of the spatial-channel convolutions in pixels."""
-    reduction: int = 2
+    reduction: PositiveInt = 2
     """Gated attention: the temporal branch has max(1, T // reduction) hidden units."""
-    temporal_init: Literal["default", "alive"] = "default"
+    temporal_init: TemporalInit = "default"
     """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit
     starts dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
-    backend: Literal["auto", "cupy", "torch"] = "auto"
+    backend: Backend = "auto"
     """What runs the neurons: cupy (CUDA kernels of this package), torch (on a CUDA device SpikingJelly's execution, or
     the reference loop where it has no fused one; on the CPU a loop in place) or auto (cupy on a CUDA device where CuPy
     works, else torch)."""
 
     def __post_init__(self) -> None:
-        _check_choices("model", self)
-        _check_ranges(
-            "model",
-            self,
-            T=(self.T >= 1, "at least 1"),
-            width=(self.width >= 1, "at least 1"),
-            depth=(
-                self.depth is None or (len(self.depth) > 0 and min(self.depth) >= 1),
-                "a list with at least one block in each stage, for example [3, 3, 2]",
-            ),
-            kernel_size=(self.kernel_size >= 1, "at least 1"),
-            reduction=(self.reduction >= 1, "at least 1"),
-        )
+        if self.depth is not None and min(self.depth, default=0) < 1:
+            allowed = "a list with at least one block in each stage, for example [3, 3, 2]"
+            raise FieldError("model.depth", allowed, self.depth)
 
     @property
     def takes_normalized_images(self) -> bool:
@@ -126,125 +150,97 @@ class ModelConfig:
         return self.coding in (None, "gac", "direct")
 
 
-@dataclass
+@_configuration("train.")
 class TrainConfig:
     """Optimiser, schedule, loss and numerics."""
 
-    epochs: int = 250
+    epochs: PositiveInt = 250
     """Number of passes over the training set."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per optimiser step."""
-    learning_rate: float = 0.1
+    learning_rate: PositiveFloat = 0.1
     """SGD learning rate at the start; a cosine takes it to 0 over the epochs."""
-    momentum: float = 0.9
+    momentum: FractionBelowOne = 0.9
     """SGD momentum."""
     nesterov: bool = False
     """Use Nesterov momentum (the authors do not)."""
-    weight_decay: float = 5e-5
+    weight_decay: NonNegativeFloat = 5e-5
     """L2 penalty on the parameters that train.weight_decay_on names."""
     weight_decay_on: Literal["all", "weights"] = "all"
-    """all parameters alike, as the authors' code has it, or the weights of convolutions and linear layers alone: not
+    """all parameters alike, as the authors' code has it, or the weights of convolutions and linear layers only: not
     biases and BatchNorm's parameters."""
-    stem_weight_decay: float | None = None
+    stem_weight_decay: NonNegativeFloat | None = None
     """L2 penalty of the stem's parameters, whose channels a strong one can switch off. Default: train.weight_decay."""
-    gradient_clip_norm: float = 0.0
+    gradient_clip_norm: NonNegativeFloat = 0.0
     """Scale the gradient of all parameters down to this norm when it is larger; 0 turns that off."""
     schedule_step: Literal["epoch", "batch"] = "epoch"
     """Lower the learning rate after every epoch, as the authors do, or after every batch."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the learning rate rises linearly to its full value (the authors have none)."""
     loss: Literal["mean", "tet"] = "mean"
     """Cross entropy of the outputs' mean over time, or TET: the mean over time of the cross entropies."""
-    label_smoothing: float = 0.0
+    label_smoothing: FractionBelowOne = 0.0
     """Share of the target spread evenly over all classes."""
     cutmix: Literal["off", "epoch", "batch"] = "epoch"
     """CutMix: decide once per epoch whether all its batches are mixed, as the authors' code does, or once per
     batch, as CutMix is usually applied."""
-    cutmix_probability: float = 0.5
+    cutmix_probability: Probability = 0.5
     """Probability that the decision says yes."""
-    cutmix_beta: float = 1.0
+    cutmix_beta: PositiveFloat = 1.0
     """Parameter of the Beta(beta, beta) distribution that CutMix's mixing ratio is drawn from."""
-    mixup_alpha: float = 0.0
+    mixup_alpha: NonNegativeFloat = 0.0
     """mixup: parameter of the Beta(alpha, alpha) distribution that a batch's mixing ratio is drawn from; 0 turns
     mixup off. With CutMix on as well each batch is left to one of the two, with equal probability."""
-    mix_off_epochs: int = 0
+    mix_off_epochs: NonNegativeInt = 0
     """Epochs at the end of the run that have neither CutMix nor mixup."""
-    ema_decay: float = 0.0
+    ema_decay: FractionBelowOne = 0.0
     """Keep a moving average of the weights, of which every step keeps this share (less in the first steps), evaluate
     it beside the weights and put the better of the two in best.pt; 0 turns that off."""
     amp: Literal["off", "fp16", "bf16"] = "off"
     """Automatic mixed precision: fp16 (with loss scaling), bf16 or off (float32; convolutions in TF32 on a GPU that
     has it, as PyTorch does by default)."""
-    accumulate_steps: int = 1
+    accumulate_steps: PositiveInt = 1
     """Run each batch in so many micro-batches, one after another, to need less memory; the gradients are those of the
     whole, but BatchNorm normalises each micro-batch by itself."""
     sync_batch_norm: bool = False
-    """With several processes: let BatchNorm take its statistics over the images of all of them, not of each alone."""
+    """With several processes: let BatchNorm take its statistics over the images of all of them, not of each one."""
     cuda_graph: bool = False
     """Replay each step of training and of evaluation on a CUDA device as one captured graph, which takes the host's
-    time per step away; training in one process alone, and not with rate, latency and phase coding. Off by default, as
+    time per step away; training in one process only, and not with rate, latency and phase coding. Off by default, as
     it has not run on a GPU yet."""
     channels_last: bool = True
     """Keep activations in channels_last memory order, which convolutions and the CUDA kernels run fastest with; on the
-    CPU in evaluation alone."""
+    CPU in evaluation only."""
     checkpoint_activations: bool = False
-    """Keep the inputs of the blocks alone for the backward pass and compute the rest again: less memory, more time,
+    """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time,
     the same result."""
-    seed: int = 1000
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1000
     """Seed of the initial weights, data order, augmentation, CutMix and mixup; 1000 is the authors'."""
-    eval_batch_size: int = 256
+    eval_batch_size: PositiveInt = 256
     """Images per batch in evaluation."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: NonNegativeFloat = 10.0
     """Write last.pt within an epoch too when the one before is this many minutes old; 0 turns that off."""
-    checkpoint_steps: int = 0
+    checkpoint_steps: NonNegativeInt = 0
     """Write last.pt within an epoch too after every so many steps; 0 turns that off."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """How many checkpoints to resume from are kept: last.pt, last-1.pt before it and so on; best.pt is extra."""
 
     def __post_init__(self) -> None:
-        _check_choices("train", self)
-        _check_ranges(
-            "train",
-            self,
-            epochs=(self.epochs >= 1, "at least 1"),
-            batch_size=(self.batch_size >= 1, "at least 1"),
-            accumulate_steps=(
-                1 <= self.accumulate_steps <= self.batch_size,
-                f"from 1 to train.batch_size ({self.batch_size})",
+        for name, holds, allowed in (
+            ("momentum", self.momentum > 0 or not self.nesterov, "greater than 0 with train.nesterov"),
+            (
+                "accumulate_steps",
+                self.accumulate_steps <= self.batch_size,
+                f"at most train.batch_size ({self.batch_size})",
             ),
-            learning_rate=(0 < self.learning_rate < math.inf, "greater than 0"),
-            momentum=(
-                self.momentum < 1 and (self.momentum > 0 or (self.momentum == 0 and not self.nesterov)),
-                "in [0, 1), and not 0 with train.nesterov",
-            ),
-            weight_decay=(0 <= self.weight_decay < math.inf, "at least 0"),
-            stem_weight_decay=(
-                self.stem_weight_decay is None or 0 <= self.stem_weight_decay < math.inf,
-                "at least 0, or null for train.weight_decay",
-            ),
-            gradient_clip_norm=(0 <= self.gradient_clip_norm < math.inf, "at least 0"),
-            warmup_epochs=(
-                0 <= self.warmup_epochs < self.epochs,
-                f"at least 0 and below train.epochs ({self.epochs})",
-            ),
-            label_smoothing=(0 <= self.label_smoothing < 1, "in [0, 1)"),
-            cutmix_probability=(0 <= self.cutmix_probability <= 1, "in [0, 1]"),
-            cutmix_beta=(0 < self.cutmix_beta < math.inf, "greater than 0"),
-            mixup_alpha=(0 <= self.mixup_alpha < math.inf, "at least 0"),
-            mix_off_epochs=(
-                0 <= self.mix_off_epochs <= self.epochs,
-                f"from 0 to train.epochs ({self.epochs})",
-            ),
-            ema_decay=(0 <= self.ema_decay < 1, "in [0, 1)"),
-            seed=(0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
-            eval_batch_size=(self.eval_batch_size >= 1, "at least 1"),
-            checkpoint_minutes=(0 <= self.checkpoint_minutes < math.inf, "at least 0"),
-            checkpoint_steps=(self.checkpoint_steps >= 0, "at least 0"),
-            keep_checkpoints=(self.keep_checkpoints >= 1, "at least 1"),
-        )
+            ("warmup_epochs", self.warmup_epochs < self.epochs, f"below train.epochs ({self.epochs})"),
+            ("mix_off_epochs", self.mix_off_epochs <= self.epochs, f"at most train.epochs ({self.epochs})"),
+        ):
+            if not holds:
+                raise FieldError(f"train.{name}", allowed, getattr(self, name))
 
 
-@dataclass
+@_configuration("")
 class Config:
     """Everything that decides the result of a run."""
 
@@ -285,8 +281,96 @@ class Config:
                 values[name] = value
         return values
 
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> "Config":
+        """Return the configuration that :meth:`flat` gave. Raises InputError as :meth:`from_dict` does."""
+        nested: dict[str, Any] = {}
+        for name, value in values.items():
+            section, _, key = name.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[key] = value
+        return cls.from_dict(nested)
+
 
 SECTIONS: dict[str, type] = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+
+
+class FieldDescription(NamedTuple):
+    """What ``--help`` and error messages say about a field, and how its value is written.
+
+    ``kind`` is its type in words, such as "a whole number", and ``range`` its limits, such as "at least 1".
+    """
+
+    help: str
+    metavar: str
+    kind: str
+    range: str
+    is_text: bool
+    is_optional: bool
+
+    def parse(self, text: str | None) -> Any:
+        """Return what a text spells in YAML, a number, truth value, list or null, or the text if the field takes one.
+
+        Text that spells nothing of the kind is returned as it is, for the configuration to refuse.
+        """
+        if not text or (self.is_text and not (self.is_optional and text in ("null", "~"))):
+            return text
+        try:
+            value = yaml.safe_load(text)
+            # YAML 1.1 takes 1e-5 for a text.
+            return float(value) if isinstance(value, str) else value
+        except (yaml.YAMLError, ValueError):
+            return text
+
+
+# JSON Schema's names for types: Python's and ours.
+_TYPES = {
+    "integer": ("int", "a whole number"),
+    "number": ("float", "a number"),
+    "boolean": ("bool", "true or false"),
+    "string": ("str", "a text"),
+    "array": ("list[int]", "a list of whole numbers such as [3, 3, 2]"),
+}
+_LIMITS = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+def _describe(name: str, schema: Mapping[str, Any]) -> FieldDescription:
+    """Return the description of a field from the JSON Schema that pydantic derives from its annotation."""
+    is_optional = "anyOf" in schema
+    or_null = " or null" * is_optional
+    value = schema["anyOf"][0] if is_optional else schema
+    type_, kind = _TYPES[value["type"]]
+    choices = value.get("enum", [])
+    shown = [*(choices or ["true", "false"] * (type_ == "bool")), *["null"] * is_optional]
+    default = schema["default"] if isinstance(schema["default"], str) else json.dumps(schema["default"])
+    about = f"default: {default}" if choices else f"type: {type_}{or_null}, default: {default}"
+    limits = [f"{words} {value[key]}" for key, words in _LIMITS.items() if key in value]
+    return FieldDescription(
+        help=f"{' '.join(schema['description'].split())} ({about})",
+        metavar=f"{{{','.join(shown)}}}" if len(shown) > 1 else name.upper(),
+        kind=(f"one of {', '.join(choices)}" if choices else kind) + or_null,
+        range=" and ".join(limits) + or_null,
+        is_text=type_ == "str",
+        is_optional=is_optional,
+    )
+
+
+def _schemas(cls: type) -> dict[str, Any]:
+    return TypeAdapter(cls).json_schema()["properties"]
+
+
+# Every field by its full name.
+FIELDS: dict[str, FieldDescription] = {
+    "device": _describe("device", _schemas(Config)["device"]),
+    **{
+        f"{section}.{name}": _describe(name, schema)
+        for section, cls in SECTIONS.items()
+        for name, schema in _schemas(cls).items()
+    },
+}
+
+# What may differ from the training run when its network is evaluated.
+_EXECUTION = ("device", "train.eval_batch_size", "train.cuda_graph", "train.channels_last", "model.backend", "model.T")
+EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_EXECUTION]
 
 
 def _known_fields(section: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
@@ -299,18 +383,16 @@ def _known_fields(section: type, values: Mapping[str, Any], prefix: str) -> Mapp
     return values
 
 
-def _check_choices(prefix: str, section: object) -> None:
-    """Raise InputError if a field that allows only a few values has another one."""
-    for name, hint in get_type_hints(type(section)).items():
-        alternatives = [hint, *get_args(hint)]
-        choices = [choice for part in alternatives if get_origin(part) is Literal for choice in get_args(part)]
-        value = getattr(section, name)
-        if choices and value not in choices and not (value is None and type(None) in alternatives):
-            raise InputError(f"{prefix}.{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def _check_ranges(prefix: str, section: object, **rules: tuple[bool, str]) -> None:
-    """Raise InputError for the first field whose rule (whether it holds, what is allowed) is broken."""
-    for name, (holds, allowed) in rules.items():
-        if not holds:
-            raise InputError(f"{prefix}.{name} must be {allowed}; got {getattr(section, name)!r}")
+def _field_error(error: ValidationError, prefix: str, given: Mapping[str, Any]) -> InputError:
+    """Return the first thing that pydantic found wrong with the values ``given``."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        # From __post_init__.
+        return first["ctx"]["error"]
+    key = first["loc"][0]
+    name = f"{prefix}{key}"
+    if name in SECTIONS:
+        return FieldError(name, f"a {SECTIONS[name].__name__}", given[key])
+    is_out_of_range = first["type"].startswith(("greater_than", "less_than"))
+    allowed = FIELDS[name].range if is_out_of_range else FIELDS[name].kind
+    return FieldError(name, "a finite number" if first["type"] == "finite_number" else allowed, given[key])

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from gac.errors import InputError
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
@@ -71,3 +73,17 @@ def writing(path: Path, what_is_left: str = "") -> Iterator[None]:
         if not isinstance(error.__context__, OSError):
             raise
         raise ResultsNotWritten(f"cannot write {path}: {error.__context__.strerror}{ending}") from error
+
+
+def check_writable(path: Path, option: str) -> Path:
+    """Return ``path``, which an option names, if it can be written: said before the hour of work, not after.
+
+    Raises InputError if not.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: expected a file in a folder that exists")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise InputError(f"{option} {path}: its folder cannot be written: {error.strerror}") from error
+    return path

@@ -54,6 +54,44 @@ def test_a_value_out_of_range_is_named_in_one_line(section: type, field: str, va
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        (TrainConfig, "epochs", "3"),
+        (TrainConfig, "epochs", 3.0),
+        (TrainConfig, "epochs", True),
+        (TrainConfig, "epochs", None),
+        (TrainConfig, "learning_rate", True),
+        (TrainConfig, "nesterov", 1),
+        (TrainConfig, "nesterov", "yes"),
+        (ModelConfig, "depth", 3),
+        (ModelConfig, "depth", [1.5]),
+        (DataConfig, "root", None),
+        (Config, "train", 3),
+    ],
+)
+def test_a_value_of_another_type_is_not_converted(section: type, field: str, value: object) -> None:
+    with pytest.raises(InputError) as error:
+        section(**{field: value})
+    assert f"{field} must be " in str(error.value)
+    assert str(error.value).endswith(f"; got {value!r}")
+
+
+def test_whole_numbers_are_numbers_and_tuples_are_lists() -> None:
+    assert type(TrainConfig(learning_rate=1).learning_rate) is float
+    assert ModelConfig(depth=(3, 2)).depth == [3, 2]
+
+
+def test_a_field_that_does_not_exist_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="epoch"):
+        TrainConfig(epoch=3)
+
+
+def test_values_by_position_are_named_in_errors() -> None:
+    with pytest.raises(InputError, match=r"^train\.batch_size must be at least 1; got 0$"):
+        TrainConfig(3, 0)
+
+
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(InputError, match="momentum must be"):
         TrainConfig(nesterov=True, momentum=0.0)
@@ -80,6 +118,7 @@ def test_an_absent_field_has_its_default_and_an_unknown_one_is_refused() -> None
 
 def test_flat_names_every_value() -> None:
     flat = Config().flat()
+    assert Config.from_flat(flat) == Config()
     assert flat["train.epochs"] == 250
     assert flat["device"] == "auto"
     assert "train" not in flat

@@ -13,9 +13,10 @@ from recorded_graph import CaptureByRecording
 
 from gac import create_model
 from gac.checkpoint import read_checkpoint, write_checkpoint
-from gac.cli import eval_main, parse_eval
+from gac.cli import eval_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
+from gac.options import parse_eval
 from gac.training.engine import train
 
 ROOT = Path(__file__).parents[1]

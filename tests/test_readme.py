@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gac import create_model
-from gac.cli import parse_train
+from gac.options import parse_train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,1 +1,5 @@
 """How an image becomes spikes."""
+
+from typing import Literal
+
+Coding = Literal["gac", "direct", "rate", "latency", "phase"]

@@ -9,9 +9,9 @@ import torch
 from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
+from gac.coding import Coding
 from gac.coding.baselines import BaselineCoding
 from gac.coding.gated import GatedAttentionCoding, TemporalInit
-from gac.config import Coding
 from gac.errors import InputError
 from gac.models import fused
 from gac.models.blocks import ConvNorm, MSBlock

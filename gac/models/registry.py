@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import get_args
 
+from gac.coding import Coding
 from gac.coding.gated import GatedAttentionCoding
-from gac.config import Coding
 from gac.errors import InputError
 from gac.models.ms_resnet import CIFAR, IMAGENET, Family, MSResNet
 

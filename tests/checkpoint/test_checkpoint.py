@@ -209,7 +209,7 @@ def bare_but(**changes):
         (ours_but(num_classes=None), "entry num_classes is missing or damaged"),
         (ours_but(config="x"), "entry config is missing or damaged"),
         (ours_but(config={"model": 3}), "entry config is damaged"),
-        (ours_but(config={"model": {"T": "six"}}), "config"),
+        (ours_but(config={"model": {"T": "six"}}), r"model\.T must be a whole number; got 'six'"),
         (ours_but(config={"model": {"colour": 3}}), "colour"),
         (ours_but(model={"stem.conv.weight": 3}), r"other entries: stem\.conv\.weight"),
         (lambda folder: {"state_dict": 3}, "holds no state dict"),

@@ -1,0 +1,205 @@
+"""Reading a command line and a YAML file into a Config.
+
+Both spell every value as text, which means the same in either place; options and messages come from
+:data:`gac.config.FIELDS`.
+"""
+
+import argparse
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+
+from gac.checkpoint import is_ours, read_checkpoint
+from gac.config import EVALUATION_FIELDS, FIELDS, SECTIONS, Config, FieldError
+from gac.errors import InputError
+from gac.files import check_writable
+
+# A value as it is written, None for YAML's null, and where it stands in a file.
+_Written = tuple[str | None, str]
+
+
+class TrainArguments(NamedTuple):
+    """The command line of train.py."""
+
+    config: Config
+    output: Path
+    resume: str | None
+    dry_run: bool
+    overfit_one_batch: bool
+
+
+class EvalArguments(NamedTuple):
+    """The command line of eval.py.
+
+    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``T`` the override of model.T, if any.
+    """
+
+    checkpoint: Path
+    payload: dict[str, Any]
+    config: Config
+    T: int | None
+    json: Path | None
+
+
+def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
+    """Return what a command line of train.py, run by so many processes, asks for. Raises InputError."""
+    given, overrides = _read_command_line(
+        arguments,
+        "train.py --config FILE [--output FOLDER] [--resume auto|FILE | --dry-run | --overfit-one-batch]",
+        "Train a network and write all results to a run folder.",
+        {
+            "--config FILE": "YAML file with the options below; see configs/.",
+            "--output FOLDER": "Run folder; without it runs/NAME for a file NAME.yaml.",
+            "--resume auto|FILE": "auto continues the newest checkpoint of the run folder that is whole, or starts "
+            "afresh if there is none; a file continues that checkpoint.",
+            "--dry-run": "Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary "
+            "folder next to --output, which stays as it is.",
+            "--overfit-one-batch": "Train on the first batch only, without augmentation and mixing, and say whether it "
+            "was learnt; the exit status is 1 if not. Writes nothing that stays.",
+        },
+        FIELDS,
+    )
+    if len(modes := [name for name in ("resume", "dry-run", "overfit-one-batch") if name in given]) > 1:
+        raise InputError(f"--{modes[0]} and --{modes[1]} exclude each other: choose one")
+    if processes > 1 and not {"dry-run", "overfit-one-batch"}.isdisjoint(given):
+        raise InputError("--dry-run and --overfit-one-batch are for a single process: start train.py without torchrun")
+    if not given.get("config"):
+        raise InputError("--config is required: name a YAML file, for example --config configs/digits.yaml")
+    path = Path(given["config"])
+    config = _make_config(Config(), _read_yaml(path) | overrides)
+    output = Path(given.get("output") or Path("runs", path.stem))
+    return TrainArguments(config, output, given.get("resume"), "dry-run" in given, "overfit-one-batch" in given)
+
+
+def parse_eval(arguments: Sequence[str]) -> EvalArguments:
+    """Return what a command line of eval.py asks for, with the checkpoint read. Raises InputError."""
+    given, overrides = _read_command_line(
+        arguments,
+        "eval.py --checkpoint FILE [--json FILE]",
+        "Score the network of a checkpoint on a test set. Defaults are the values it was trained with; a checkpoint of "
+        "the authors holds none, so --data.name is required with it.",
+        {
+            "--checkpoint FILE": "File of train.py or of the authors.",
+            "--json FILE": "Write all numbers, the configuration and the versions there.",
+        },
+        EVALUATION_FIELDS,
+    )
+    if not given.get("checkpoint"):
+        raise InputError("--checkpoint is required: name a file, for example --checkpoint runs/digits/best.pt")
+    path = Path(given["checkpoint"])
+    payload = read_checkpoint(path)
+    if not is_ours(payload) and "data.name" not in overrides:
+        raise InputError(
+            f"checkpoint {path} does not say what it was trained on: name it with --data.name, for example"
+            " --data.name cifar100"
+        )
+    config = _make_config(Config.from_dict(payload["config"]) if is_ours(payload) else Config(), overrides)
+    json = check_writable(Path(given["json"]), "--json") if "json" in given else None
+    return EvalArguments(path, payload, config, config.model.T if "model.T" in overrides else None, json)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _read_command_line(
+    arguments: Sequence[str], usage: str, description: str, own: dict[str, str], fields: Collection[str]
+) -> tuple[dict[str, Any], dict[str, _Written]]:
+    """Return the options given and, apart, which of them are ``fields``; ``own`` are the help texts of the others."""
+    usage += " [--SECTION.FIELD VALUE ...]"
+    parser = _Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(cls.__doc__.splitlines()[0][:-1]) for name, cls in SECTIONS.items()}
+    known = []
+    for spelling, text in (own | {f"--{name} {FIELDS[name].metavar}": FIELDS[name].help for name in fields}).items():
+        option, _, metavar = spelling.partition(" ")
+        known.append(name := option.removeprefix("--"))
+        kind = {"metavar": metavar} if metavar else {"action": "store_true"}
+        group = groups.get(name.partition(".")[0], parser)
+        group.add_argument(option, dest=name, help=text.replace("%", "%%"), **kind)
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.parse_args(["--help"])
+    options = [each[2:].partition("=")[0] for each in arguments if each.startswith("--")]
+    for name in options:
+        if name not in known and name in FIELDS:
+            raise InputError(f"--{name} is fixed by the checkpoint; eval.py takes {', '.join(known)}")
+        if name not in known:
+            raise InputError(f"unknown option --{name}{_suggest(name, known, '--')}")
+        if name in ("config", "checkpoint") and options.count(name) > 1:
+            raise InputError(f"--{name} was given twice; give one")
+    given = vars(parser.parse_args(arguments))
+    return given, {name: (given[name], "") for name in given.keys() & FIELDS}
+
+
+def _suggest(name: str, known: Collection[str], prefix: str = "") -> str:
+    section, _, field = name.rpartition(".")
+    near = [each for each in known if each.rpartition(".")[0] == section] if section else known
+    keys = {each: each.rpartition(".")[2] for each in near if len(field) > 1}
+    close = (
+        [each for each in known if each.rpartition(".")[2] == field]
+        # lr for learning_rate
+        or [each for each, key in keys.items() if "".join(word[:1] for word in key.split("_")) == field]
+        or [each for each, key in keys.items() if key.startswith(field)]
+        or difflib.get_close_matches(name, known, n=1)
+    )
+    return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists all of them"
+
+
+def _read_yaml(path: Path) -> dict[str, _Written]:
+    """Return every field in a YAML file.
+
+    A value's text is taken, not the type that YAML gives it, which would make ``off`` a truth value.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise InputError(f"cannot read --config {path}: {reason}") from error
+    except yaml.MarkedYAMLError as error:
+        raise InputError(f"{path} line {error.problem_mark.line + 1} is not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path} must hold the sections {', '.join(SECTIONS)} with their fields")
+    return dict(_fields(root, path))
+
+
+def _fields(mapping: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, _Written]]:
+    names = set()
+    for key, node in mapping.value:
+        name, place = f"{prefix}{key.value}", f"{path} line {key.start_mark.line + 1}: "
+        if name in names:
+            raise InputError(f"{place}{key.value} is there twice; keep one")
+        names.add(name)
+        if name in FIELDS:
+            yield name, (_text(node, f"{place}{name} must be {FIELDS[name].kind}"), place)
+        elif name not in SECTIONS:
+            raise InputError(f"{place}unknown field {name}{_suggest(name, [*FIELDS, *SECTIONS])}")
+        elif not isinstance(node, yaml.MappingNode):
+            raise InputError(f"{place}{name} is a section; write its fields below it")
+        else:
+            yield from _fields(node, path, f"{name}.")
+
+
+def _text(node: yaml.Node, refusal: str) -> str | None:
+    """Return a value as it would be written on the command line."""
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in node.value):
+        return f"[{', '.join(each.value for each in node.value)}]"
+    if not isinstance(node, yaml.ScalarNode):
+        raise InputError(refusal)
+    return None if node.tag.endswith(":null") else node.value
+
+
+def _make_config(base: Config, written: Mapping[str, _Written]) -> Config:
+    """Return ``base`` with the values that are ``written``."""
+    try:
+        return Config.from_flat(base.flat() | {name: FIELDS[name].parse(text) for name, (text, _) in written.items()})
+    except FieldError as error:
+        if error.field not in written:
+            raise
+        text, place = written[error.field]
+        got = "null" if text is None else text or "nothing"
+        raise InputError(f"{place}{error.field} must be {error.allowed}; got {got}") from None
