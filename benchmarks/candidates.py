@@ -20,7 +20,7 @@ from gac.errors import InputError
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
 from gac.execution.device import autocast
 from gac.models.ms_resnet import MSResNet
-from gac.ops.runtime import cupy_status
+from gac.ops.backend import cupy_status
 
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 """Memory formats of images and weights, by their names on the command line."""

@@ -24,7 +24,7 @@ from gac import create_model
 from gac.errors import InputError
 from gac.execution.device import select_device
 from gac.files import atomic_write
-from gac.ops.runtime import toolchain_status
+from gac.ops.backend import toolchain_status
 from gac.version import __version__
 
 ROOT = Path(__file__).parents[1]

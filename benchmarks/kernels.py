@@ -38,7 +38,8 @@ from gac.models.blocks import MSBlock
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import PRESETS
 from gac.ops import batch_norm, gate_lif, lif, lif_pool, norm_lif, residual_lif
-from gac.ops.batch_norm import Normalization
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.neuron import LIFParameters
 
 METHOD = (
     "Each operation runs on noise of the sizes that it meets in the network. GB/s are the bytes that it has to move"
@@ -48,7 +49,6 @@ METHOD = (
 )
 DTYPES = {precision.dtype_name: precision.dtype for precision in PRECISIONS.values()}
 GATE_BATCH = 2
-NO_NEURON = (None, None)
 STREAM = ("membrane stream", "spikes")
 EPS = 1e-5
 # A replay is long against what its launch and its events cost.
@@ -80,20 +80,19 @@ class Layer:
     kernels: bool
 
     @property
-    def neuron(self) -> tuple:
-        """The neuron's constants, as the operations take them."""
-        neuron = PRESETS[self.family].make()
-        return neuron.dynamics(), neuron.surrogate_function
+    def neuron(self) -> LIFParameters:
+        """The neuron, as the operations take it."""
+        return PRESETS[self.family]
 
     def spikes(self, x: Tensor) -> Tensor:
         """Return the spikes that the neuron's specification gives."""
-        return lif.reference(x, 0.0, *self.neuron)[0]
+        return lif.reference(x, 0.0, self.neuron)[0]
 
     def spikingjelly(self, x: Tensor) -> Tensor:
         """Return the spikes of SpikingJelly's fastest execution: its state in float32, which its kernels need."""
-        neuron = PRESETS[self.family].make()
+        neuron = self.neuron
         v = torch.zeros_like(x[0], dtype=torch.float32, requires_grad=False)
-        constants = (neuron.tau, False, neuron.v_threshold, 0.0, neuron.surrogate_function, neuron.detach_reset)
+        constants = (neuron.tau, False, neuron.v_threshold, 0.0, neuron.surrogate, neuron.detach_reset)
         return functional.lif_multi_step(x, v, *constants)[0]
 
     def frame(self, count: int | None = None) -> Tensor:
@@ -110,14 +109,14 @@ class Layer:
         weight, bias = 0.2 * torch.randn(2, self.shape[2], device=self.device)
         return (1 + weight).requires_grad_(), bias.detach().requires_grad_()
 
-    def normalization(self, y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+    def normalization(self, y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
         """Return the BatchNorm of ``y`` as the operations take it; that of the references is differentiable."""
         if self.kernels:
             mean, scale = batch_norm.statistics(batch_norm.batch_moments(y.detach()), EPS)
         else:
             mean, variance, _ = batch_norm.reference_moments(y)
             scale = (variance + EPS).rsqrt()
-        return Normalization(weight, bias, mean, scale, from_batch=True)
+        return BatchNormTransform(weight, bias, mean, scale, from_batch=True)
 
     def stored(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the dtype as the operations store it; the gradient passes as it is."""
@@ -147,15 +146,15 @@ def _residual(
     norm_of_shortcut = layer.normalization(shortcut, *affine) if affine else None
     arguments = (y, layer.normalization(y, weight, bias), shortcut, norm_of_shortcut)
     if y.dtype == layer.dtype:
-        return dict(zip(STREAM, function(*arguments, *layer.neuron), strict=True))
-    membrane = layer.stored(function(*arguments, *NO_NEURON)[0])
+        return dict(zip(STREAM, function(*arguments, layer.neuron), strict=True))
+    membrane = layer.stored(function(*arguments, None)[0])
     return dict(zip(STREAM, (membrane, layer.spikes(membrane)), strict=True))
 
 
 def _last_residual(
     layer: Layer, function: Callable, y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor
 ) -> Named:
-    return {STREAM[0]: function(y, layer.normalization(y, weight, bias), shortcut, None, *NO_NEURON)[0]}
+    return {STREAM[0]: function(y, layer.normalization(y, weight, bias), shortcut, None, None)[0]}
 
 
 def _residual_peer(layer: Layer, y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *affine: Tensor) -> Named:
@@ -171,7 +170,7 @@ def _gate_inputs(layer: Layer) -> Named:
 
 def _gate(layer: Layer, function: Callable, *inputs: Tensor) -> Named:
     if inputs[0].dtype == layer.dtype:
-        return dict(zip(STREAM, function(*inputs, *layer.neuron), strict=True))
+        return dict(zip(STREAM, function(*inputs, layer.neuron), strict=True))
     return _gated(layer.spikes, layer.stored, *inputs)
 
 
@@ -237,7 +236,7 @@ OPERATIONS = {
         neurons,
         (lif.lif, lif.reference),
         lambda layer: {"x": layer.sequence()},
-        lambda layer, function, x: {"spikes": function(x, 0.0, *layer.neuron)[0]},
+        lambda layer, function, x: {"spikes": function(x, 0.0, layer.neuron)[0]},
         lambda layer, x: {"spikes": layer.spikingjelly(x)},
         # Read x; write spikes (and the last membrane potential, see Case). Read x and the spikes' gradient; write x's.
         ((2, 0), (3, 0)),
@@ -257,7 +256,7 @@ OPERATIONS = {
         lambda network: [block.lif2 for block in _blocks(network)],
         (norm_lif.norm_lif, norm_lif.reference),
         lambda layer: dict(zip(("y", "weight", "bias"), (layer.sequence(), *layer.affine()), strict=True)),
-        lambda layer, function, y, *affine: {"spikes": function(y, layer.normalization(y, *affine), *layer.neuron)},
+        lambda layer, function, y, *affine: {"spikes": function(y, layer.normalization(y, *affine), layer.neuron)},
         lambda layer, *inputs: {"spikes": layer.spikingjelly(_torch_batch_norm(*inputs))},
         # Statistics: read y. Read y; write spikes. Sums: read y and the gradient of the spikes. Read both; write y's.
         ((3, 0), (5, 0)),
@@ -291,7 +290,7 @@ OPERATIONS = {
         lambda network: [network.lif],
         (lif_pool.lif_pool, lif_pool.reference),
         lambda layer: {"x": layer.sequence()},
-        lambda layer, function, x: {"firing rates": function(x, *layer.neuron)},
+        lambda layer, function, x: {"firing rates": function(x, layer.neuron)},
         lambda layer, x: {"firing rates": layer.spikingjelly(x).mean((-2, -1))},
         # Read x. Read x; write its gradient.
         ((1, 0), (2, 0)),

@@ -20,7 +20,7 @@ from benchmarks import candidates, common
 from benchmarks.candidates import NOT_REPLAYED, Candidate, Implementation, Setting
 from benchmarks.common import MeasurementError, NetworkSize, Table, Timing, at_least
 from benchmarks.equality import begin, check_networks
-from gac.ops.runtime import KERNEL_FOLDER
+from gac.ops.cuda.compiler import KERNEL_FOLDER
 
 METHOD = (
     "On a GPU every kernel that the profiler (CUPTI) recorded counts with its duration, shared evenly where kernels"

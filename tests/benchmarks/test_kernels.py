@@ -21,7 +21,8 @@ from benchmarks.kernels import (
     replay,
     sites,
 )
-from gac.ops import runtime
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -116,11 +117,11 @@ def test_operations_are_the_kernels(name, kernels_on_cpu):
 def record_launches(launcher: KernelsOnCpu) -> list[str]:
     launched: list[str] = []
 
-    def record(kernel: runtime.Kernel, *others: object) -> None:
+    def record(kernel: Kernel, *others: object) -> None:
         launched.append(kernel.instance)
         launcher(kernel, *others)
 
-    runtime.set_cpu_launcher(record)
+    launch.set_cpu_launcher(record)
     return launched
 
 

@@ -17,7 +17,7 @@ from benchmarks.profile import (
     profile_steps,
     read_trace,
 )
-from gac.ops.runtime import KERNEL_FOLDER
+from gac.ops.cuda.compiler import KERNEL_FOLDER
 
 CPU = torch.device("cpu")
 SMALL = [

@@ -9,7 +9,7 @@ the next forced module, and in the backward pass what comes back to the one befo
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from gac.execution.device import autocast
 from gac.models import fused
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
+from gac.neuron import LIFNode
 
 # A block with an identity shortcut, blocks with a normalised one, and the last block.
 SIZE = NetworkSize("gac_msresnet18", width=8, depth=(2, 1, 1, 1), image_size=32, num_classes=3)
@@ -256,13 +257,12 @@ def test_finds_wrong_gradients(name, neurons_on_kernels, monkeypatch):
 
 
 def test_finds_wrong_constants(neurons_on_kernels, monkeypatch):
-    constants = fused._constants
+    right = LIFNode.lif_parameters
 
     def wrong(neuron):
-        parameters, surrogate = constants(neuron)
-        return type(parameters)(**{**vars(parameters), "decay": 0.26}), surrogate
+        return replace(right(neuron), tau=1.36) if neuron.backend == "cupy" else right(neuron)
 
-    monkeypatch.setattr(fused, "_constants", wrong)
+    monkeypatch.setattr(LIFNode, "lif_parameters", wrong)
     assert "share of changed spikes" in failed()
 
 

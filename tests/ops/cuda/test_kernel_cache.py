@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gac.ops import kernel_cache, runtime
+from gac.ops.cuda import compiler, kernel_cache
+from gac.ops.cuda.compiler import Kernel
 
-KERNEL = runtime.Kernel("probe.cu", "probe", ("float*",))
+KERNEL = Kernel("probe.cu", "probe", ("float*",))
 
 
 @pytest.fixture
@@ -59,13 +60,13 @@ def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_kernel_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
-    compiled = runtime.compile_kernel(KERNEL, 90)
-    assert runtime.compile_once(KERNEL, 90) == (compiled.binary, compiled.name)
+    compiled = compiler.compile_kernel(KERNEL, 90)
+    assert compiler.compile_once(KERNEL, 90) == (compiled.binary, compiled.name)
     with monkeypatch.context() as patched:
-        patched.setattr(runtime, "compile_kernel", lambda *_: pytest.fail("compiled again"))
-        assert runtime.compile_once(KERNEL, 90) == (compiled.binary, compiled.name)
-    other = runtime.compile_once(KERNEL, 80)
+        patched.setattr(compiler, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+        assert compiler.compile_once(KERNEL, 90) == (compiled.binary, compiled.name)
+    other = compiler.compile_once(KERNEL, 80)
     assert other[0] != compiled.binary
-    monkeypatch.setattr(runtime, "source_text", lambda file: "extern __global__ void probe(float*) {}\n")
-    assert runtime.compile_once(KERNEL, 90)[0] != compiled.binary
+    monkeypatch.setattr(compiler, "source_text", lambda file: "extern __global__ void probe(float*) {}\n")
+    assert compiler.compile_once(KERNEL, 90)[0] != compiled.binary
     assert len(list(folder.iterdir())) == 3
