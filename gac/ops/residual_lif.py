@@ -167,10 +167,10 @@ def _residual_lif(
     shortcut_normalization = (shortcut_weight, shortcut_bias, shortcut_mean, shortcut_inverse_std)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, shortcut, *normalization, *shortcut_normalization)
-    template = (T, width, neuron.forward_template, shortcut_weight is not None, with_spikes)
+    normalized = shortcut_weight is not None
+    template = (T, width, neuron.forward_template, normalized, with_spikes)
     kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_forward", y.dtype, *template)
-    shortcut_struct = None if shortcut_weight is None else shortcut_normalization
-    arguments = (y, normalization, shortcut, shortcut_struct, neuron.struct)
+    arguments = (y, normalization, shortcut, shortcut_normalization if normalized else None, neuron.struct)
     outputs = (membrane, spikes if with_spikes else None)
     grid = channels.grid(kernel, rows, C, width, y.device)
     launch.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))

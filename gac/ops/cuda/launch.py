@@ -1,6 +1,7 @@
 """Launches kernels on torch's streams: CuPy loads them and makes the driver's launch call; memory is torch's."""
 
 import functools
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,12 +31,7 @@ def set_cpu_launcher(launcher: CpuLauncher | None) -> None:
     _cpu_launcher = launcher
 
 
-def launch(
-    kernel: Kernel,
-    grid: tuple[int, ...],
-    block: tuple[int, ...],
-    arguments: Sequence[Argument],
-) -> None:
+def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Argument]) -> None:
     """Launch a kernel on torch's current stream of the tensors' device.
 
     Compiles the kernel at its first launch on a device; that launch cannot be inside a CUDA graph capture.
@@ -84,40 +80,58 @@ def _typed_arguments(kernel: Kernel, arguments: Sequence[Argument], device: torc
 
 @dataclass(frozen=True)
 class _Type:
-    """A parameter's type: how it lies in memory, and what Python passes for it."""
+    """A parameter's type: the numbers that it is made of, and how they lie in memory."""
 
-    layout: np.dtype
-    pointee: torch.dtype | None = None
-    members: tuple["_Type", ...] = ()
-    nullable: bool = False
+    members: tuple["_Member", ...]
+    layout: struct.Struct | None  # of a struct
+    nullable: bool
+    whole: np.dtype | None = None  # a struct as one item
+
+
+@dataclass(frozen=True)
+class _Member:
+    pack: type[np.generic]
+    pointee: torch.dtype | None
+    nullable: bool
 
 
 @functools.cache
 def _parse_type(declared: str) -> _Type:
-    if declared in _SCALARS:
-        return _Type(np.dtype(_SCALARS[declared]))
     name, nullable = declared.removesuffix("?"), declared.endswith("?")
+    if name in _SCALARS:
+        return _Type((_Member(_SCALARS[name], None, False),), None, False)
     if name.endswith("*"):
-        return _Type(np.dtype(np.uint64), _POINTERS[name.removeprefix("const ").removesuffix("*")], (), nullable)
-    members = tuple(map(_parse_type, compiler.struct_fields(name)))
-    # With the padding that C++ puts between the members.
-    layout = np.dtype([(str(i), member.layout) for i, member in enumerate(members)], align=True)
-    return _Type(layout, None, members, nullable)
+        pointee = _POINTERS[name.removeprefix("const ").removesuffix("*")]
+        return _Type((_Member(np.uint64, pointee, nullable),), None, nullable)
+    members = tuple(_parse_type(member).members[0] for member in compiler.struct_fields(name))
+    codes = [np.dtype(member.pack).char for member in members]
+    # Python's native alignment is that of C++; the last item, of which there are none, pads the end.
+    layout = struct.Struct(f"@{''.join(codes)}0{max(codes, key=struct.calcsize)}")
+    return _Type(members, layout, nullable, np.dtype((np.void, layout.size)))
 
 
 def _pack(kind: _Type, argument: Argument, device: torch.device) -> Packed | None:
     """Return an argument's bytes as its type lies in memory, or None if it is of another type."""
-    if argument is None:
-        return np.zeros((), kind.layout)[() if kind.pointee else ...] if kind.nullable else None
-    if kind.members:
-        if not (isinstance(argument, tuple) and len(argument) == len(kind.members)):
-            return None
-        members = tuple(_pack(*pair, device) for pair in zip(kind.members, argument, strict=True))
-        return None if any(member is None for member in members) else np.array(members, kind.layout)
-    if kind.pointee is None:
-        return kind.layout.type(argument) if isinstance(argument, (int, float)) else None
-    fits = isinstance(argument, Tensor) and argument.dtype is kind.pointee and argument.device == device
-    return np.uint64(argument.data_ptr()) if fits else None
+    if kind.layout is None:
+        number = _number(kind.members[0], argument, device)
+        return None if number is None else kind.members[0].pack(number)
+    if argument is None and kind.nullable:
+        return np.zeros(1, kind.whole)
+    if not (isinstance(argument, tuple) and len(argument) == len(kind.members)):
+        return None
+    numbers = [_number(member, each, device) for member, each in zip(kind.members, argument, strict=True)]
+    if any(number is None for number in numbers):
+        return None
+    # CuPy passes an array of one item by value.
+    return np.frombuffer(kind.layout.pack(*numbers), kind.whole)
+
+
+def _number(member: _Member, argument: Argument, device: torch.device) -> float | None:
+    if member.pointee is None:
+        return argument if isinstance(argument, (int, float)) else None
+    if isinstance(argument, Tensor):
+        return argument.data_ptr() if argument.dtype is member.pointee and argument.device == device else None
+    return 0 if argument is None and member.nullable else None
 
 
 def _describe(argument: Argument) -> str:
