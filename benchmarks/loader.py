@@ -1,6 +1,7 @@
-"""python -m benchmarks.loader: images/s of the input pipeline alone (--help lists all options)."""
+"""python -m benchmarks.loader: images/s of the input pipeline only (--help lists all options)."""
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -8,119 +9,59 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from benchmarks.command_line import Parser, at_least, new_file, run
-from benchmarks.environment import describe_environment, format_environment
-from benchmarks.output import Table, write_json
-from benchmarks.photographs import write_photographs
-from benchmarks.timing import Timing
+from benchmarks.common import Parser, Report, Table, Timing, at_least, run
 from gac.config import DataConfig
+from gac.data import image_folder
 from gac.data.class_folders import ClassFolders, open_folders
-from gac.data.image_folder import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageFolderLoader,
-    evaluation_transform,
-    train_transform,
-)
 from gac.data.normalization import Normalization
 from gac.errors import InputError
-from gac.execution.device import select_device
 
-MODULE = "benchmarks.loader"
 METHOD = (
     "The loader of train.py yields normalised batches on the device, and nothing is done with them. A round is one"
     " batch from each worker (one batch without workers); the rate is that of the median round, in brackets that of"
     " the quartiles, after three untimed rounds: starting the workers and the batches that they prepare ahead. A file"
-    " that was read before comes from memory, so a cold disk shows in a first run on a whole data set alone."
+    " that was read before comes from memory, so a cold disk shows in a first run on a whole data set only."
 )
 WARM_UP_ROUNDS = 3
 SAMPLED_FILES = 1000
 TABLE = Table(
-    [
-        ("split", 5),
-        ("workers", 7),
-        ("images/s", 9),
-        ("[quartiles]", 16),
-        ("per worker", 10),
-        ("of the need", 11),
-    ]
+    *(("split", 5), ("workers", 7), ("images/s", 9), ("[quartiles]", 16), ("per worker", 10), ("of the need", 11))
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a loader reached: the times of rounds of ``images`` images each."""
-
-    split: str
-    workers: int
-    images: int
-    rounds: Timing
-    skipped: int
-
-    @property
-    def images_per_second(self) -> float:
-        """Rate of the median round."""
-        return 1000 * self.images / self.rounds.median_ms
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """Rates of the slower and of the faster quartile."""
-        fast, slow = self.rounds.quartiles_ms
-        return 1000 * self.images / slow, 1000 * self.images / fast
-
-    @property
-    def per_worker(self) -> float:
-        """Rate of one process that decodes."""
-        return self.images_per_second / max(1, self.workers)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    return run(_measure_and_report, arguments)
+# The commonest size in ImageNet, in pixels, and a quality that gives about 100 kB, as its files have.
+SIZE, QUALITY, CROPS = (500, 375), 98, 8
 
 
 def make_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(MODULE, f"Measure how many images/s the input pipeline delivers. {METHOD}")
-    positive = at_least(1)
+    parser = Parser("benchmarks.loader", "Measure how many images/s the input pipeline delivers.", METHOD)
+    add, positive = parser.add_argument, at_least(1)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--data.root", dest="root", metavar="FOLDER", help="folder with train/ and val/, each with a folder per class"
-    )
-    source.add_argument(
-        "--make-images",
-        type=at_least(2),
-        metavar="N",
-        help="make N JPEG files of 500 x 375 pixels and about 100 kB in a temporary folder",
-    )
-    parser.add_argument(
-        "--splits", nargs="+", choices=("train", "test"), default=["train"], help="training images, augmented, or test"
-    )
+    help = "folder with train/ and val/, each with a folder per class"
+    source.add_argument("--data.root", dest="root", metavar="FOLDER", help=help)
+    help = "make N JPEG files of 500 x 375 pixels and about 100 kB in a temporary folder"
+    source.add_argument("--make-images", type=at_least(2), metavar="N", help=help)
+    help = "training images, augmented, or test"
+    add("--splits", nargs="+", choices=("train", "test"), default=["train"], help=help)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers",
-        nargs="+",
-        type=at_least(0),
-        default=[*(2**power for power in range(cores.bit_length())), cores],
-        metavar="W",
-        help="numbers of processes that decode; 0 decodes in the process that takes the batches",
-    )
-    parser.add_argument("--need", type=_rate, metavar="IMAGES/S", help="what the network takes, to compare with")
-    parser.add_argument("--batch", type=positive, default=256, metavar="B", help="images per batch")
-    parser.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="side of the images")
-    parser.add_argument("--resize", type=positive, default=256, metavar="PIXELS", help="short side before a test crop")
-    parser.add_argument(
-        "--auto-augment", action=argparse.BooleanOptionalAction, default=True, help="AutoAugment on training images"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU where there is one")
-    parser.add_argument("--rounds", type=positive, default=7, help="timed rounds")
-    parser.add_argument("--json", type=new_file(".json"), metavar="FILE", help="write all measurements there")
+    workers = [*(2**power for power in range(cores.bit_length())), cores]
+    help = "numbers of processes that decode; 0 decodes in the process that takes the batches"
+    add("--workers", nargs="+", type=at_least(0), default=workers, metavar="W", help=help)
+    add("--need", type=_rate, metavar="IMAGES/S", help="what the network takes, to compare with")
+    add("--batch", type=positive, default=256, metavar="B", help="images per batch")
+    add("--image-size", type=positive, default=224, metavar="PIXELS", help="side of the images")
+    add("--resize", type=positive, default=256, metavar="PIXELS", help="short side before a test crop")
+    help = "AutoAugment on training images"
+    add("--auto-augment", action=argparse.BooleanOptionalAction, default=True, help=help)
+    add("--rounds", type=positive, default=7, help="timed rounds")
+    parser.add_common_options("all measurements")
     return parser
 
 
@@ -134,9 +75,12 @@ def _rate(text: str) -> float:
     return value
 
 
-def _measure_and_report(arguments: Sequence[str]) -> None:
-    options = make_parser().parse_args(arguments)
-    device = select_device(options.device)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run(make_parser(), _measure_and_report, arguments)
+
+
+def _measure_and_report(options: argparse.Namespace, device: torch.device, report: Report) -> None:
     config = DataConfig(
         name="imagefolder",
         image_size=options.image_size,
@@ -144,7 +88,7 @@ def _measure_and_report(arguments: Sequence[str]) -> None:
         augment="autoaugment_imagenet" if options.auto_augment else "off",
         horizontal_flip=False,
     )
-    splits, counts = list(dict.fromkeys(options.splits)), list(dict.fromkeys(options.workers))
+    splits, counts, batch = list(dict.fromkeys(options.splits)), list(dict.fromkeys(options.workers)), options.batch
     with ExitStack() as stack:
         root = options.root
         if root is None:
@@ -152,45 +96,34 @@ def _measure_and_report(arguments: Sequence[str]) -> None:
             for name in ("train", "val"):
                 write_photographs(Path(root) / name, options.make_images)
         folders = open_folders(root, splits)
-        _check_sizes(folders, max(counts), options.batch, options.rounds)
-        environment = describe_environment(MODULE, arguments, device)
-        environment["cores"] = str(len(os.sched_getaffinity(0)))
-        print(format_environment(environment))
+        most = max(1, *counts)
+        needed = (WARM_UP_ROUNDS + options.rounds) * most * batch
+        for listed in folders.values():
+            if len(listed) < needed:
+                raise InputError(
+                    f"{len(listed)} images in {listed.folder} are too few: {WARM_UP_ROUNDS} + {options.rounds} rounds"
+                    f" of {most} batches of {batch} take {needed}; lower --workers, --rounds or --batch"
+                )
+        report.environment["cores"] = str(len(os.sched_getaffinity(0)))
+        data = {split: _describe(folders[split]) for split in splits}
+        report.begin(data=data, transforms=asdict(config), batch=batch, need=options.need)
         for split in splits:
-            print(f"{split:<14}{_describe(folders[split])}")
+            report.line(split, data[split])
         augmentation = "AutoAugment" if options.auto_augment else "no AutoAugment"
-        print(f"{'batches':<14}{options.batch} images of {config.image_size} x {config.image_size}, {augmentation}")
-        print(f"\n{TABLE.header()}", flush=True)
-        report: dict[str, Any] = {
-            "environment": environment,
-            "method": METHOD,
-            "data": {split: _describe(folders[split]) for split in splits},
-            "transforms": asdict(config),
-            "batch": options.batch,
-            "need": options.need,
-            "cells": [],
-        }
+        report.line("batches", f"{batch} images of {config.image_size} x {config.image_size}, {augmentation}\n")
+        TABLE.header()
         for split in splits:
             cells = []
             for workers in counts:
-                cells.append(_measure(folders[split], split, config, workers, options.batch, options.rounds, device))
-                print(TABLE.row(_table_row(cells[-1], options.need)), flush=True)
-                report["cells"].append(_json_cell(cells[-1], options.need))
-                # Written each time: what is measured stays, whatever happens next.
-                if options.json is not None:
-                    write_json(options.json, report)
+                cell = _measure(folders[split], split, config, workers, options, device)
+                rates = [cell["images_per_second"], *cell["quartiles"], cell["per_worker"]]
+                rate, low, high, each = (f"{rate:,.0f}" for rate in rates)
+                share = "-" if options.need is None else f"{100 * cell['share_of_need']:.0f} %"
+                TABLE.row(split, str(workers), rate, f"[{low}, {high}]", each, share)
+                cells.append(cell)
+                report.add("cells", [cell])
             if options.need is not None:
                 print(_verdict(cells, options.need), flush=True)
-
-
-def _check_sizes(folders: dict[str, ClassFolders], workers: int, batch: int, rounds: int) -> None:
-    needed = (WARM_UP_ROUNDS + rounds) * max(1, workers) * batch
-    for listed in folders.values():
-        if len(listed) < needed:
-            raise InputError(
-                f"{len(listed)} images in {listed.folder} are too few: {WARM_UP_ROUNDS} + {rounds} rounds of"
-                f" {max(1, workers)} batches of {batch} take {needed}; lower --workers, --rounds or --batch"
-            )
 
 
 def _describe(folders: ClassFolders) -> str:
@@ -204,68 +137,73 @@ def _measure(
     split: str,
     config: DataConfig,
     workers: int,
-    batch: int,
-    rounds: int,
+    options: argparse.Namespace,
     device: torch.device,
-) -> Cell:
+) -> dict[str, Any]:
+    """Return what a loader reached: rates of the median round and of its quartiles, and the rounds themselves."""
     training = split == "train"
-    loader = ImageFolderLoader(
+    loader = image_folder.ImageFolderLoader(
         folders,
-        train_transform(config) if training else evaluation_transform(config),
-        batch_size=batch,
+        image_folder.train_transform(config) if training else image_folder.evaluation_transform(config),
+        batch_size=options.batch,
         workers=workers,
-        normalization=Normalization(IMAGENET_MEAN, IMAGENET_STD, device),
+        normalization=Normalization(image_folder.IMAGENET_MEAN, image_folder.IMAGENET_STD, device),
         device=device,
         seed=0,
         # In the folders' order every round would have images of other classes.
         shuffle=True,
         replace_unreadable=training,
     )
-    batches = loader.epoch(0)
-    per_round = max(1, workers)
-    samples = []
-    for number in range(WARM_UP_ROUNDS + rounds):
+    batches, per_round, samples = loader.epoch(0), max(1, workers), []
+    for _ in range(WARM_UP_ROUNDS + options.rounds):
         started = time.perf_counter()
         for _ in range(per_round):
             next(batches)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if number >= WARM_UP_ROUNDS:
-            samples.append(1000 * (time.perf_counter() - started))
-    return Cell(split, workers, per_round * batch, Timing(tuple(samples)), loader.skipped)
-
-
-def _table_row(cell: Cell, need: float | None) -> list[str]:
-    low, high = cell.quartiles
-    share = "-" if need is None else f"{100 * cell.images_per_second / need:.0f} %"
-    rates = [f"{cell.images_per_second:,.0f}", f"[{low:,.0f}, {high:,.0f}]", f"{cell.per_worker:,.0f}"]
-    return [cell.split, str(cell.workers), *rates, share]
-
-
-def _json_cell(cell: Cell, need: float | None) -> dict[str, Any]:
+        samples.append(1000 * (time.perf_counter() - started))
+    rounds, images = Timing(tuple(samples[WARM_UP_ROUNDS:])), per_round * options.batch
+    fast, slow = rounds.quartiles_ms
+    rate = 1000 * images / rounds.median_ms
     return {
-        "split": cell.split,
-        "workers": cell.workers,
-        "images_per_second": cell.images_per_second,
-        "quartiles": cell.quartiles,
-        "per_worker": cell.per_worker,
-        "share_of_need": None if need is None else cell.images_per_second / need,
-        "skipped_images": cell.skipped,
-        "images_per_round": cell.images,
-        "rounds_ms": cell.rounds.samples_ms,
+        "split": split,
+        "workers": workers,
+        "images_per_second": rate,
+        "quartiles": (1000 * images / slow, 1000 * images / fast),
+        "per_worker": rate / per_round,
+        "share_of_need": None if options.need is None else rate / options.need,
+        "skipped_images": loader.skipped,
+        "images_per_round": images,
+        "rounds_ms": rounds.samples_ms,
     }
 
 
-def _verdict(cells: Sequence[Cell], need: float) -> str:
-    enough = [cell.workers for cell in cells if cell.images_per_second >= need]
+def _verdict(cells: Sequence[dict[str, Any]], need: float) -> str:
+    enough = [cell["workers"] for cell in cells if cell["images_per_second"] >= need]
     if enough:
         return f"{need:,.0f} images/s are reached with {min(enough)} workers"
-    most = max(cells, key=lambda cell: cell.workers)
-    workers = math.ceil(need / most.per_worker)
-    return (
-        f"{need:,.0f} images/s are not reached; at {most.per_worker:,.0f} images/s each, {workers} workers on as many"
-        " cores would"
-    )
+    each = max(cells, key=lambda cell: cell["workers"])["per_worker"]
+    workers = f"{math.ceil(need / each)} workers on as many cores would"
+    return f"{need:,.0f} images/s are not reached; at {each:,.0f} images/s each, {workers}"
+
+
+def write_photographs(folder: Path, images: int) -> None:
+    """Write ``images`` JPEG files, half of them in each of two class folders below ``folder``.
+
+    They are links to 16 different ones, crops of the two photographs that scikit-learn holds, so that a large number
+    takes no space. Reading them never waits for a disk.
+    """
+    for label, (name, pixels) in enumerate(zip(("china", "flower"), load_sample_images().images, strict=True)):
+        image = Image.fromarray(pixels)
+        (folder / name).mkdir(parents=True)
+        for number in range(label, images, 2):
+            path, crop = folder / name / f"{number}.JPEG", number // 2
+            if crop < CROPS:
+                file, left = io.BytesIO(), crop * (image.width - SIZE[0]) // (CROPS - 1)
+                image.crop((left, 0, left + SIZE[0], SIZE[1])).save(file, "JPEG", quality=QUALITY)
+                path.write_bytes(file.getvalue())
+            else:
+                os.link(folder / name / f"{label + 2 * (crop % CROPS)}.JPEG", path)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,12 @@ from torch import Tensor
 
 import gac.version
 from gac.neuron import PRESETS
-from gac.ops import batch_norm, channels, gate_lif, lif, lif_pool, norm_lif, residual_lif, runtime
-from gac.ops.batch_norm import Normalization
+from gac.ops import backend, batch_norm, channels, gate_lif, lif, lif_pool, norm_lif, residual_lif
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.cuda import compiler
+from gac.ops.cuda.compiler import ELEMENTS, Kernel
+from gac.ops.neuron import LIFParameters
 
-NEURONS = {
-    name: (
-        lif.LIFParameters.from_tau(preset.tau, False, preset.v_threshold, 0.0, preset.detach_reset),
-        preset.surrogate(alpha=1.0),
-    )
-    for name, preset in PRESETS.items()
-}
 SHAPE = T, B, C, H, W = 6, 4, 32, 16, 16
 # Largest deviation of a gradient, relative to the largest gradient.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -59,18 +55,18 @@ def backends() -> Iterator[Check]:
         yield Check(True, "no CUDA device")
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        status = runtime.cupy_status(device)
-        backend = "the CUDA kernels" if status.ok else "torch"
+        status = backend.cupy_status(device)
+        neurons = "the CUDA kernels" if status.ok else "torch"
         name = torch.cuda.get_device_name(device)
-        yield Check(True, f"{device} ({name}): neurons run in {backend} ({status.reason})")
+        yield Check(True, f"{device} ({name}): neurons run in {neurons} ({status.reason})")
 
 
 def toolchain() -> Iterator[Check]:
     """Yield whether NVRTC compiles the kernels; a CuPy that is installed but does not work is a failure."""
-    status = runtime.toolchain_status()
+    status = backend.toolchain_status()
     if not status.ok:
         remedy = f"; to get the CUDA kernels: {status.hint}"
-        yield Check(not runtime.cupy_installed(), status.reason + remedy)
+        yield Check(not backend.cupy_installed(), status.reason + remedy)
         return
     yield Check(True, status.reason)
     if torch.cuda.is_available():
@@ -81,15 +77,15 @@ def toolchain() -> Iterator[Check]:
     for capability in targets:
         kernels = list(_kernels())
         for kernel in kernels:
-            runtime.compile_kernel(kernel, capability)
+            compiler.compile_kernel(kernel, capability)
         yield Check(True, f"NVRTC compiles {len(kernels)} kernels for compute capability {capability / 10} ({where})")
 
 
-def _kernels() -> Iterator[runtime.Kernel]:
-    """Yield one instance of each kernel that depends on the neuron; their parameters' types play no part here."""
+def _kernels() -> Iterator[Kernel]:
+    """Yield one instance of each kernel that depends on the neuron."""
     dtype, width = torch.float16, channels.vector_width(torch.float16, T)
-    constants = lif.Constants.of(dtype, *NEURONS["cifar"])
-    forward, backward = constants.forward_template, constants.backward_template
+    neuron = PRESETS["cifar"]
+    forward, backward = neuron.forward_template, neuron.backward_template
     yield lif.forward_kernel(dtype, T, width, forward)
     yield lif.backward_kernel(dtype, T, width, backward)
     for file, name, template in (
@@ -103,25 +99,25 @@ def _kernels() -> Iterator[runtime.Kernel]:
         ("lif_pool.cu", "lif_pool_forward", (T, width, forward)),
         ("lif_pool.cu", "lif_pool_backward", (T, width, backward)),
     ):
-        yield channels.make_kernel(file, name, dtype, template, ())
+        yield compiler.make_kernel(file, name, dtype, *template)
 
 
 def kernels_against_reference() -> Iterator[Check]:
     """Yield, for each CUDA device that runs the kernels, how they compare with the reference in plain torch."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    usable = [device for device in devices if runtime.cupy_status(device).ok]
+    usable = [device for device in devices if backend.cupy_status(device).ok]
     if not usable:
         yield Check(True, "not run: no device that runs the kernels")
     for device in usable:
         for operation in OPERATIONS:
-            for preset in NEURONS:
-                for dtype in runtime.KERNEL_DTYPES:
+            for preset in PRESETS:
+                for dtype in ELEMENTS:
                     yield compare(operation, preset, dtype, device)
 
 
 def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.device) -> Check:
     """Run kernels and reference of an operation forward and backward on the same random input."""
-    neuron = NEURONS[preset]
+    neuron = PRESETS[preset]
     generator = torch.Generator().manual_seed(0)
     x, other, weights = ((torch.randn(SHAPE, generator=generator) + 0.3).to(device, dtype) for _ in range(3))
     results = []
@@ -142,28 +138,28 @@ def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.devic
     )
 
 
-def _lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
-    return (lif.lif if kernels else lif.reference)(x, 0.0, *neuron)[0]
+def _lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
+    return (lif.lif if kernels else lif.reference)(x, 0.0, neuron)[0]
 
 
-def _norm_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
-    return (norm_lif.norm_lif if kernels else norm_lif.reference)(x, _normalization(x, kernels), *neuron)
+def _norm_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
+    return (norm_lif.norm_lif if kernels else norm_lif.reference)(x, _normalization(x, kernels), neuron)
 
 
-def _residual_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+def _residual_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
     function = residual_lif.residual_lif if kernels else residual_lif.reference
-    return function(x, _normalization(x, kernels), other, _normalization(other, kernels), *neuron)[1]
+    return function(x, _normalization(x, kernels), other, _normalization(other, kernels), neuron)[1]
 
 
-def _gate_lif(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
+def _gate_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
     # Scores that open the gate: at 1 and below the next layer would hardly fire.
     temporal = other.float().abs().mean((2, 3, 4)) * 5
     function = gate_lif.gate_lif if kernels else gate_lif.reference
-    return function(x[0], temporal, other[0], *neuron)[1]
+    return function(x[0], temporal, other[0], neuron)[1]
 
 
-def _lif_pool(x: Tensor, other: Tensor, neuron: tuple, kernels: bool) -> Tensor:
-    return (lif_pool.lif_pool if kernels else lif_pool.reference)(x, *neuron)
+def _lif_pool(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
+    return (lif_pool.lif_pool if kernels else lif_pool.reference)(x, neuron)
 
 
 OPERATIONS = {
@@ -175,7 +171,7 @@ OPERATIONS = {
 }
 
 
-def _normalization(y: Tensor, kernels: bool) -> Normalization:
+def _normalization(y: Tensor, kernels: bool) -> BatchNormTransform:
     weight, bias = torch.full((C,), 1.5, device=y.device), torch.full((C,), 0.5, device=y.device)
     mean, inverse_std = batch_norm.statistics(batch_norm.batch_moments(y.detach()), eps=1e-5)
     if not kernels:
@@ -185,7 +181,7 @@ def _normalization(y: Tensor, kernels: bool) -> Normalization:
         mean, inverse_std = (
             each + (given - each).detach() for each, given in zip(own, (mean, inverse_std), strict=True)
         )
-    return Normalization(weight, bias, mean, inverse_std, from_batch=True)
+    return BatchNormTransform(weight, bias, mean, inverse_std, from_batch=True)
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {

@@ -1,7 +1,7 @@
 """The leaky integrate-and-fire neuron of the networks and the paper's two presets."""
 
 import math
-from dataclasses import dataclass
+from copy import deepcopy
 from typing import Literal, get_args
 
 import torch
@@ -9,7 +9,8 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import lif, lif_cpu, runtime
+from gac.ops import backend, lif, lif_cpu
+from gac.ops.neuron import LIFParameters, unsupported_reason
 
 Backend = Literal["auto", "cupy", "torch"]
 
@@ -26,32 +27,27 @@ _FUSED_IN_SPIKINGJELLY = (
 )
 
 
-@dataclass(frozen=True)
-class LIFPreset:
-    """The constants of one of the paper's neurons; source: the authors' code (the paper's appendix differs)."""
-
-    tau: float
-    v_threshold: float
-    detach_reset: bool
-    surrogate: type[surrogate.SurrogateFunctionBase]
-
-    def make(self, backend: Backend = "auto") -> "LIFNode":
-        """Return a new neuron layer with these constants."""
-        return LIFNode(
-            tau=self.tau,
-            v_threshold=self.v_threshold,
-            surrogate_function=self.surrogate(alpha=1.0),
-            detach_reset=self.detach_reset,
-            backend=backend,
-        )
-
-
 PRESETS = {
     # h_t = 0.5 v_{t-1} + x_t; s_t = [h_t > 1]; v_t = (1 - s_t) h_t; ds/dh = max(0, 1 - |h - 1|)
-    "cifar": LIFPreset(2.0, 1.0, False, surrogate.PiecewiseQuadratic),
+    "cifar": LIFParameters(
+        tau=2.0,
+        decay_input=False,
+        v_threshold=1.0,
+        v_reset=0.0,
+        detach_reset=False,
+        surrogate=surrogate.PiecewiseQuadratic(alpha=1.0),
+    ),
     # h_t = 0.25 v_{t-1} + x_t; s_t = [h_t > 0.5]; v_t = (1 - s_t) h_t, reset detached; ds/dh = [|h - 0.5| < 0.5]
-    "imagenet": LIFPreset(4 / 3, 0.5, True, surrogate.Rect),
+    "imagenet": LIFParameters(
+        tau=4 / 3,
+        decay_input=False,
+        v_threshold=0.5,
+        v_reset=0.0,
+        detach_reset=True,
+        surrogate=surrogate.Rect(alpha=1.0),
+    ),
 }
+"""The paper's neurons; source: the authors' code (the paper's appendix differs)."""
 
 
 class LIFNode(neuron.LIFNode):
@@ -96,14 +92,15 @@ class LIFNode(neuron.LIFNode):
         store_v_seq: bool = False,
         backend: Backend = "auto",
     ) -> None:
+        surrogate_function = surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0)
         # SpikingJelly asserts without a message; this raises InputError.
-        lif.LIFParameters.from_tau(tau, decay_input, v_threshold, v_reset, detach_reset)
+        LIFParameters(tau, decay_input, v_threshold, v_reset, detach_reset, surrogate_function)
         super().__init__(
             tau=float(tau),
             decay_input=decay_input,
             v_threshold=float(v_threshold),
             v_reset=None if v_reset is None else float(v_reset),
-            surrogate_function=surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0),
+            surrogate_function=surrogate_function,
             detach_reset=detach_reset,
             step_mode=step_mode,
             store_v_seq=store_v_seq,
@@ -124,15 +121,30 @@ class LIFNode(neuron.LIFNode):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.backend}"
 
-    def dynamics(self) -> lif.LIFParameters:
+    @classmethod
+    def from_parameters(cls, parameters: LIFParameters, backend: Backend = "auto") -> "LIFNode":
+        """Return a neuron layer for sequences, such as one of ``PRESETS``, with a surrogate of its own."""
+        return cls(
+            parameters.tau,
+            parameters.decay_input,
+            parameters.v_threshold,
+            parameters.v_reset,
+            deepcopy(parameters.surrogate),
+            parameters.detach_reset,
+            backend=backend,
+        )
+
+    def lif_parameters(self) -> LIFParameters:
         """Return the neuron's constants as they are now."""
         # Read at every call: SpikingJelly users change tau and v_threshold on a live module.
-        return lif.LIFParameters.from_tau(self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset)
+        return LIFParameters(
+            self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset, self.surrogate_function
+        )
 
     def runs_kernels(self, x_seq: Tensor) -> bool:
         """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable."""
-        unsupported = lif.unsupported_reason(self.surrogate_function)
-        return runtime.choose_backend(self.backend, x_seq, unsupported) == "cupy"
+        unsupported = unsupported_reason(self.surrogate_function)
+        return backend.choose_backend(self.backend, x_seq, unsupported) == "cupy"
 
     def materialize_states(self, inputs: tuple, states: tuple, step_mode: str) -> tuple:
         """Return the membrane potential as a float32 (float64 for float64 input) tensor of one frame's shape.
@@ -151,14 +163,14 @@ class LIFNode(neuron.LIFNode):
 
     def single_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
         """Advance one time step: ((spikes,), (membrane potential,))."""
-        spike, v = lif.step(inputs[0], states[0], self.dynamics(), self.surrogate_function)
+        spike, v = lif.step(inputs[0], states[0], self.lif_parameters())
         return (spike,), (v,)
 
     def multi_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
         """Advance all time steps: ((spikes [T, ...],), (final membrane potential,))."""
         x_seq, v = inputs[0], states[0]
         if self.runs_kernels(x_seq):
-            spikes, v = lif.lif(x_seq, v, self.dynamics(), self.surrogate_function)
+            spikes, v = lif.lif(x_seq, v, self.lif_parameters())
         else:
             spikes, v = self._multi_step_torch(x_seq, v)
         return (spikes,), (v,)
@@ -166,8 +178,8 @@ class LIFNode(neuron.LIFNode):
     def _multi_step_torch(self, x_seq: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         # A compiler sees more in the operations of a plain loop than in a function that writes into given memory.
         in_place = x_seq.device.type == "cpu" and not torch.compiler.is_compiling()
-        if in_place and lif.unsupported_reason(self.surrogate_function) is None:
-            return lif_cpu.lif_cpu(x_seq, v, self.dynamics(), self.surrogate_function)
+        if in_place and unsupported_reason(self.surrogate_function) is None:
+            return lif_cpu.lif_cpu(x_seq, v, self.lif_parameters())
         if (
             self.v_reset is not None
             and type(self.surrogate_function) in _FUSED_IN_SPIKINGJELLY
@@ -188,4 +200,4 @@ class LIFNode(neuron.LIFNode):
             return spikes, v
         # SpikingJelly has no fused operation for the other surrogates and for float64 and would go step by step too;
         # a soft reset would subtract the shifted threshold.
-        return lif.reference(x_seq, v, self.dynamics(), self.surrogate_function)
+        return lif.reference(x_seq, v, self.lif_parameters())

@@ -8,7 +8,8 @@ import pytest
 import torch
 from cuda_on_cpu.launcher import KernelsOnCpu
 
-from gac.ops import runtime
+from gac.ops import backend, operators
+from gac.ops.cuda import launch
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +38,14 @@ def kernels_on_cpu(compiled_kernels: KernelsOnCpu) -> Iterator[KernelsOnCpu]:
     """Let the CUDA operators run on CPU tensors; memory that torch.empty returns is NaN meanwhile."""
     compiled_kernels.order = "shuffled"
     with torch.library._scoped_library("gac", "FRAGMENT") as library:
-        for name, implementation in runtime.OPERATORS.items():
+        for name, implementation in operators.OPERATORS.items():
             library.impl(name.removeprefix("gac::"), implementation, "CPU")
-        runtime.set_cpu_launcher(compiled_kernels)
+        launch.set_cpu_launcher(compiled_kernels)
         torch.use_deterministic_algorithms(True)
         assert torch.empty(1).isnan()
         yield compiled_kernels
         torch.use_deterministic_algorithms(False)
-        runtime.set_cpu_launcher(None)
+        launch.set_cpu_launcher(None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -52,7 +53,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        if not runtime.cupy_installed():
+        if not backend.cupy_installed():
             pytest.skip("CuPy is not installed")
 
 
@@ -67,7 +68,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def neurons_on_kernels(kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let neurons choose the CUDA kernels for tensors on the CPU."""
-    runtime._log_choice.cache_clear()
-    monkeypatch.setattr(runtime, "cupy_status", lambda device: runtime.CupyStatus(True, "compiled for the CPU"))
+    backend._log_choice.cache_clear()
+    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "compiled for the CPU"))
     yield
-    runtime._log_choice.cache_clear()
+    backend._log_choice.cache_clear()

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from gac import doctor
-from gac.ops import runtime
+from gac.ops import backend
+from gac.ops.cuda import compiler
+from gac.ops.cuda.compiler import ELEMENTS
+from gac.ops.neuron import LIFParameters
 
 
 def test_this_installation_is_healthy() -> None:
@@ -18,7 +21,7 @@ def test_this_installation_is_healthy() -> None:
     assert "FAIL" not in result.stdout
     if not torch.cuda.is_available():
         assert "no CUDA device" in result.stdout
-    if runtime.cupy_installed():
+    if backend.cupy_installed():
         assert "NVRTC compiles 11 kernels" in result.stdout
 
 
@@ -35,18 +38,18 @@ def run_sections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 
 
 def test_missing_cupy_is_not_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    status = runtime.CupyStatus(False, "CuPy is not installed", "pip install cupy-cuda13x")
-    monkeypatch.setattr(runtime, "toolchain_status", lambda: status)
-    monkeypatch.setattr(runtime, "cupy_installed", lambda: False)
+    status = backend.CupyStatus(False, "CuPy is not installed", "pip install cupy-cuda13x")
+    monkeypatch.setattr(backend, "toolchain_status", lambda: status)
+    monkeypatch.setattr(backend, "cupy_installed", lambda: False)
     code, output = run_sections(monkeypatch, capsys, "CUDA kernels")
     assert code == 0
     assert "CuPy is not installed; to get the CUDA kernels: pip install cupy-cuda13x" in output
 
 
 def test_unusable_cupy_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    status = runtime.CupyStatus(False, "CuPy cannot load NVRTC: no file", "pip install nvidia-cuda-nvrtc")
-    monkeypatch.setattr(runtime, "toolchain_status", lambda: status)
-    monkeypatch.setattr(runtime, "cupy_installed", lambda: True)
+    status = backend.CupyStatus(False, "CuPy cannot load NVRTC: no file", "pip install nvidia-cuda-nvrtc")
+    monkeypatch.setattr(backend, "toolchain_status", lambda: status)
+    monkeypatch.setattr(backend, "cupy_installed", lambda: True)
     code, output = run_sections(monkeypatch, capsys, "CUDA kernels")
     assert code == 1
     assert "FAIL CuPy cannot load NVRTC: no file; to get the CUDA kernels: pip install nvidia-cuda-nvrtc" in output
@@ -54,15 +57,15 @@ def test_unusable_cupy_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
-    monkeypatch.setattr(runtime, "source_text", lambda file: "not CUDA")
+    monkeypatch.setattr(compiler, "source_text", lambda file: "not CUDA")
     code, output = run_sections(monkeypatch, capsys, "CUDA kernels", "Devices")
     assert code == 1
     assert "FAIL RuntimeError: lif_forward<" in output
     assert "cpu: neurons run in torch" in output
 
 
-@pytest.mark.parametrize("dtype", runtime.KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("preset", doctor.NEURONS)
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("preset", doctor.PRESETS)
 @pytest.mark.parametrize("operation", doctor.OPERATIONS)
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_comparison_accepts_the_kernels(operation: str, preset: str, dtype: torch.dtype) -> None:
@@ -79,7 +82,7 @@ def test_comparison_finds_wrong_outputs_and_gradients(
 ) -> None:
     function = doctor.OPERATIONS[operation]
 
-    def wrong(x: torch.Tensor, other: torch.Tensor, neuron: tuple, kernels: bool) -> torch.Tensor:
+    def wrong(x: torch.Tensor, other: torch.Tensor, neuron: LIFParameters, kernels: bool) -> torch.Tensor:
         spikes = function(x, other, neuron, kernels)
         if not kernels:
             return spikes

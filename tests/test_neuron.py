@@ -17,7 +17,7 @@ LIF_CASES = [case["case"] for case in parity.CASES["lif"]]
 @pytest.mark.parametrize("step_by_step", [False, True], ids=["multi_step", "step_by_step"])
 def test_presets_equal_the_original(case, step_by_step):
     gold = parity.load("lif_cases.npz", case)
-    node = PRESETS[case.split(".")[0]].make("torch")
+    node = LIFNode.from_parameters(PRESETS[case.split(".")[0]], "torch")
     node.store_v_seq = step_by_step
     x = torch.from_numpy(gold["x"]).requires_grad_()
     spikes = node(x)
@@ -30,7 +30,7 @@ def test_presets_equal_the_original(case, step_by_step):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("step_mode", ["m", "s"])
 def test_presets_fire_above_the_threshold_and_not_at_it(dtype, preset, step_mode):
-    node = PRESETS[preset].make("torch")
+    node = LIFNode.from_parameters(PRESETS[preset], "torch")
     node.step_mode = step_mode
     threshold = torch.tensor(PRESETS[preset].v_threshold, dtype=dtype)
     x = torch.stack(
@@ -62,14 +62,14 @@ def test_a_tie_reached_by_integration_does_not_fire():
 )
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_membrane_is_float32_for_half_precision_input(dtype, state, preset):
-    node = PRESETS[preset].make("torch")
+    node = LIFNode.from_parameters(PRESETS[preset], "torch")
     spikes = node(torch.randn(3, 5).to(dtype))
     assert (spikes.dtype, node.v.dtype) == (dtype, state)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_membrane_is_float32_under_autocast(preset):
-    node = PRESETS[preset].make("torch")
+    node = LIFNode.from_parameters(PRESETS[preset], "torch")
     layer = nn.Linear(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         x = layer(torch.randn(3, 2, 4))
@@ -121,7 +121,10 @@ def test_equals_spikingjelly_where_no_potential_meets_the_threshold(
 @pytest.mark.parametrize("T", [1, 2, 5])
 def test_single_steps_equal_the_multi_step_execution(preset, T):
     x = torch.randn(T, 4, 8, generator=torch.Generator().manual_seed(T))
-    together, apart = PRESETS[preset].make("torch"), PRESETS[preset].make("torch")
+    together, apart = (
+        LIFNode.from_parameters(PRESETS[preset], "torch"),
+        LIFNode.from_parameters(PRESETS[preset], "torch"),
+    )
     functional.set_step_mode(apart, "s")
     spikes = together(x)
     assert torch.equal(spikes, torch.stack([apart(frame) for frame in x]))
@@ -148,7 +151,7 @@ def test_another_input_shape_starts_afresh():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_channels_last_frames_stay_channels_last(preset):
     frames = torch.randn(8, 3, 4, 5).to(memory_format=torch.channels_last)
-    spikes = PRESETS[preset].make("torch")(frames.unflatten(0, (4, 2)))
+    spikes = LIFNode.from_parameters(PRESETS[preset], "torch")(frames.unflatten(0, (4, 2)))
     assert spikes.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -186,7 +189,7 @@ def test_the_kernels_equal_the_torch_backend_call_after_call(neurons_on_kernels,
     first, second = frames.to(dtype).unflatten(0, (2, 3, 2))
     results = []
     for backend in ("torch", "cupy"):
-        node = PRESETS[preset].make(backend)
+        node = LIFNode.from_parameters(PRESETS[preset], backend)
         leaves = [x.clone().requires_grad_() for x in (first, second)]
         spikes = torch.cat([node(x) for x in leaves])  # the state and its gradient pass from call to call
         spikes.float().cumsum(0).square().sum().backward()

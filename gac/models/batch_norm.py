@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac.ops import batch_norm
-from gac.ops.batch_norm import Normalization
+from gac.ops.batch_norm import BatchNormTransform
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -30,7 +30,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.synchronized:
             moments = batch_norm.over_all_ranks(batch_norm.reference_moments(x), n * repeats)
             mean, variance, unbiased = moments
-            normalization = Normalization(self.weight, self.bias, mean, (variance + self.eps).rsqrt(), True)
+            normalization = BatchNormTransform(self.weight, self.bias, mean, (variance + self.eps).rsqrt(), True)
             y = batch_norm.reference(x, normalization).to(x.dtype)
         else:
             mean, unbiased = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
@@ -43,7 +43,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y
 
     @torch.no_grad()
-    def normalization(self, y: Tensor) -> Normalization:
+    def normalization(self, y: Tensor) -> BatchNormTransform:
         """Return what this module does to ``y`` [T, B, C, H, W] for a fused operation to apply, on a CUDA device.
 
         In training the statistics are those of ``y``, and the running statistics are updated. Raises ValueError for a
@@ -51,7 +51,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         if not self.training:
             inverse_std = (self.running_var + self.eps).rsqrt()
-            return Normalization(self.weight, self.bias, self.running_mean, inverse_std, from_batch=False)
+            return BatchNormTransform(self.weight, self.bias, self.running_mean, inverse_std, from_batch=False)
         count = y.numel() // y.shape[2]
         if count < 2 and not self.synchronized:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
@@ -60,4 +60,4 @@ class BatchNorm2d(nn.BatchNorm2d):
             moments = batch_norm.over_all_ranks(moments, count)
         mean, inverse_std = batch_norm.statistics(moments, self.eps, self.momentum, self.running_mean, self.running_var)
         self.num_batches_tracked.add_(1)
-        return Normalization(self.weight, self.bias, mean, inverse_std, True, self.synchronized)
+        return BatchNormTransform(self.weight, self.bias, mean, inverse_std, True, self.synchronized)

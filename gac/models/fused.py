@@ -48,7 +48,7 @@ def forward(net: nn.Module, x: Tensor) -> Tensor:
         membrane, spikes = _block(block, membrane, spikes, None if following is None else following.lif1)
     if _runs_by_itself(net.lif):
         return net.head(net.lif(membrane).mean((-2, -1)))
-    return net.head(lif_pool(membrane, *_constants(net.lif)))
+    return net.head(lif_pool(membrane, net.lif.lif_parameters()))
 
 
 def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tens
     if x.dim() == 4 and type(coding) is GatedAttentionCoding and _gate_fuses(coding, following):
         frame = net.stem(x, repeats=net.T)
         temporal, spatial = coding.gate.temporal(frame), coding.gate.spatial_channel(frame)
-        return gate_lif(frame, temporal, spatial, *_constants(following))
+        return gate_lif(frame, temporal, spatial, following.lif_parameters())
     membrane = net.encode(x)
     return membrane, following(membrane)
 
@@ -85,7 +85,7 @@ def _compute_block(
     if _runs_by_itself(block.lif2):
         spikes = block.lif2(functional.seq_to_ann_forward(y, block.conv1.norm))
     else:
-        spikes = norm_lif(y, block.conv1.norm.normalization(y), *_constants(block.lif2))
+        spikes = norm_lif(y, block.conv1.norm.normalization(y), block.lif2.lif_parameters())
     y = functional.seq_to_ann_forward(spikes, block.conv2.conv)
 
     shortcut, shortcut_normalization = membrane, None
@@ -98,18 +98,13 @@ def _compute_block(
         block.conv2.norm.normalization(y),
         shortcut,
         shortcut_normalization,
-        *((None, None) if alone else _constants(following)),
+        None if alone else following.lif_parameters(),
     )
     return membrane, following(membrane) if alone and following is not None else spikes
 
 
-def _constants(neuron: LIFNode) -> tuple:
-    return neuron.dynamics(), neuron.surrogate_function
-
-
 def _same_neuron(a: LIFNode, b: LIFNode) -> bool:
-    same_surrogate = a.surrogate_function.alpha == b.surrogate_function.alpha
-    return same_surrogate and type(a.surrogate_function) is type(b.surrogate_function) and a.dynamics() == b.dynamics()
+    return a.lif_parameters().flatten() == b.lif_parameters().flatten()
 
 
 def _runs_by_itself(neuron: LIFNode) -> bool:

@@ -106,7 +106,7 @@ class MSResNet(nn.Module, base.StepModule):
         self.stem = ConvNorm(in_channels, width, family.stem_kernel, family.stem_stride)
         if coding == "gac":
             self.coding = GatedAttentionCoding(
-                T, width, kernel_size, reduction, temporal_init, PRESETS[neuron].make(backend)
+                T, width, kernel_size, reduction, temporal_init, LIFNode.from_parameters(PRESETS[neuron], backend)
             )
         elif coding == "direct":
             self.coding = nn.Identity()
@@ -122,7 +122,7 @@ class MSResNet(nn.Module, base.StepModule):
             )
             for (entry, exit), blocks, stride in zip(pairwise(widths), depth, family.strides, strict=True)
         )
-        self.lif = PRESETS[neuron].make(backend)
+        self.lif = LIFNode.from_parameters(PRESETS[neuron], backend)
         self.head = nn.Linear(widths[-1], num_classes)
         if family is IMAGENET:
             self._initialise_as_imagenet()

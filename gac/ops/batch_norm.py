@@ -5,18 +5,18 @@ that follows (:mod:`gac.ops.norm_lif`, :mod:`gac.ops.residual_lif`).
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import channels, runtime
+from gac.ops import channels, operators
+from gac.ops.cuda import compiler, launch
 
 
 @dataclass(frozen=True)
-class Normalization:
+class BatchNormTransform:
     """BatchNorm as one affine map for each channel: z = (y - mean) * (inverse_std * weight) + bias; all float32 [C].
 
     ``from_batch``: mean and inverse_std are those of y itself, so that the gradient of y goes through them too; else
@@ -58,7 +58,7 @@ def reference_moments(y: Tensor) -> Tensor:
     return torch.stack((values.mean(1), values.var(1, correction=0), values.var(1, correction=1)))
 
 
-def reference(y: Tensor, normalization: Normalization) -> Tensor:
+def reference(y: Tensor, normalization: BatchNormTransform) -> Tensor:
     """Return ``y`` [..., C, H, W] normalised, float32 (float64 for float64); the specification."""
     weight, bias, mean, inverse_std = (tensor[:, None, None] for tensor in normalization.tensors)
     return (y.to(mean.dtype) - mean) * (inverse_std * weight) + bias
@@ -123,36 +123,34 @@ def statistics(
 
 _LANES = 8  # kLanes in kernels/batch_norm.cu
 
-torch.library.define("gac::batch_moments", "(Tensor y) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.define(
+operators.define("gac::batch_moments", "(Tensor y) -> Tensor")
+operators.define(
     "gac::batch_statistics",
     "(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, float eps, float momentum) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-@torch.library.register_fake("gac::batch_moments")
+@operators.outputs("gac::batch_moments")
 def _moments_like(y: Tensor) -> Tensor:
     return y.new_empty(3, y.shape[2], dtype=torch.float32)
 
 
-@torch.library.register_fake("gac::batch_statistics")
+@operators.outputs("gac::batch_statistics")
 def _inverse_std_like(moments: Tensor, *_: object) -> Tensor:
     return torch.empty_like(moments[0])
 
 
-@runtime.implement("gac::batch_moments")
+@operators.implement("gac::batch_moments")
 def _batch_moments(y: Tensor) -> Tensor:
     y = channels.channels_last(y)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(1, C, y)
-    parameters = ("const Element*", "float*", "long long", "int")
-    kernel = channels.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, (width,), parameters)
+    kernel = compiler.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, width)
     blocks, columns = channels.grid(kernel, T * rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 3, C, dtype=torch.float32)
-    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
+    launch.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
     moments = _moments_like(y)
-    _launch_total("batch_moments_total", (-(-C // _LANES),), (partials, moments, blocks, C), factors=0)
+    _launch_total("batch_moments_total", (-(-C // _LANES),), (partials, moments, blocks, C))
     return moments
 
 
@@ -164,17 +162,16 @@ def total_of_partials(partials: Tensor, second_factor: Tensor, third_factor: Ten
     blocks, quantities, C = partials.shape
     totals = torch.empty_like(partials[0])
     arguments = (partials, second_factor, third_factor, totals, blocks, C)
-    _launch_total("total_of_partials", (-(-C // _LANES), quantities), arguments, factors=2)
+    _launch_total("total_of_partials", (-(-C // _LANES), quantities), arguments)
     return totals
 
 
-def _launch_total(name: str, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...], factors: int) -> None:
-    parameters = ("const float*", *["const float*?"] * factors, "float*", "int", "int")
+def _launch_total(name: str, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...]) -> None:
     # kLanes * kSlices threads
-    runtime.launch(runtime.Kernel("batch_norm.cu", name, parameters), grid, (1024,), arguments)
+    launch.launch(compiler.make_kernel("batch_norm.cu", name), grid, (1024,), arguments)
 
 
-@runtime.implement("gac::batch_statistics")
+@operators.implement("gac::batch_statistics")
 def _batch_statistics(
     moments: Tensor,
     running_mean: Tensor | None,
@@ -185,17 +182,9 @@ def _batch_statistics(
     inverse_std = _inverse_std_like(moments)
     C = moments.shape[1]
     arguments = (moments, running_mean, running_var, inverse_std, eps, momentum, C)
-    runtime.launch(_statistics_kernel(), (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
+    kernel = compiler.make_kernel("batch_norm.cu", "batch_statistics")
+    launch.launch(kernel, (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
     return inverse_std
-
-
-@cache
-def _statistics_kernel() -> runtime.Kernel:
-    return runtime.Kernel(
-        "batch_norm.cu",
-        "batch_statistics",
-        ("const float*", "float*?", "float*?", "float*", "float", "float", "int"),
-    )
 
 
 def gradient_sums(sums: Tensor, count: int, from_batch: bool, synchronized: bool) -> tuple[Tensor, float]:
@@ -204,7 +193,7 @@ def gradient_sums(sums: Tensor, count: int, from_batch: bool, synchronized: bool
     Args:
         sums: Sums over this rank's values of a channel.
         count: Number of those values.
-        from_batch: See :class:`Normalization`; otherwise the statistics have no gradient.
+        from_batch: See :class:`BatchNormTransform`; otherwise the statistics have no gradient.
         synchronized: Take the mean over the values of all ranks; every rank must call this.
     """
     if not from_batch:

@@ -1,13 +1,11 @@
 """Activations [T, B, C, H, W] as the fused kernels take them: T frames of rows, a row being the channels of a pixel."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import runtime
-from gac.ops.lif import ELEMENTS
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import ELEMENTS, Kernel
 
 MAX_T = 16
 """The most time steps that the fused operations hold in registers."""
@@ -22,7 +20,7 @@ def check_activations(name: str, x: Tensor, like: Tensor | None = None) -> None:
         raise InputError(f"{name} must be a non-empty [T, B, C, H, W], got shape {list(x.shape)}")
     if len(x) > MAX_T:
         raise InputError(f"the fused operations take up to {MAX_T} time steps, got {len(x)}; use backend='torch'")
-    if x.dtype not in runtime.KERNEL_DTYPES:
+    if x.dtype not in ELEMENTS:
         raise InputError(f"the fused operations take float32, float16 or bfloat16, got {x.dtype}; use backend='torch'")
     if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
         raise InputError(
@@ -76,20 +74,8 @@ def fitting_width(T: int, length: int, *tensors: Tensor | None, backward: bool =
     return width if aligned and length % width == 0 else 1
 
 
-@cache
-def make_kernel(
-    file: str, name: str, dtype: torch.dtype, template: tuple, parameters: tuple[str, ...]
-) -> runtime.Kernel:
-    """Return ``name<element, *template>``; "Element" in the parameters' types stands for that of ``dtype``."""
-    element = ELEMENTS[dtype]
-    arguments = ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in (element, *template))
-    return runtime.Kernel(
-        file, f"{name}<{arguments}>", tuple(parameter.replace("Element", element) for parameter in parameters)
-    )
-
-
 def grid(
-    kernel: runtime.Kernel, rows: int, channels: int, width: int, device: torch.device, reduces: bool = False
+    kernel: Kernel, rows: int, channels: int, width: int, device: torch.device, reduces: bool = False
 ) -> tuple[int, int]:
     """Return the grid of a kernel that works in tiles (kernels/tile.cuh): blocks over rows, and over channels.
 
@@ -100,5 +86,5 @@ def grid(
     lanes = min(vectors, THREADS)
     columns = -(-vectors // lanes)
     needed = -(-rows // (THREADS // lanes))
-    at_once = runtime.resident_blocks(kernel, THREADS, device, REDUCING_BLOCKS if reduces else None)
+    at_once = launch.resident_blocks(kernel, THREADS, device, REDUCING_BLOCKS if reduces else None)
     return max(1, min(needed, at_once // columns)), columns

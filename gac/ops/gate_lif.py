@@ -5,38 +5,37 @@ spatial-channel attention and write T frames of membrane stream and spikes.
 """
 
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import channels, lif, runtime
-from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
+from gac.ops import channels, lif, operators
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import Kernel
+from gac.ops.neuron import LIFParameters
 
 
 def reference(
     x: Tensor,
     temporal: Tensor,
     spatial: Tensor,
-    parameters: LIFParameters,
-    surrogate_function: surrogate.SurrogateFunctionBase,
+    neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
     """Return membrane stream and spikes of :func:`gate_lif` in plain torch; the specification.
 
     The gate is float32 (float64 for float64) and rounded to the dtype of ``x`` before the second LIF layer sees it.
     """
-    start, exact = parameters.v_reset or 0.0, torch.promote_types(x.dtype, torch.float32)
-    encoded, _ = lif.reference(x.expand(len(temporal), *x.shape), start, parameters, surrogate_function)
+    start, exact = neuron.v_start, torch.promote_types(x.dtype, torch.float32)
+    encoded, _ = lif.reference(x.expand(len(temporal), *x.shape), start, neuron)
     scores = temporal.to(exact)[:, :, None, None, None] * spatial.to(exact)
     membrane = (torch.sigmoid(scores) * encoded.to(exact)).to(x.dtype)
-    return membrane, lif.reference(membrane, start, parameters, surrogate_function)[0]
+    return membrane, lif.reference(membrane, start, neuron)[0]
 
 
 def gate_lif(
     x: Tensor,
     temporal: Tensor,
     spatial: Tensor,
-    parameters: LIFParameters,
-    surrogate_function: surrogate.SurrogateFunctionBase,
+    neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
     """Return the gated spikes of a static image, and the spikes of the LIF layer that reads them.
 
@@ -48,8 +47,7 @@ def gate_lif(
         x: One frame of features [B, C, H, W], float32, float16 or bfloat16.
         temporal: Temporal attention [T, B] with T <= 16; used in float32.
         spatial: Spatial-channel attention [B, C, H, W] in the dtype of ``x``.
-        parameters: The neurons' constants.
-        surrogate_function: One of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+        neuron: Both of them; its surrogate is one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
 
     Returns:
         Membrane stream and spikes [T, B, C, H, W] in the dtype of ``x``, frames in channels_last.
@@ -68,30 +66,28 @@ def gate_lif(
             f"spatial-channel attention must be {list(x.shape)}, {x.dtype}, on {x.device} like the image, "
             f"got {list(spatial.shape)}, {spatial.dtype}, on {spatial.device}"
         )
-    constants = Constants.of(x.dtype, parameters, surrogate_function)
-    return _operator(x, temporal.float(), spatial, *constants)
+    neuron.check_kernels(x.dtype)
+    return _operator(x, temporal.float(), spatial, neuron)
 
 
-torch.library.define(
+operators.define(
     "gac::gate_lif",
-    f"(Tensor x, Tensor temporal, Tensor spatial, {Constants.SCHEMA}) -> (Tensor membrane, Tensor spikes)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "(Tensor x, Tensor temporal, Tensor spatial, LIF neuron) -> (Tensor membrane, Tensor spikes)",
 )
-torch.library.define(
+operators.define(
     "gac::gate_lif_backward",
     "(Tensor? grad_membrane, Tensor? grad_spikes, Tensor x, Tensor temporal, Tensor spatial, "
-    f"{Constants.SCHEMA}) -> (Tensor grad_x, Tensor grad_temporal, Tensor grad_spatial)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "LIF neuron) -> (Tensor grad_x, Tensor grad_temporal, Tensor grad_spatial)",
 )
 
 
-@torch.library.register_fake("gac::gate_lif")
+@operators.outputs("gac::gate_lif")
 def _outputs(x: Tensor, temporal: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     membrane = channels.empty_channels_last(torch.Size((len(temporal), *x.shape)), x)
     return membrane, torch.empty_like(membrane)
 
 
-@torch.library.register_fake("gac::gate_lif_backward")
+@operators.outputs("gac::gate_lif_backward")
 def _gradients(
     grad_membrane: Tensor | None, grad_spikes: Tensor | None, x: Tensor, temporal: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,60 +95,50 @@ def _gradients(
     return grad_x, temporal.new_empty(temporal.shape), torch.empty_like(grad_x)
 
 
-_SIZES = ("long long", "long long", "int")
-
-
-def _blocks_per_image(kernel: runtime.Kernel, x: Tensor, width: int) -> int:
+def _blocks_per_image(kernel: Kernel, x: Tensor, width: int) -> int:
     needed = -(-x[0].numel() // (channels.THREADS * width))
-    return max(1, min(needed, runtime.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
+    return max(1, min(needed, launch.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
 
 
-@runtime.implement("gac::gate_lif")
-def _gate_lif(x: Tensor, temporal: Tensor, spatial: Tensor, *constants: object) -> tuple[Tensor, Tensor]:
-    neuron = Constants(*constants)
+@operators.implement("gac::gate_lif")
+def _gate_lif(x: Tensor, temporal: Tensor, spatial: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
     x, temporal, spatial = channels.channels_last(x), temporal.contiguous(), channels.channels_last(spatial)
     membrane, spikes = _outputs(x, temporal)
     T, B, size = len(temporal), len(x), x[0].numel()
     width = channels.fitting_width(T, size, x, spatial)
-    inputs = ("const Element*", "const float*", "const Element*")
-    parameters = (*inputs, *DYNAMICS, "Element*", "Element*", *_SIZES)
     template = (T, width, neuron.forward_template)
-    kernel = channels.make_kernel("gate_lif.cu", "gate_lif_forward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("gate_lif.cu", "gate_lif_forward", x.dtype, *template)
     blocks = _blocks_per_image(kernel, x, width)
-    arguments = (x, temporal, spatial, *neuron.dynamics, membrane, spikes, B, size, blocks)
-    runtime.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
+    arguments = (x, temporal, spatial, neuron.struct, membrane, spikes, B, size, blocks)
+    launch.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
     return membrane, spikes
 
 
-@runtime.implement("gac::gate_lif_backward")
+@operators.implement("gac::gate_lif_backward")
 def _gate_lif_backward(
     grad_membrane: Tensor | None,
     grad_spikes: Tensor | None,
     x: Tensor,
     temporal: Tensor,
     spatial: Tensor,
-    *constants: object,
+    neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    neuron = Constants(*constants)
     x, temporal, spatial = channels.channels_last(x), temporal.contiguous(), channels.channels_last(spatial)
     incoming = [None if grad is None else channels.channels_last(grad) for grad in (grad_membrane, grad_spikes)]
     grad_x, _, grad_spatial = _gradients(None, None, x, temporal)
     T, B, size = len(temporal), len(x), x[0].numel()
     width = channels.fitting_width(T, size, x, spatial, *incoming, backward=True)
-    inputs = ("const Element*?", "const Element*?", "const Element*", "const float*", "const Element*")
-    parameters = (*inputs, *DYNAMICS, *SURROGATE, "Element*", "float*", "Element*", *_SIZES)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("gate_lif.cu", "gate_lif_backward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("gate_lif.cu", "gate_lif_backward", x.dtype, *template)
     blocks = _blocks_per_image(kernel, x, width)
     partials = temporal.new_empty(blocks, T, B)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (*incoming, x, temporal, spatial, *constants, grad_x, partials, grad_spatial, B, size, blocks)
-    runtime.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
+    arguments = (*incoming, x, temporal, spatial, neuron.struct, grad_x, partials, grad_spatial, B, size, blocks)
+    launch.launch(kernel, (B * blocks,), (channels.THREADS,), arguments)
     return grad_x, partials.sum(0), grad_spatial
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    x, temporal, spatial, *ctx.constants = inputs
+    x, temporal, spatial, ctx.neuron = inputs
     ctx.save_for_backward(x, temporal, spatial)
     ctx.set_materialize_grads(False)
 
@@ -160,8 +146,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad_membrane: Tensor | None, grad_spikes: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.gac.gate_lif_backward(grad_membrane, grad_spikes, *ctx.saved_tensors, *ctx.constants)
-    return *gradients, *(None for _ in ctx.constants)
+    return operators.call("gac::gate_lif_backward", grad_membrane, grad_spikes, *ctx.saved_tensors, ctx.neuron)
 
 
-_operator = runtime.differentiable("gac::gate_lif", _setup_context, _backward)
+_operator = operators.differentiable("gac::gate_lif", _setup_context, _backward)

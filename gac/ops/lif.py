@@ -4,95 +4,44 @@
 (``kernels/lif.cu``), registered as ``gac::lif_forward`` and ``gac::lif_backward``.
 """
 
-import math
-from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
-
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import runtime
+from gac.ops import operators
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import Kernel
+from gac.ops.neuron import LIFParameters
 
 
-@dataclass(frozen=True)
-class LIFParameters:
-    """The neuron's constants, with the charge as an affine map h_t = decay v_{t-1} + gain x_t + bias.
-
-    It fires on h_t > threshold (strict, as the paper's code; SpikingJelly fires on >=). After a spike
-    v_t = v_reset (hard reset), or v_t = h_t - threshold where v_reset is None (soft reset).
-    """
-
-    decay: float
-    gain: float
-    bias: float
-    threshold: float
-    v_reset: float | None
-    detach_reset: bool
-    """Treat the spike inside the reset as a constant in the backward pass."""
-
-    @classmethod
-    def from_tau(
-        cls, tau: float, decay_input: bool, v_threshold: float, v_reset: float | None, detach_reset: bool
-    ) -> "LIFParameters":
-        """Return the constants for SpikingJelly's arguments; ``tau`` is in time steps.
-
-        Raises:
-            InputError: For tau <= 1.
-        """
-        if not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 1):
-            raise InputError(f"tau must be a number > 1 (time steps), got {tau!r}")
-        return cls(
-            decay=1.0 - 1.0 / tau,
-            gain=1.0 / tau if decay_input else 1.0,
-            bias=(v_reset or 0.0) / tau,
-            threshold=v_threshold,
-            v_reset=v_reset,
-            detach_reset=detach_reset,
-        )
-
-
-def step(
-    x: Tensor, v: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase
-) -> tuple[Tensor, Tensor]:
+def step(x: Tensor, v: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
     """Advance the neuron one time step.
 
     Args:
         x: Input [...] of any floating-point dtype.
         v: Membrane potential [...], float32 (float64 for float64 ``x``).
-        parameters: The neuron's constants.
-        surrogate_function: SpikingJelly surrogate, whose gradient stands for that of the step function.
+        neuron: Its surrogate is any of SpikingJelly's.
 
     Returns:
         Spikes [...] in the dtype of ``x``, and the next membrane potential [...] in that of ``v``.
     """
-    h = parameters.decay * v + parameters.gain * x.to(v.dtype) + parameters.bias
+    h = neuron.decay * v + neuron.gain * x.to(v.dtype) + neuron.bias
     # SpikingJelly fires on >=; taking the ties away again leaves its gradient as it is.
-    s = surrogate_function(h - parameters.threshold) - (h == parameters.threshold).to(h.dtype)
-    s_reset = s.detach() if parameters.detach_reset else s
-    if parameters.v_reset is None:
-        v = h - s_reset * parameters.threshold
-    else:
-        v = (1.0 - s_reset) * h + s_reset * parameters.v_reset
-    return s.to(x.dtype), v
+    s = neuron.surrogate(h - neuron.v_threshold) - (h == neuron.v_threshold).to(h.dtype)
+    s_reset = s.detach() if neuron.detach_reset else s
+    if neuron.v_reset is None:
+        return s.to(x.dtype), h - s_reset * neuron.v_threshold
+    return s.to(x.dtype), (1.0 - s_reset) * h + s_reset * neuron.v_reset
 
 
-def reference(
-    x_seq: Tensor,
-    v: Tensor | float,
-    parameters: LIFParameters,
-    surrogate_function: surrogate.SurrogateFunctionBase,
-) -> tuple[Tensor, Tensor]:
+def reference(x_seq: Tensor, v: Tensor | float, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
     """Run the neuron over T time steps in plain torch, differentiable by autograd, on any device.
 
     Args:
         x_seq: Input [T, B, ...] of any floating-point dtype.
         v: Membrane potential before the first step: [B, ...] in float32 (float64 for float64 input), or one
             number for all neurons.
-        parameters: The neuron's constants.
-        surrogate_function: SpikingJelly surrogate.
+        neuron: Its surrogate is any of SpikingJelly's.
 
     Returns:
         Spikes [T, B, ...] in the dtype of ``x_seq``, and the membrane potential after the last step [B, ...].
@@ -105,17 +54,12 @@ def reference(
         v = torch.full_like(x_seq[0], v, dtype=_state_dtype(x_seq), requires_grad=False)
     spikes = []
     for x in x_seq:
-        s, v = step(x, v, parameters, surrogate_function)
+        s, v = step(x, v, neuron)
         spikes.append(s)
     return torch.stack(spikes), v
 
 
-def lif(
-    x_seq: Tensor,
-    v: Tensor | float,
-    parameters: LIFParameters,
-    surrogate_function: surrogate.SurrogateFunctionBase,
-) -> tuple[Tensor, Tensor]:
+def lif(x_seq: Tensor, v: Tensor | float, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
     """Run the neuron over T time steps in one CUDA kernel each way; spikes are bit-equal to ``reference``.
 
     For the backward pass only ``x_seq`` is kept, and ``v`` where it is a tensor; membrane potentials are computed
@@ -126,8 +70,7 @@ def lif(
         x_seq: Input [T, B, ...], float32, float16 or bfloat16. T <= 16 runs in registers; longer sequences in
             chunks of 16 steps, whose backward pass reads the input twice.
         v: Membrane potential before the first step: float32 [B, ...] (it gets a gradient), or one number.
-        parameters: The neuron's constants.
-        surrogate_function: One of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+        neuron: Its surrogate is one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
 
     Returns:
         Spikes [T, B, ...] in the dtype of ``x_seq``, and the float32 membrane potential after the last step
@@ -137,93 +80,13 @@ def lif(
         InputError: For an unsupported surrogate or dtype, empty input, and a ``v`` that does not fit the input.
     """
     _check_input(x_seq, v)
+    neuron.check_kernels(x_seq.dtype)
     return _operator(
         x_seq,
         v if isinstance(v, Tensor) else None,
         0.0 if isinstance(v, Tensor) else float(v),
-        *Constants.of(x_seq.dtype, parameters, surrogate_function),
+        neuron,
     )
-
-
-class Constants(NamedTuple):
-    """A neuron as the operators take it: :class:`LIFParameters` and the surrogate, in the order of ``SCHEMA``."""
-
-    decay: float
-    gain: float
-    bias: float
-    threshold: float
-    v_reset: float | None
-    detach_reset: bool
-    surrogate_name: str
-    alpha: float
-
-    SCHEMA = (
-        "float decay, float gain, float bias, float threshold, float? v_reset, "
-        "bool detach_reset, str surrogate_name, float alpha"
-    )
-
-    @classmethod
-    def of(
-        cls, dtype: torch.dtype, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase
-    ) -> "Constants":
-        """Return the constants for kernels on input of a dtype. Raises InputError where there are no such kernels."""
-        if dtype not in runtime.KERNEL_DTYPES:
-            raise InputError(
-                f"the LIF kernels take float32, float16 or bfloat16 input, got {dtype}; use backend='torch'"
-            )
-        reason = unsupported_reason(surrogate_function)
-        if reason is not None:
-            raise InputError(f"{reason}; use another surrogate or backend='torch'")
-        return cls(
-            parameters.decay,
-            parameters.gain,
-            parameters.bias,
-            parameters.threshold,
-            parameters.v_reset,
-            parameters.detach_reset,
-            type(surrogate_function).__name__,
-            float(surrogate_function.alpha),
-        )
-
-    @property
-    def dynamics(self) -> tuple[float, ...]:
-        """decay, gain, bias, threshold and v_reset as kernels take them; DYNAMICS are their types."""
-        return (*self[:4], self.v_reset or 0.0)
-
-    @property
-    def surrogate_constants(self) -> tuple[float, float]:
-        """The constants a and b of ``kernels/surrogate.cuh``; SURROGATE are their types."""
-        return _surrogate_constants(self.surrogate_name, self.alpha)
-
-    @property
-    def forward_template(self) -> str:
-        """Template argument of forward kernels."""
-        return "Reset::hard" if self.v_reset is not None else "Reset::soft"
-
-    @property
-    def backward_template(self) -> str:
-        """Template arguments of backward kernels."""
-        return f"{self.forward_template}, {str(self.detach_reset).lower()}, {self.surrogate_name}"
-
-
-DYNAMICS = ("float",) * 5
-SURROGATE = ("float",) * 2
-
-_KERNEL_SURROGATES = (surrogate.PiecewiseQuadratic, surrogate.Rect, surrogate.Sigmoid, surrogate.ATan)
-
-
-def unsupported_reason(surrogate_function: surrogate.SurrogateFunctionBase) -> str | None:
-    """Return why the kernels do not have this surrogate function, in one line, or None if they do."""
-    # Exact types: a subclass may have another gradient.
-    if type(surrogate_function) not in _KERNEL_SURROGATES:
-        names = ", ".join(kind.__name__ for kind in _KERNEL_SURROGATES)
-        return f"the LIF kernels have the surrogates {names}, not {type(surrogate_function).__name__}"
-    if not surrogate_function.spiking:
-        return "the LIF kernels need a surrogate with spiking=True"
-    alpha = surrogate_function.alpha
-    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
-        return f"the LIF kernels need a surrogate whose alpha is a positive number, got {alpha!r}"
-    return None
 
 
 def _state_dtype(x_seq: Tensor) -> torch.dtype:
@@ -270,39 +133,22 @@ def _same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 _THREADS = 128  # kThreads in kernels/lif.cu
 _CHUNK = 16  # time steps whose membrane potentials fit into registers
-ELEMENTS = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 
 
-@cache
-def forward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runtime.Kernel:
+def forward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> Kernel:
     """Return the forward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
 
-    ``neuron`` is a :attr:`Constants.forward_template`.
+    ``neuron`` is a :attr:`~gac.ops.neuron.LIFParameters.forward_template`.
     """
-    element = ELEMENTS[dtype]
-    instance = f"lif_forward<{_template_arguments(element, T, width)}, {neuron}>"
-    state = ("const float*?", "float", *DYNAMICS)
-    return runtime.Kernel(
-        "lif.cu", instance, (f"const {element}*", *state, f"{element}*", "float*?", "long long", "int")
-    )
+    return compiler.make_kernel("lif.cu", "lif_forward", dtype, min(T, _CHUNK), T <= _CHUNK, width, neuron)
 
 
-@cache
-def backward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> runtime.Kernel:
+def backward_kernel(dtype: torch.dtype, T: int, width: int, neuron: str) -> Kernel:
     """Return the backward kernel for T time steps (all T > 16 share one) and ``width`` neurons a thread.
 
-    ``neuron`` is a :attr:`Constants.backward_template`.
+    ``neuron`` is a :attr:`~gac.ops.neuron.LIFParameters.backward_template`.
     """
-    element = ELEMENTS[dtype]
-    instance = f"lif_backward<{_template_arguments(element, T, width)}, {neuron}>"
-    incoming = (f"const {element}*?", "const float*?", f"const {element}*", "const float*?", "float")
-    outgoing = (f"{element}*?", "float*?", "float*?")
-    return runtime.Kernel("lif.cu", instance, (*incoming, *DYNAMICS, *SURROGATE, *outgoing, "long long", "int"))
-
-
-def _template_arguments(element: str, T: int, width: int) -> str:
-    whole_sequence = T <= _CHUNK
-    return f"{element}, {T if whole_sequence else _CHUNK}, {str(whole_sequence).lower()}, {width}"
+    return compiler.make_kernel("lif.cu", "lif_backward", dtype, min(T, _CHUNK), T <= _CHUNK, width, neuron)
 
 
 def vector_width(dtype: torch.dtype, T: int) -> int:
@@ -321,36 +167,24 @@ def _width(T: int, neurons: int, sequence: Tensor, *others: Tensor | None) -> in
     return width if aligned else 1
 
 
-def _launch(kernel: runtime.Kernel, neurons: int, width: int, arguments: tuple[Tensor | float | None, ...]) -> None:
+def _launch(kernel: Kernel, neurons: int, width: int, arguments: tuple[Tensor | float | None, ...]) -> None:
     blocks = -(-neurons // (_THREADS * width))
-    runtime.launch(kernel, (blocks,), (_THREADS,), arguments)
-
-
-def _surrogate_constants(name: str, alpha: float) -> tuple[float, float]:
-    """Return a and b of ``kernels/surrogate.cuh``."""
-    return {
-        "PiecewiseQuadratic": (alpha, alpha**2),
-        "Rect": (alpha, 0.5 / alpha),
-        "Sigmoid": (alpha, 0.0),
-        "ATan": (alpha / 2, math.pi * (alpha / 2)),
-    }[name]
+    launch.launch(kernel, (blocks,), (_THREADS,), arguments)
 
 
 _STATE = "Tensor? v_init, float v_start"
-torch.library.define(
+operators.define(
     "gac::lif_forward",
-    f"(Tensor x_seq, {_STATE}, {Constants.SCHEMA}) -> (Tensor spikes, Tensor v_final)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"(Tensor x_seq, {_STATE}, LIF neuron) -> (Tensor spikes, Tensor v_final)",
 )
-torch.library.define(
+operators.define(
     "gac::lif_backward",
-    f"(Tensor? grad_spikes, Tensor? grad_v_final, Tensor x_seq, {_STATE}, {Constants.SCHEMA}, "
-    "bool need_grad_x, bool need_grad_v) -> (Tensor grad_x, Tensor grad_v_init)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"(Tensor? grad_spikes, Tensor? grad_v_final, Tensor x_seq, {_STATE}, bool need_grad_x, bool need_grad_v, "
+    "LIF neuron) -> (Tensor grad_x, Tensor grad_v_init)",
 )
 
 
-@torch.library.register_fake("gac::lif_forward")
+@operators.outputs("gac::lif_forward")
 def _forward_outputs(x_seq: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     strides = _flat_strides(x_seq)
     spikes = torch.empty_strided(x_seq.shape, strides, dtype=x_seq.dtype, device=x_seq.device)
@@ -358,47 +192,46 @@ def _forward_outputs(x_seq: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return spikes, v_final
 
 
-@torch.library.register_fake("gac::lif_backward")
+@operators.outputs("gac::lif_backward")
 def _backward_outputs(
     grad_spikes: Tensor | None, grad_v_final: Tensor | None, x_seq: Tensor, *others: object
 ) -> tuple[Tensor, Tensor]:
-    *_, need_grad_x, need_grad_v = others
+    *_, need_grad_x, need_grad_v, _ = others
     grad_x, grad_v_init = _forward_outputs(x_seq)
     # An operator returns a fixed number of tensors: a gradient that nobody asked for is an empty one.
     return grad_x if need_grad_x else grad_x.new_empty(0), grad_v_init if need_grad_v else grad_v_init.new_empty(0)
 
 
-@runtime.implement("gac::lif_forward")
+@operators.implement("gac::lif_forward")
 def _forward_on_device(
-    x_seq: Tensor, v_init: Tensor | None, v_start: float, *constants: object
+    x_seq: Tensor, v_init: Tensor | None, v_start: float, neuron: LIFParameters
 ) -> tuple[Tensor, Tensor]:
-    neuron = Constants(*constants)
     T, neurons = x_seq.shape[0], x_seq[0].numel()
     strides = _flat_strides(x_seq)
     x_seq, v_init = _with_strides(x_seq, strides), _with_strides(v_init, strides[1:])
     spikes, v_final = _forward_outputs(x_seq)
     width = _width(T, neurons, x_seq, v_init, spikes, v_final)
     kernel = forward_kernel(x_seq.dtype, T, width, neuron.forward_template)
-    _launch(kernel, neurons, width, (x_seq, v_init, v_start, *neuron.dynamics, spikes, v_final, neurons, T))
+    _launch(kernel, neurons, width, (x_seq, v_init, v_start, neuron.struct, spikes, v_final, neurons, T))
     return spikes, v_final
 
 
-@runtime.implement("gac::lif_backward")
+@operators.implement("gac::lif_backward")
 def _backward_on_device(
     grad_spikes: Tensor | None,
     grad_v_final: Tensor | None,
     x_seq: Tensor,
     v_init: Tensor | None,
     v_start: float,
-    *others: object,
+    need_grad_x: bool,
+    need_grad_v: bool,
+    neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
-    *constants, need_grad_x, need_grad_v = others
-    neuron = Constants(*constants)
     T, neurons = x_seq.shape[0], x_seq[0].numel()
     strides = _flat_strides(x_seq)
     x_seq, grad_spikes = _with_strides(x_seq, strides), _with_strides(grad_spikes, strides)
     v_init, grad_v_final = _with_strides(v_init, strides[1:]), _with_strides(grad_v_final, strides[1:])
-    grad_x, grad_v_init = _backward_outputs(None, None, x_seq, need_grad_x, need_grad_v)
+    grad_x, grad_v_init = _backward_outputs(None, None, x_seq, need_grad_x, need_grad_v, neuron)
     v_boundary = None
     if T > _CHUNK:
         boundaries = (T - 1) // _CHUNK
@@ -407,12 +240,12 @@ def _backward_on_device(
     width = _width(T, neurons, x_seq, grad_spikes, grad_v_final, v_init, *outgoing)
     kernel = backward_kernel(x_seq.dtype, T, width, neuron.backward_template)
     incoming = (grad_spikes, grad_v_final, x_seq, v_init, v_start)
-    _launch(kernel, neurons, width, (*incoming, *neuron.dynamics, *neuron.surrogate_constants, *outgoing, neurons, T))
+    _launch(kernel, neurons, width, (*incoming, neuron.struct, *outgoing, neurons, T))
     return grad_x, grad_v_init
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    x_seq, v_init, *ctx.constants = inputs
+    x_seq, v_init, ctx.v_start, ctx.neuron = inputs
     ctx.save_for_backward(x_seq, v_init)
     ctx.set_materialize_grads(False)
 
@@ -421,11 +254,11 @@ def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor | None, grad_v_final: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     x_seq, v_init = ctx.saved_tensors
-    need_grad_x, need_grad_v, *others = ctx.needs_input_grad
-    grad_x, grad_v_init = torch.ops.gac.lif_backward(
-        grad_spikes, grad_v_final, x_seq, v_init, *ctx.constants, need_grad_x, need_grad_v
+    need_grad_x, need_grad_v, *_ = ctx.needs_input_grad
+    grad_x, grad_v_init = operators.call(
+        "gac::lif_backward", grad_spikes, grad_v_final, x_seq, v_init, ctx.v_start, need_grad_x, need_grad_v, ctx.neuron
     )
-    return grad_x if need_grad_x else None, grad_v_init if need_grad_v else None, *(None for _ in others)
+    return grad_x if need_grad_x else None, grad_v_init if need_grad_v else None
 
 
-_operator = runtime.differentiable("gac::lif_forward", _setup_context, _backward)
+_operator = operators.differentiable("gac::lif_forward", _setup_context, _backward)

@@ -11,14 +11,13 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from gac.ops.lif import LIFParameters
+from gac.ops.neuron import LIFParameters
 
 
 def lif_cpu(
     x_seq: Tensor,
     v: Tensor,
-    parameters: LIFParameters,
-    surrogate_function: surrogate.SurrogateFunctionBase,
+    neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
     """Run the neuron over T time steps; spikes and potentials are bit-equal to ``reference``.
 
@@ -28,48 +27,45 @@ def lif_cpu(
     Args:
         x_seq: Input [T, B, ...] of any floating-point dtype.
         v: Membrane potential before the first step: [B, ...] in float32 (float64 for float64 input).
-        parameters: The neuron's constants.
-        surrogate_function: One that :func:`gac.ops.lif.unsupported_reason` has nothing against.
+        neuron: Its surrogate is one that :func:`gac.ops.neuron.unsupported_reason` has nothing against.
 
     Returns:
         Spikes [T, B, ...] in the dtype of ``x_seq``, and the membrane potential after the last step [B, ...].
     """
     if torch.is_grad_enabled() and (x_seq.requires_grad or v.requires_grad):
-        spikes, v, _ = _LIF.apply(x_seq, v, parameters, surrogate_function)
+        spikes, v, _ = _LIF.apply(x_seq, v, neuron)
         return spikes, v
-    return _run(x_seq, v, parameters, torch.empty_like(v).expand(x_seq.shape))
+    return _run(x_seq, v, neuron, torch.empty_like(v).expand(x_seq.shape))
 
 
-def _run(x_seq: Tensor, v: Tensor, parameters: LIFParameters, h_seq: Tensor) -> tuple[Tensor, Tensor]:
+def _run(x_seq: Tensor, v: Tensor, neuron: LIFParameters, h_seq: Tensor) -> tuple[Tensor, Tensor]:
     """Return spikes and final potential; leave the potentials before the resets in ``h_seq``."""
     spikes, v_next, one = torch.empty_like(x_seq), torch.empty_like(v), torch.ones((), dtype=v.dtype)
     for x, h, s in zip(x_seq, h_seq, spikes, strict=True):
         # Each of the reference's roundings, and no other.
-        torch.mul(v, parameters.decay, out=h)
-        h.add_(x if parameters.gain == 1.0 else parameters.gain * x.to(h.dtype))
-        if parameters.bias != 0.0:
-            h.add_(parameters.bias)
-        torch.gt(h, parameters.threshold, out=s)
-        if parameters.v_reset is None:
-            v = torch.sub(h, s, alpha=parameters.threshold, out=v_next)
+        torch.mul(v, neuron.decay, out=h)
+        h.add_(x if neuron.gain == 1.0 else neuron.gain * x.to(h.dtype))
+        if neuron.bias != 0.0:
+            h.add_(neuron.bias)
+        torch.gt(h, neuron.v_threshold, out=s)
+        if neuron.v_reset is None:
+            v = torch.sub(h, s, alpha=neuron.v_threshold, out=v_next)
         else:
             v = torch.sub(one, s, out=v_next).mul_(h)
-            if parameters.v_reset != 0.0:
-                v.add_(s, alpha=parameters.v_reset)
+            if neuron.v_reset != 0.0:
+                v.add_(s, alpha=neuron.v_reset)
     return spikes, v_next
 
 
 class _LIF(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x_seq: Tensor, v: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x_seq: Tensor, v: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor, Tensor]:
         h_seq = torch.empty_like(x_seq, dtype=v.dtype)
-        return *_run(x_seq, v, parameters, h_seq), h_seq
+        return *_run(x_seq, v, neuron, h_seq), h_seq
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-        x_seq, _, ctx.parameters, ctx.surrogate_function = inputs
+        x_seq, _, ctx.neuron = inputs
         *_, h_seq = output
         ctx.dtype = x_seq.dtype
         ctx.save_for_backward(h_seq)
@@ -82,8 +78,8 @@ class _LIF(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor | None, grad_v: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         (h_seq,) = ctx.saved_tensors
-        parameters: LIFParameters = ctx.parameters
-        derivative, alpha = _DERIVATIVES[type(ctx.surrogate_function)], ctx.surrogate_function.alpha
+        neuron: LIFParameters = ctx.neuron
+        derivative, alpha = _DERIVATIVES[type(neuron.surrogate)], neuron.surrogate.alpha
         grad_x = torch.empty_like(h_seq, dtype=ctx.dtype)
         grad_v = torch.zeros_like(h_seq[0]) if grad_v is None else grad_v.clone()
         grad_s, grad_h, spiked = (torch.empty_like(grad_v, dtype=dtype) for dtype in (None, None, torch.bool))
@@ -91,20 +87,20 @@ class _LIF(torch.autograd.Function):
             h = h_seq[t]
             # Through the spike, to which the reset adds, ...
             grad_s.zero_() if grad_spikes is None else grad_s.copy_(grad_spikes[t])
-            if not parameters.detach_reset:
-                if parameters.v_reset is None:
-                    grad_s.sub_(grad_v, alpha=parameters.threshold)
+            if not neuron.detach_reset:
+                if neuron.v_reset is None:
+                    grad_s.sub_(grad_v, alpha=neuron.v_threshold)
                 else:
-                    grad_s.addcmul_(grad_v, h, value=-1.0).add_(grad_v, alpha=parameters.v_reset)
-            torch.sub(h, parameters.threshold, out=grad_h)
+                    grad_s.addcmul_(grad_v, h, value=-1.0).add_(grad_v, alpha=neuron.v_reset)
+            torch.sub(h, neuron.v_threshold, out=grad_h)
             derivative(grad_h, alpha).mul_(grad_s)
             # ... and past it.
-            if parameters.v_reset is not None:
-                grad_v.masked_fill_(torch.gt(h, parameters.threshold, out=spiked), 0.0)
+            if neuron.v_reset is not None:
+                grad_v.masked_fill_(torch.gt(h, neuron.v_threshold, out=spiked), 0.0)
             grad_h.add_(grad_v)
-            torch.mul(grad_h, parameters.gain, out=grad_x[t])
-            torch.mul(grad_h, parameters.decay, out=grad_v)
-        return grad_x, grad_v, None, None
+            torch.mul(grad_h, neuron.gain, out=grad_x[t])
+            torch.mul(grad_h, neuron.decay, out=grad_v)
+        return grad_x, grad_v, None
 
 
 def _piecewise_quadratic(x: Tensor, alpha: float) -> Tensor:

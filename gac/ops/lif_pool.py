@@ -1,20 +1,20 @@
 """The last LIF layer and the average of its spikes over each image: specification, CUDA operators, public function."""
 
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from gac.ops import channels, lif, runtime
-from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
+from gac.ops import channels, lif, operators
+from gac.ops.cuda import compiler, launch
+from gac.ops.neuron import LIFParameters
 
 
-def reference(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase) -> Tensor:
+def reference(x: Tensor, neuron: LIFParameters) -> Tensor:
     """Return the firing rates of :func:`lif_pool` in plain torch, on any device; the specification."""
-    spikes, _ = lif.reference(x, parameters.v_reset or 0.0, parameters, surrogate_function)
+    spikes, _ = lif.reference(x, neuron.v_start, neuron)
     return spikes.mean((-2, -1), dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
-def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate.SurrogateFunctionBase) -> Tensor:
+def lif_pool(x: Tensor, neuron: LIFParameters) -> Tensor:
     """Return the firing rate of each channel, image and time step of a LIF layer, without writing its spikes.
 
     The layer starts from its reset potential. A rate is the number nearest to the exact one; torch's mean on a GPU may
@@ -22,8 +22,7 @@ def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate
 
     Args:
         x: Membrane stream [T, B, C, H, W] with T <= 16, float32, float16 or bfloat16.
-        parameters: The neuron's constants.
-        surrogate_function: One of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+        neuron: Its surrogate is one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
 
     Returns:
         Firing rates [T, B, C] in the dtype of ``x``.
@@ -32,70 +31,62 @@ def lif_pool(x: Tensor, parameters: LIFParameters, surrogate_function: surrogate
         InputError: For an input of another rank, empty input, T > 16, an unsupported surrogate or dtype.
     """
     channels.check_activations("input of LIF and pooling", x)
-    return _operator(x, *Constants.of(x.dtype, parameters, surrogate_function))
+    neuron.check_kernels(x.dtype)
+    return _operator(x, neuron)
 
 
-torch.library.define("gac::lif_pool", f"(Tensor x, {Constants.SCHEMA}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.define(
+operators.define("gac::lif_pool", "(Tensor x, LIF neuron) -> Tensor")
+operators.define(
     "gac::lif_pool_backward",
-    f"(Tensor grad_pooled, Tensor x, {Constants.SCHEMA}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "(Tensor grad_pooled, Tensor x, LIF neuron) -> Tensor",
 )
 
 
-@torch.library.register_fake("gac::lif_pool")
+@operators.outputs("gac::lif_pool")
 def _pooled_like(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[:3])
 
 
-@torch.library.register_fake("gac::lif_pool_backward")
+@operators.outputs("gac::lif_pool_backward")
 def _gradient_like(grad_pooled: Tensor, x: Tensor, *_: object) -> Tensor:
     return channels.empty_channels_last(x.shape, x)
 
 
-_SIZES = ("long long", "int", "int")
-
-
-@runtime.implement("gac::lif_pool")
-def _lif_pool(x: Tensor, *constants: object) -> Tensor:
-    neuron = Constants(*constants)
+@operators.implement("gac::lif_pool")
+def _lif_pool(x: Tensor, neuron: LIFParameters) -> Tensor:
     x = channels.channels_last(x)
     pooled = _pooled_like(x)
     T, B, C, H, W = x.shape
     width = channels.fitting_width(T, C, x)
-    parameters = ("const Element*", *DYNAMICS, "Element*", *_SIZES)
     template = (T, width, neuron.forward_template)
-    kernel = channels.make_kernel("lif_pool.cu", "lif_pool_forward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("lif_pool.cu", "lif_pool_forward", x.dtype, *template)
     columns = -(-C // (width * channels.THREADS))
-    runtime.launch(kernel, (B, columns), (channels.THREADS,), (x, *neuron.dynamics, pooled, B, H * W, C))
+    launch.launch(kernel, (B, columns), (channels.THREADS,), (x, neuron.struct, pooled, B, H * W, C))
     return pooled
 
 
-@runtime.implement("gac::lif_pool_backward")
-def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, *constants: object) -> Tensor:
-    neuron = Constants(*constants)
+@operators.implement("gac::lif_pool_backward")
+def _lif_pool_backward(grad_pooled: Tensor, x: Tensor, neuron: LIFParameters) -> Tensor:
     grad_pooled, x = grad_pooled.contiguous(), channels.channels_last(x)
     grad_x = _gradient_like(grad_pooled, x)
     T, B, C, H, W = x.shape
     width = channels.fitting_width(T, C, x, grad_pooled, backward=True)
-    parameters = ("const Element*", "const Element*", *DYNAMICS, *SURROGATE, "Element*", *_SIZES)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("lif_pool.cu", "lif_pool_backward", x.dtype, template, parameters)
+    kernel = compiler.make_kernel("lif_pool.cu", "lif_pool_backward", x.dtype, *template)
     grid = channels.grid(kernel, B * H * W, C, width, x.device)
-    arguments = (grad_pooled, x, *neuron.dynamics, *neuron.surrogate_constants, grad_x, B, H * W, C)
-    runtime.launch(kernel, grid, (channels.THREADS,), arguments)
+    arguments = (grad_pooled, x, neuron.struct, grad_x, B, H * W, C)
+    launch.launch(kernel, grid, (channels.THREADS,), arguments)
     return grad_x
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, *ctx.constants = inputs
+    x, ctx.neuron = inputs
     ctx.save_for_backward(x)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
-    grad_x = torch.ops.gac.lif_pool_backward(grad_pooled, x, *ctx.constants)
-    return grad_x, *(None for _ in ctx.constants)
+    return (operators.call("gac::lif_pool_backward", grad_pooled, x, ctx.neuron),)
 
 
-_operator = runtime.differentiable("gac::lif_pool", _setup_context, _backward)
+_operator = operators.differentiable("gac::lif_pool", _setup_context, _backward)

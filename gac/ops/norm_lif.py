@@ -6,19 +6,18 @@ needs, once for the gradient of the input.
 """
 
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from gac.ops import batch_norm, channels, lif, runtime
-from gac.ops.batch_norm import Normalization
-from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
+from gac.ops import batch_norm, channels, lif, operators
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.cuda import compiler, launch
+from gac.ops.neuron import LIFParameters
 
 
 def reference(
     y: Tensor,
-    normalization: Normalization,
-    parameters: LIFParameters,
-    surrogate_function: surrogate.SurrogateFunctionBase,
+    normalization: BatchNormTransform,
+    neuron: LIFParameters,
 ) -> Tensor:
     """Return the spikes of :func:`norm_lif` in plain torch, on any device; the specification.
 
@@ -26,14 +25,13 @@ def reference(
     :func:`~gac.ops.batch_norm.reference_moments`. Normalised values are not rounded to the dtype of ``y``.
     """
     z = batch_norm.reference(y, normalization)
-    return lif.reference(z, parameters.v_reset or 0.0, parameters, surrogate_function)[0].to(y.dtype)
+    return lif.reference(z, neuron.v_start, neuron)[0].to(y.dtype)
 
 
 def norm_lif(
     y: Tensor,
-    normalization: Normalization,
-    parameters: LIFParameters,
-    surrogate_function: surrogate.SurrogateFunctionBase,
+    normalization: BatchNormTransform,
+    neuron: LIFParameters,
 ) -> Tensor:
     """Return the spikes of a LIF layer whose input is ``y`` after BatchNorm, starting from the reset potential.
 
@@ -44,8 +42,7 @@ def norm_lif(
         y: Convolution output [T, B, C, H, W] with T <= 16, float32, float16 or bfloat16; channels_last frames are
             used as they are, others copied.
         normalization: The map of each channel, float32.
-        parameters: The neuron's constants.
-        surrogate_function: One of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+        neuron: Its surrogate is one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
 
     Returns:
         Spikes [T, B, C, H, W] in the dtype of ``y``, frames in channels_last.
@@ -56,48 +53,41 @@ def norm_lif(
     """
     channels.check_activations("input of BatchNorm and LIF", y)
     normalization.check_fits(y)
-    constants = Constants.of(y.dtype, parameters, surrogate_function)
-    return _operator(y, *normalization.tensors, normalization.from_batch, normalization.synchronized, *constants)
+    neuron.check_kernels(y.dtype)
+    return _operator(y, *normalization.tensors, normalization.from_batch, normalization.synchronized, neuron)
 
 
-torch.library.define(
+operators.define(
     "gac::norm_lif",
-    f"(Tensor y, {Normalization.SCHEMA}, bool from_batch, bool synchronized, {Constants.SCHEMA}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"(Tensor y, {BatchNormTransform.SCHEMA}, bool from_batch, bool synchronized, LIF neuron) -> Tensor",
 )
-torch.library.define(
+operators.define(
     "gac::norm_lif_backward_sums",
-    f"(Tensor grad_spikes, Tensor y, {Normalization.SCHEMA}, {Constants.SCHEMA}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"(Tensor grad_spikes, Tensor y, {BatchNormTransform.SCHEMA}, LIF neuron) -> Tensor",
 )
-torch.library.define(
+operators.define(
     "gac::norm_lif_backward_input",
-    f"(Tensor grad_spikes, Tensor y, {Normalization.SCHEMA}, Tensor sums, float inverse_count, {Constants.SCHEMA}) "
+    f"(Tensor grad_spikes, Tensor y, {BatchNormTransform.SCHEMA}, Tensor sums, float inverse_count, LIF neuron) "
     "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-@torch.library.register_fake("gac::norm_lif")
+@operators.outputs("gac::norm_lif")
 def _spikes_like(y: Tensor, *_: object) -> Tensor:
     return channels.empty_channels_last(y.shape, y)
 
 
-@torch.library.register_fake("gac::norm_lif_backward_sums")
+@operators.outputs("gac::norm_lif_backward_sums")
 def _sums_like(grad_spikes: Tensor, y: Tensor, *_: object) -> Tensor:
     return y.new_empty(2, y.shape[2], dtype=torch.float32)
 
 
-@torch.library.register_fake("gac::norm_lif_backward_input")
+@operators.outputs("gac::norm_lif_backward_input")
 def _gradient_like(grad_spikes: Tensor, y: Tensor, *_: object) -> Tensor:
     return channels.empty_channels_last(y.shape, y)
 
 
-_NORMALIZATION = ("const float*",) * 4
-_SIZES = ("long long", "int")
-
-
-@runtime.implement("gac::norm_lif")
+@operators.implement("gac::norm_lif")
 def _norm_lif(
     y: Tensor,
     weight: Tensor,
@@ -106,41 +96,42 @@ def _norm_lif(
     inverse_std: Tensor,
     from_batch: bool,
     synchronized: bool,
-    *constants: object,
+    neuron: LIFParameters,
 ) -> Tensor:
-    neuron = Constants(*constants)
     y = channels.channels_last(y)
     spikes = _spikes_like(y)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, weight, bias, mean, inverse_std)
-    parameters = ("const Element*", *_NORMALIZATION, *DYNAMICS, "Element*", *_SIZES)
     template = (T, width, neuron.forward_template)
-    kernel = channels.make_kernel("norm_lif.cu", "norm_lif_forward", y.dtype, template, parameters)
-    arguments = (y, weight, bias, mean, inverse_std, *neuron.dynamics, spikes, rows, C)
-    runtime.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
+    kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_forward", y.dtype, *template)
+    arguments = (y, (weight, bias, mean, inverse_std), neuron.struct, spikes, rows, C)
+    launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
     return spikes
 
 
-@runtime.implement("gac::norm_lif_backward_sums")
+@operators.implement("gac::norm_lif_backward_sums")
 def _backward_sums(
-    grad_spikes: Tensor, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, *constants: object
+    grad_spikes: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    neuron: LIFParameters,
 ) -> Tensor:
-    neuron = Constants(*constants)
     y, grad_spikes = channels.channels_last(y), channels.channels_last(grad_spikes)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, grad_spikes, weight, bias, mean, inverse_std, backward=True)
-    parameters = ("const Element*", "const Element*", *_NORMALIZATION, *DYNAMICS, *SURROGATE, "float*", *_SIZES)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("norm_lif.cu", "norm_lif_backward_sums", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2, C, dtype=torch.float32)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (grad_spikes, y, weight, bias, mean, inverse_std, *constants, partials, rows, C)
-    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
+    arguments = (grad_spikes, y, (weight, bias, mean, inverse_std), neuron.struct, partials, rows, C)
+    launch.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
     return batch_norm.total_of_partials(partials, inverse_std)
 
 
-@runtime.implement("gac::norm_lif_backward_input")
+@operators.implement("gac::norm_lif_backward_input")
 def _backward_input(
     grad_spikes: Tensor,
     y: Tensor,
@@ -150,35 +141,31 @@ def _backward_input(
     inverse_std: Tensor,
     sums: Tensor,
     inverse_count: float,
-    *constants: object,
+    neuron: LIFParameters,
 ) -> Tensor:
-    neuron = Constants(*constants)
     y, grad_spikes = channels.channels_last(y), channels.channels_last(grad_spikes)
     grad_y = _gradient_like(grad_spikes, y)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, grad_spikes, weight, bias, mean, inverse_std, sums, backward=True)
-    outgoing = ("const float*", "float", "Element*", *_SIZES)
-    parameters = ("const Element*", "const Element*", *_NORMALIZATION, *DYNAMICS, *SURROGATE, *outgoing)
     template = (T, width, neuron.backward_template)
-    kernel = channels.make_kernel("norm_lif.cu", "norm_lif_backward_input", y.dtype, template, parameters)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (grad_spikes, y, weight, bias, mean, inverse_std, *constants, sums, inverse_count, grad_y, rows, C)
-    runtime.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
+    kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_input", y.dtype, *template)
+    arguments = (grad_spikes, y, (weight, bias, mean, inverse_std), neuron.struct, sums, inverse_count, grad_y, rows, C)
+    launch.launch(kernel, channels.grid(kernel, rows, C, width, y.device), (channels.THREADS,), arguments)
     return grad_y
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    y, weight, bias, mean, inverse_std, ctx.from_batch, ctx.synchronized, *ctx.constants = inputs
+    y, weight, bias, mean, inverse_std, ctx.from_batch, ctx.synchronized, ctx.neuron = inputs
     ctx.save_for_backward(y, weight, bias, mean, inverse_std)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    sums = torch.ops.gac.norm_lif_backward_sums(grad_spikes, *saved, *ctx.constants)
+    sums = operators.call("gac::norm_lif_backward_sums", grad_spikes, *saved, ctx.neuron)
     y = saved[0]
     means = batch_norm.gradient_sums(sums, y.numel() // y.shape[2], ctx.from_batch, ctx.synchronized)
-    grad_y = torch.ops.gac.norm_lif_backward_input(grad_spikes, *saved, *means, *ctx.constants)
-    return grad_y, sums[1], sums[0], *(None for _ in range(4 + len(ctx.constants)))
+    grad_y = operators.call("gac::norm_lif_backward_input", grad_spikes, *saved, *means, ctx.neuron)
+    return grad_y, sums[1], sums[0]
 
 
-_operator = runtime.differentiable("gac::norm_lif", _setup_context, _backward)
+_operator = operators.differentiable("gac::norm_lif", _setup_context, _backward)

@@ -9,18 +9,18 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from gac.ops import batch_norm, channels, lif, runtime
-from gac.ops.batch_norm import Normalization
-from gac.ops.lif import DYNAMICS, SURROGATE, Constants, LIFParameters
+from gac.ops import batch_norm, channels, lif, operators
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.cuda import compiler, launch
+from gac.ops.neuron import LIFParameters
 
 
 def reference(
     y: Tensor,
-    normalization: Normalization,
+    normalization: BatchNormTransform,
     shortcut: Tensor,
-    shortcut_normalization: Normalization | None,
-    parameters: LIFParameters | None,
-    surrogate_function: surrogate.SurrogateFunctionBase | None,
+    shortcut_normalization: BatchNormTransform | None,
+    neuron: LIFParameters | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return membrane stream and spikes of :func:`residual_lif` in plain torch; the specification.
 
@@ -28,18 +28,17 @@ def reference(
     """
     added = shortcut if shortcut_normalization is None else batch_norm.reference(shortcut, shortcut_normalization)
     membrane = (batch_norm.reference(y, normalization) + added).to(y.dtype)
-    if parameters is None:
+    if neuron is None:
         return membrane, None
-    return membrane, lif.reference(membrane, parameters.v_reset or 0.0, parameters, surrogate_function)[0]
+    return membrane, lif.reference(membrane, neuron.v_start, neuron)[0]
 
 
 def residual_lif(
     y: Tensor,
-    normalization: Normalization,
+    normalization: BatchNormTransform,
     shortcut: Tensor,
-    shortcut_normalization: Normalization | None,
-    parameters: LIFParameters | None,
-    surrogate_function: surrogate.SurrogateFunctionBase | None,
+    shortcut_normalization: BatchNormTransform | None,
+    neuron: LIFParameters | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the membrane stream BatchNorm(y) + shortcut, and the spikes of the LIF layer that reads it.
 
@@ -51,8 +50,8 @@ def residual_lif(
         normalization: Its BatchNorm.
         shortcut: The block's input, or the output of the shortcut's convolution; shape and dtype of ``y``.
         shortcut_normalization: The shortcut's BatchNorm, or None to add it as it is.
-        parameters: Constants of the next LIF layer, which starts from its reset potential; None if there is none.
-        surrogate_function: Its surrogate: one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
+        neuron: That of the next LIF layer, which starts from its reset potential; None if there is none. Its surrogate
+            is one of SpikingJelly's PiecewiseQuadratic, Rect, Sigmoid and ATan.
 
     Returns:
         Membrane stream and spikes [T, B, C, H, W] in the dtype of ``y``, frames in channels_last; None for the spikes
@@ -67,12 +66,8 @@ def residual_lif(
     normalization.check_fits(y)
     if shortcut_normalization is not None:
         shortcut_normalization.check_fits(shortcut)
-    # Without spikes the constants choose a kernel and are not used.
-    constants = (
-        Constants(0.0, 0.0, 0.0, 0.0, 0.0, True, "Rect", 1.0)
-        if parameters is None
-        else Constants.of(y.dtype, parameters, surrogate_function)
-    )
+    if neuron is not None:
+        neuron.check_kernels(y.dtype)
     normalized = shortcut_normalization is not None
     membrane, spikes = _operator(
         y,
@@ -81,47 +76,47 @@ def residual_lif(
         *(shortcut_normalization.tensors if normalized else (None,) * 4),
         normalization.from_batch,
         normalization.synchronized,
-        parameters is not None,
-        *constants,
+        neuron is not None,
+        neuron or _NO_NEURON,
     )
-    return membrane, None if parameters is None else spikes
+    return membrane, None if neuron is None else spikes
 
+
+# Without spikes the neuron chooses a kernel and is not used.
+_NO_NEURON = LIFParameters(2.0, False, 1.0, 0.0, True, surrogate.Rect(alpha=1.0))
 
 _SHORTCUT = (
     "Tensor shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean, "
     "Tensor? shortcut_inverse_std"
 )
-torch.library.define(
+operators.define(
     "gac::residual_lif",
-    f"(Tensor y, {Normalization.SCHEMA}, {_SHORTCUT}, bool from_batch, bool synchronized, bool with_spikes, "
-    f"{Constants.SCHEMA}) -> (Tensor membrane, Tensor spikes)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"(Tensor y, {BatchNormTransform.SCHEMA}, {_SHORTCUT}, bool from_batch, bool synchronized, bool with_spikes, "
+    "LIF neuron) -> (Tensor membrane, Tensor spikes)",
 )
-torch.library.define(
+operators.define(
     "gac::residual_lif_backward_sums",
     "(Tensor? grad_membrane, Tensor? grad_spikes, Tensor membrane, Tensor y, Tensor mean, Tensor inverse_std, "
     "Tensor? shortcut, Tensor? shortcut_mean, Tensor? shortcut_inverse_std, "
-    f"{Constants.SCHEMA}) -> (Tensor grad, Tensor sums)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "LIF neuron) -> (Tensor grad, Tensor sums)",
 )
-torch.library.define(
+operators.define(
     "gac::residual_lif_backward_inputs",
     "(Tensor grad, Tensor y, Tensor weight, Tensor mean, Tensor inverse_std, "
     "Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_mean, Tensor? shortcut_inverse_std, "
     "Tensor sums, float inverse_count) -> (Tensor grad_y, Tensor grad_shortcut)",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-@torch.library.register_fake("gac::residual_lif")
+@operators.outputs("gac::residual_lif")
 def _outputs(y: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    with_spikes = others[-1 - len(Constants._fields)]
+    *_, with_spikes, _ = others
     membrane = channels.empty_channels_last(y.shape, y)
     # An operator returns a fixed number of tensors: what nobody asked for is an empty one.
     return membrane, torch.empty_like(membrane) if with_spikes else y.new_empty(0)
 
 
-@torch.library.register_fake("gac::residual_lif_backward_sums")
+@operators.outputs("gac::residual_lif_backward_sums")
 def _gradient_and_sums(
     grad_membrane: Tensor | None,
     grad_spikes: Tensor | None,
@@ -137,7 +132,7 @@ def _gradient_and_sums(
     return channels.empty_channels_last(y.shape, y), sums
 
 
-@torch.library.register_fake("gac::residual_lif_backward_inputs")
+@operators.outputs("gac::residual_lif_backward_inputs")
 def _input_gradients(
     grad: Tensor, y: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, shortcut: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor]:
@@ -149,10 +144,7 @@ def _channels_last(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else channels.channels_last(tensor) for tensor in tensors]
 
 
-_SIZES = ("long long", "int")
-
-
-@runtime.implement("gac::residual_lif")
+@operators.implement("gac::residual_lif")
 def _residual_lif(
     y: Tensor,
     weight: Tensor,
@@ -167,27 +159,25 @@ def _residual_lif(
     from_batch: bool,
     synchronized: bool,
     with_spikes: bool,
-    *constants: object,
+    neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
-    neuron = Constants(*constants)
     y, shortcut = _channels_last(y, shortcut)
-    membrane, spikes = _outputs(y, with_spikes, *constants)
+    membrane, spikes = _outputs(y, with_spikes, neuron)
     normalization = (weight, bias, mean, inverse_std)
     shortcut_normalization = (shortcut_weight, shortcut_bias, shortcut_mean, shortcut_inverse_std)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, shortcut, *normalization, *shortcut_normalization)
-    inputs = ("const Element*", *("const float*",) * 4, "const Element*", *("const float*?",) * 4)
-    parameters = (*inputs, *DYNAMICS, "Element*", "Element*?", *_SIZES)
-    template = (T, width, neuron.forward_template, shortcut_weight is not None, with_spikes)
-    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_forward", y.dtype, template, parameters)
-    arguments = (y, *normalization, shortcut, *shortcut_normalization, *neuron.dynamics)
+    normalized = shortcut_weight is not None
+    template = (T, width, neuron.forward_template, normalized, with_spikes)
+    kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_forward", y.dtype, *template)
+    arguments = (y, normalization, shortcut, shortcut_normalization if normalized else None, neuron.struct)
     outputs = (membrane, spikes if with_spikes else None)
     grid = channels.grid(kernel, rows, C, width, y.device)
-    runtime.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
+    launch.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
     return membrane, spikes
 
 
-@runtime.implement("gac::residual_lif_backward_sums")
+@operators.implement("gac::residual_lif_backward_sums")
 def _backward_sums(
     grad_membrane: Tensor | None,
     grad_spikes: Tensor | None,
@@ -198,27 +188,23 @@ def _backward_sums(
     shortcut: Tensor | None,
     shortcut_mean: Tensor | None,
     shortcut_inverse_std: Tensor | None,
-    *constants: object,
+    neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
-    neuron = Constants(*constants)
     sequences = _channels_last(grad_membrane, grad_spikes, membrane, y)
     (shortcut,) = _channels_last(shortcut)
     grad, _ = _gradient_and_sums(None, None, membrane, y, mean, inverse_std, shortcut)
     T, C, rows = len(y), y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, *sequences, mean, shortcut, shortcut_mean, backward=True)
-    inputs = (*("const Element*?",) * 2, *("const Element*",) * 2, "const float*", "const Element*?", "const float*?")
-    parameters = (*inputs, *DYNAMICS, *SURROGATE, "Element*", "float*", *_SIZES)
     template = (T, width, neuron.backward_template, shortcut is not None)
-    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2 if shortcut is None else 3, C, dtype=torch.float32)
-    constants = (*neuron.dynamics, *neuron.surrogate_constants)
-    arguments = (*sequences, mean, shortcut, shortcut_mean, *constants, grad, partials, rows, C)
-    runtime.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
+    arguments = (*sequences, mean, shortcut, shortcut_mean, neuron.struct, grad, partials, rows, C)
+    launch.launch(kernel, (blocks, columns), (channels.THREADS,), arguments)
     return grad, batch_norm.total_of_partials(partials, inverse_std, shortcut_inverse_std)
 
 
-@runtime.implement("gac::residual_lif_backward_inputs")
+@operators.implement("gac::residual_lif_backward_inputs")
 def _backward_inputs(
     grad: Tensor,
     y: Tensor,
@@ -238,21 +224,19 @@ def _backward_inputs(
     shortcut_normalization = (shortcut_weight, shortcut_mean, shortcut_inverse_std)
     C, rows = y.shape[2], len(y) * channels.rows(y)
     width = channels.fitting_width(1, C, y, grad, shortcut, *normalization, *shortcut_normalization, sums)
-    inputs = (*("const Element*",) * 2, *("const float*",) * 3, "const Element*?", *("const float*?",) * 3)
-    parameters = (*inputs, "const float*", "float", "Element*", "Element*?", *_SIZES)
     template = (width, shortcut is not None)
-    kernel = channels.make_kernel("residual_lif.cu", "residual_lif_backward_inputs", y.dtype, template, parameters)
+    kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_inputs", y.dtype, *template)
     arguments = (grad, y, *normalization, shortcut, *shortcut_normalization, sums, inverse_count)
     outputs = (grad_y, None if shortcut is None else grad_shortcut)
     grid = channels.grid(kernel, rows, C, width, y.device)
-    runtime.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
+    launch.launch(kernel, grid, (channels.THREADS,), (*arguments, *outputs, rows, C))
     return grad_y, grad_shortcut
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     y, weight, _, mean, inverse_std, shortcut, *shortcut_tensors, ctx.from_batch, ctx.synchronized = inputs[:12]
     shortcut_weight, _, shortcut_mean, shortcut_inverse_std = shortcut_tensors
-    ctx.with_spikes, *ctx.constants = inputs[12:]
+    ctx.with_spikes, ctx.neuron = inputs[12:]
     # A shortcut that is added as it is has the gradient of the sum: its values are not needed.
     kept = None if shortcut_weight is None else shortcut
     ctx.save_for_backward(
@@ -265,7 +249,8 @@ def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad_membrane: Tensor | None, grad_spikes: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     membrane, y, weight, *statistics, shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std = ctx.saved_tensors
-    grad, sums = torch.ops.gac.residual_lif_backward_sums(
+    grad, sums = operators.call(
+        "gac::residual_lif_backward_sums",
         grad_membrane,
         # Compiled graphs pass a gradient of the empty tensor that stands for no spikes.
         grad_spikes if ctx.with_spikes else None,
@@ -275,7 +260,7 @@ def _backward(
         shortcut,
         shortcut_mean,
         shortcut_inverse_std,
-        *ctx.constants,
+        ctx.neuron,
     )
     means = batch_norm.gradient_sums(sums, y.numel() // y.shape[2], ctx.from_batch, ctx.synchronized)
     shortcut_tensors = (shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std)
@@ -288,7 +273,7 @@ def _backward(
     else:
         # A copy: autograd makes these the parameters' .grad, and two of them must not share memory.
         of_shortcut = (grad_shortcut, sums[2], sums[0].clone(), None, None)
-    return grad_y, *of_normalization, *of_shortcut, *(None for _ in range(3 + len(ctx.constants)))
+    return grad_y, *of_normalization, *of_shortcut
 
 
-_operator = runtime.differentiable("gac::residual_lif", _setup_context, _backward)
+_operator = operators.differentiable("gac::residual_lif", _setup_context, _backward)

@@ -8,15 +8,21 @@ import pytest
 import torch
 from cuda_on_cpu.launcher import KernelsOnCpu
 
-from benchmarks.comparison import EXEMPT, compare, relative_rms
-from benchmarks.kernels import command, measure, operations
-from benchmarks.kernels.measure import Row, Schedule, Site
-from benchmarks.kernels.operations import OPERATIONS, Setting
-from benchmarks.kernels.report import bandwidth_of_all_layers
-from benchmarks.network_size import network_size
-from benchmarks.replay import capturable_stream, replay
-from benchmarks.timing import Timing
-from gac.ops import runtime
+from benchmarks import kernels
+from benchmarks.common import EXEMPT, NetworkSize, Timing, compare, relative_rms
+from benchmarks.kernels import (
+    OPERATIONS,
+    Case,
+    Layer,
+    Row,
+    bandwidth_of_all_layers,
+    capturable_stream,
+    measure,
+    replay,
+    sites,
+)
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -27,12 +33,12 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def small_copy(monkeypatch):
-    monkeypatch.setattr(measure, "CPU_COPY_BYTES", 2**20)
+    monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 2**20)
 
 
 def test_measures_and_reports(tmp_path, capsys):
     files = {"json": tmp_path / "result.json", "png": tmp_path / "result.png"}
-    status = command.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])])
+    status = kernels.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert "on a CPU the operations' references in torch" in printed.out
@@ -51,10 +57,8 @@ def test_measures_and_reports(tmp_path, capsys):
 
 
 def test_sizes_are_those_of_the_network():
-    options = command.make_parser().parse_args(SMALL)
-    sites = {name: command._sites(each, network_size(options), options) for name, each in OPERATIONS.items()}
-    assert all(site.shape[:2] == (3, 2) for found in sites.values() for site in found)
-    found = {name: {site.shape[2:]: site.layers for site in sites[name]} for name in OPERATIONS}
+    size = NetworkSize.from_options(kernels.make_parser().parse_args(SMALL))
+    found = {name: dict(sites(name, size)) for name in OPERATIONS}
     a, b, c, d = (4, 8, 8), (8, 8, 8), (16, 4, 4), (32, 2, 2)
     assert found == {
         "lif": {a: 2, b: 4, c: 2, d: 2},
@@ -78,7 +82,7 @@ def test_sizes_are_those_of_the_network():
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
-    assert command.main([*SMALL, *arguments]) == 2
+    assert kernels.main([*SMALL, *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in printed.err
@@ -86,10 +90,10 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 
 def test_nothing_is_timed_if_the_gate_fails(monkeypatch, capsys):
-    spikingjelly = Setting.spikingjelly
-    monkeypatch.setattr(Setting, "spikingjelly", lambda self, x: spikingjelly(self, 1.001 * x))
-    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("was timed"))
-    assert command.main([*SMALL, "--operations", "norm_lif"]) == 1
+    spikingjelly = Layer.spikingjelly
+    monkeypatch.setattr(Layer, "spikingjelly", lambda self, x: spikingjelly(self, 1.001 * x))
+    monkeypatch.setattr(kernels, "measure", lambda *_: pytest.fail("was timed"))
+    assert kernels.main([*SMALL, "--operations", "norm_lif"]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("error: norm_lif, peer, [3, 2, 8, 8, 8], float32: ")
     assert printed.err.count("\n") == 1
@@ -99,7 +103,7 @@ def test_nothing_is_timed_if_the_gate_fails(monkeypatch, capsys):
 def test_operations_are_the_kernels(name, kernels_on_cpu):
     """What is timed on a GPU, run on the CPU: the kernels pass the gate, and they are what runs."""
     torch.manual_seed(0)
-    case = OPERATIONS[name].make_case(Setting((2, 2, 8, 4, 4), torch.float16, "imagenet", CPU, kernels=True))
+    case = Case(name, Layer((2, 2, 8, 4, 4), torch.float16, "imagenet", CPU, kernels=True))
     launched = record_launches(kernels_on_cpu)
     assert all(difference.within for difference in compare(case.ours, case.reference, case.inputs))
     kind = {"batch_statistics": "batch_moments", "residual_norm_lif": "residual_lif", "residual": "residual_lif"}
@@ -113,11 +117,11 @@ def test_operations_are_the_kernels(name, kernels_on_cpu):
 def record_launches(launcher: KernelsOnCpu) -> list[str]:
     launched: list[str] = []
 
-    def record(kernel: runtime.Kernel, *others: object) -> None:
+    def record(kernel: Kernel, *others: object) -> None:
         launched.append(kernel.instance)
         launcher(kernel, *others)
 
-    runtime.set_cpu_launcher(record)
+    launch.set_cpu_launcher(record)
     return launched
 
 
@@ -127,8 +131,8 @@ def test_bytes_are_those_of_the_tensors():
     x = 2 * (2 * 3 * 4 * 5 * 5)
     found = {
         name: (case.forward_bytes / x, case.backward_bytes / x)
-        for name, operation in OPERATIONS.items()
-        for case in [operation.make_case(Setting(shape, torch.float16, "cifar", CPU, kernels=False))]
+        for name in OPERATIONS
+        for case in [Case(name, Layer(shape, torch.float16, "cifar", CPU, kernels=False))]
     }
     assert found == {
         # The last membrane potential: half of the time steps, in twice the bytes.
@@ -147,7 +151,7 @@ def test_bytes_are_those_of_the_tensors():
 def test_bandwidth_of_all_layers_weighs_time():
     def row(layers: int, size: int, ms: float | None) -> Row:
         timing = None if ms is None else Timing((ms,))
-        return Row("lif", Site((1, 1, 1, 1, 1), layers), "float32", "forward", size, timing, timing)
+        return Row("lif", (1, 1, 1, 1, 1), layers, "float32", "forward", size, timing, timing)
 
     assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, 2.0)]) == pytest.approx(1000 * 8000 / 5)
     assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, None)]) is None
@@ -157,9 +161,8 @@ def test_out_of_memory_of_the_peer_leaves_ours(monkeypatch):
     def too_large(self, x):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Setting, "spikingjelly", too_large)
-    site = Site((2, 2, 4, 4, 4), layers=1)
-    rows = measure.measure(OPERATIONS["lif"], site, torch.float32, "cifar", Schedule(1, 1), 1e9, CPU)
+    monkeypatch.setattr(Layer, "spikingjelly", too_large)
+    rows = measure("lif", Layer((2, 2, 4, 4, 4), torch.float32, "cifar", CPU, kernels=False), 1, 1e9, 1, 1)
     assert [row.direction for row in rows] == ["forward", "backward"]
     assert all(row.peer is None and row.ours.median_ms > 0 for row in rows)
 
@@ -167,9 +170,7 @@ def test_out_of_memory_of_the_peer_leaves_ours(monkeypatch):
 class TestComparison:
     def setup_method(self):
         torch.manual_seed(0)
-        self.case = operations.OPERATIONS["residual_lif"].make_case(
-            Setting((3, 2, 4, 5, 5), torch.float32, "cifar", CPU, kernels=False)
-        )
+        self.case = Case("residual_lif", Layer((3, 2, 4, 5, 5), torch.float32, "cifar", CPU, kernels=False))
 
     def failed(self, change) -> set[str]:
         def changed(*inputs):
@@ -254,7 +255,7 @@ def test_results_are_kept_for_a_while(keep):
 def test_on_a_gpu(dtype, tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = ["--device", "cuda", "--batch", "8", "--dtype", dtype, "--rounds", "2", "--json", str(file)]
-    assert command.main(arguments) == 0, capsys.readouterr().err
+    assert kernels.main(arguments) == 0, capsys.readouterr().err
     rows = json.loads(file.read_text())["rows"]
     assert {row["operation"] for row in rows} == set(OPERATIONS)
     # Above 1 it would have found its tensors in the cache, or its bytes would be counted wrong.
@@ -262,9 +263,6 @@ def test_on_a_gpu(dtype, tmp_path, capsys):
 
 
 def test_times_are_those_of_single_calls():
-    def calls(cases: list, name: str) -> list:
-        return [lambda: time.sleep(0.01)] * len(cases)
-
-    timings = measure._time([None] * 3, calls, 1.0, Schedule(1, 2), CPU)
+    timings = kernels._time([None] * 3, lambda case, who: lambda: time.sleep(0.01), 1, CPU, 1, 2)
     assert set(timings) == {"ours", "peer"}
     assert all(10 <= timing.median_ms < 25 for timing in timings.values())

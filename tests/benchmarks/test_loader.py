@@ -9,7 +9,6 @@ from image_tree import DAMAGED, write_split
 from PIL import Image
 
 from benchmarks import loader
-from benchmarks.photographs import write_photographs
 from gac.data import image_folder
 
 SMALL = ["--device", "cpu", "--batch", "4", "--rounds", "2", "--image-size", "32", "--resize", "36"]
@@ -97,7 +96,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 
 def test_photographs_are_of_imagenets_size(tmp_path):
-    write_photographs(tmp_path, 40)
+    loader.write_photographs(tmp_path, 40)
     paths = list(tmp_path.glob("*/*.JPEG"))
     assert len(paths) == 40
     assert len({path.stat().st_ino for path in paths}) == 16

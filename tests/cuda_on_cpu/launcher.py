@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from gac.ops import runtime
+from gac.ops.cuda import compiler
+from gac.ops.cuda.compiler import KERNEL_FOLDER, Kernel
 
 HERE = Path(__file__).parent
 ORDERS = ("ascending", "descending", "shuffled")
@@ -56,19 +57,19 @@ class KernelsOnCpu:
         kernel_folder: Where to look for kernel sources before the package's own.
     """
 
-    def __init__(self, folder: Path, sanitize: bool = False, kernel_folder: Path = runtime.KERNEL_FOLDER) -> None:
+    def __init__(self, folder: Path, sanitize: bool = False, kernel_folder: Path = KERNEL_FOLDER) -> None:
         self.order: Literal["ascending", "descending", "shuffled"] = "shuffled"
         self._folder = folder
         self._kernel_folder = kernel_folder
         self._flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
         if sanitize:
             self._flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-        self._functions: dict[runtime.Kernel, ctypes._CFuncPtr] = {}
+        self._functions: dict[Kernel, ctypes._CFuncPtr] = {}
         self._scheduler = self.compile((HERE / "cuda_on_cpu.cpp").read_text(), "the scheduler")
 
     def __call__(
         self,
-        kernel: runtime.Kernel,
+        kernel: Kernel,
         grid: tuple[int, ...],
         block: tuple[int, ...],
         arguments: Sequence[np.generic],
@@ -82,7 +83,7 @@ class KernelsOnCpu:
         if error is not None:
             raise RuntimeError(f"{kernel.instance}: {error.decode()}")
 
-    def function(self, kernel: runtime.Kernel) -> ctypes._CFuncPtr:
+    def function(self, kernel: Kernel) -> ctypes._CFuncPtr:
         """Return a kernel's function ``run`` (see ``_translation_unit``), compiling it at the first call."""
         if kernel not in self._functions:
             library = self.compile(self._translation_unit(kernel), kernel.instance, str(self._scheduler))
@@ -107,17 +108,17 @@ class KernelsOnCpu:
             # Another process may be compiling the same.
             unfinished = output.with_suffix(f".{os.getpid()}")
             command += ["-o", str(unfinished)]
-            compiler = subprocess.run(command, input=text, text=True, capture_output=True, env=environment)
-            if compiler.returncode != 0:
-                raise RuntimeError(f"{name} does not compile:\n{compiler.stderr}")
+            process = subprocess.run(command, input=text, text=True, capture_output=True, env=environment)
+            if process.returncode != 0:
+                raise RuntimeError(f"{name} does not compile:\n{process.stderr}")
             os.replace(unfinished, output)
         return output
 
-    def _translation_unit(self, kernel: runtime.Kernel) -> str:
+    def _translation_unit(self, kernel: Kernel) -> str:
         types = [declared.rstrip("?") for declared in kernel.parameters]
         values = ", ".join(f"*static_cast<{kind}*>(arguments[{i}])" for i, kind in enumerate(types))
         return f"""#include "cuda_on_cpu.h"
-{_poison_shared_memory(runtime.source_text(kernel.file, (HERE, self._kernel_folder, runtime.KERNEL_FOLDER)))}
+{_poison_shared_memory(compiler.source_text(kernel.file, (HERE, self._kernel_folder, KERNEL_FOLDER)))}
 // Compiles only if the parameters that Python declares are exactly the kernel's.
 constexpr void (*kernel)({", ".join(types)}) = {kernel.instance};
 

@@ -1,4 +1,4 @@
-"""Lets CuPy load and launch kernels without a GPU: stand_in_driver.cpp, and what the runtime asks of others than it.
+"""Lets CuPy load and launch kernels without a GPU: stand_in_driver.cpp, and what gac asks of others than it.
 
 For a process of its own, started with ``environment()``, that calls ``replace_context()`` before it imports CuPy.
 """
@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cuda_on_cpu.launcher import HERE, Dim3, KernelsOnCpu
-from gac.ops import runtime
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import Kernel
 
 # Two GPUs that need different binaries, and one that is newer than NVRTC.
 CAPABILITIES = ((9, 0), (8, 0), (20, 0))
@@ -74,12 +75,12 @@ class StandInDriver:
 
     Args:
         kernels: Has the kernels' builds for the CPU.
-        monkeypatch: Replaces what ``gac.ops.runtime`` calls of torch.cuda.
+        monkeypatch: Replaces what ``gac.ops.cuda.launch`` calls of torch.cuda.
     """
 
     def __init__(self, kernels: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = torch.device("cuda", 0)
-        self.launched: list[tuple[runtime.Kernel, list[np.generic]]] = []
+        self.launched: list[tuple[Kernel, list[np.generic]]] = []
         self._kernels = kernels
         self._library = ctypes.CDLL("libcuda.so.1")
         self._current_device = ctypes.c_int.in_dll(self._library, "stand_in_device")
@@ -93,13 +94,11 @@ class StandInDriver:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: CAPABILITIES[index])
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
-    def __call__(
-        self, kernel: runtime.Kernel, grid: tuple[int, ...], block: tuple[int, ...], typed: list[np.generic]
-    ) -> None:
+    def __call__(self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], typed: list[np.generic]) -> None:
         """Launch a kernel through CuPy on ``device``."""
         self._library.stand_in_run(self.mangled_name(kernel).encode(), self._kernels.function(kernel))
         before = self._launches.value
-        runtime._launch_on_cuda(kernel, self.device, grid, block, typed)
+        launch._launch_on_cuda(kernel, self.device, grid, block, typed)
         assert self._launches.value == before + 1
         arrived = _Launch.in_dll(self._library, "stand_in_last_launch")
         assert [(size.x, size.y, size.z) for size in (arrived.grid, arrived.block)] == [
@@ -110,10 +109,10 @@ class StandInDriver:
         assert self._current_device.value == NO_DEVICE
         self.launched.append((kernel, typed))
 
-    def mangled_name(self, kernel: runtime.Kernel) -> str:
+    def mangled_name(self, kernel: Kernel) -> str:
         """Return a kernel's name in the binaries for ``device``."""
         major, minor = CAPABILITIES[self.device.index]
-        return runtime.compile_once(kernel, 10 * major + minor)[1]
+        return compiler.compile_once(kernel, 10 * major + minor)[1]
 
     @property
     def occupancy_asked(self) -> tuple[str, int, int]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, sanitizer_environment
-from gac.ops import runtime
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -31,13 +32,13 @@ def block_sum(folder: Path, source: str, order: str) -> torch.Tensor:
     (folder / "sum.cu").write_text(source)
     kernels = KernelsOnCpu(folder, kernel_folder=folder)
     kernels.order = order
-    kernel = runtime.Kernel("sum.cu", "block_sum", ("const float*", "float*"))
+    kernel = Kernel("sum.cu", "block_sum", ("const float*", "float*"))
     x, y = torch.arange(192.0), torch.full((3,), torch.nan)
-    runtime.set_cpu_launcher(kernels)
+    launch.set_cpu_launcher(kernels)
     try:
-        runtime.launch(kernel, (3,), (64,), (x, y))
+        launch.launch(kernel, (3,), (64,), (x, y))
     finally:
-        runtime.set_cpu_launcher(None)
+        launch.set_cpu_launcher(None)
     return y
 
 
@@ -108,14 +109,15 @@ import os
 import torch
 from pathlib import Path
 from cuda_on_cpu.launcher import KernelsOnCpu
-from gac.ops import runtime
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 folder = Path({str(tmp_path)!r})
-runtime.set_cpu_launcher(KernelsOnCpu(folder, sanitize=True, kernel_folder=folder))
+launch.set_cpu_launcher(KernelsOnCpu(folder, sanitize=True, kernel_folder=folder))
 for number in range({len(DEFECTS)}):
     child = os.fork()
     if child == 0:
-        kernel = runtime.Kernel(f"bad{{number}}.cu", "bad", ("const float*", "float*"))
-        runtime.launch(kernel, (1,), (64,), (torch.ones(64), torch.ones(64)))
+        kernel = Kernel(f"bad{{number}}.cu", "bad", ("const float*", "float*"))
+        launch.launch(kernel, (1,), (64,), (torch.ones(64), torch.ones(64)))
         os._exit(0)
     assert os.waitpid(child, 0)[1] != 0
 """

@@ -18,11 +18,13 @@ from ops.test_lif import make_input, run
 from cuda_on_cpu import stand_in_driver
 from cuda_on_cpu.launcher import KernelsOnCpu
 from cuda_on_cpu.stand_in_driver import BLOCKS, CAPABILITIES, MULTIPROCESSORS, StandInDriver
-from gac.ops import batch_norm, lif, runtime
+from gac.ops import backend, lif
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import KERNEL_FOLDER, Kernel
 
 stand_in_driver.replace_context()
 
-PROBE = runtime.Kernel("probe.cu", "probe", ("float*",))
+PROBE = Kernel("probe.cu", "probe", ("float*",))
 
 
 @pytest.fixture(scope="session")
@@ -36,17 +38,17 @@ def driver(kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A driver that has loaded nothing; operators on the CPU ask it for occupancy, and launch past it at first."""
     driver = StandInDriver(kernels_on_cpu, monkeypatch)
     monkeypatch.setattr(
-        runtime,
+        launch,
         "resident_blocks",
-        lambda kernel, threads, device, most=None: runtime._resident_blocks(kernel, threads, driver.device.index, most),
+        lambda kernel, threads, device, most=None: launch._resident_blocks(kernel, threads, driver.device.index, most),
     )
     yield driver
-    for cache in (runtime._loaded_function, runtime._resident_blocks, runtime.cupy_status):
+    for cache in (launch._loaded_function, launch._resident_blocks, backend.cupy_status):
         cache.cache_clear()
 
 
 def names_of_kernels() -> set[str]:
-    sources = "".join(path.read_text() for path in runtime.KERNEL_FOLDER.glob("*.cu"))
+    sources = "".join(path.read_text() for path in KERNEL_FOLDER.glob("*.cu"))
     return set(re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", sources))
 
 
@@ -54,7 +56,7 @@ def every_operator() -> list[torch.Tensor]:
     running = torch.zeros(8), torch.ones(8)
     x = make_input((6, 2, 8, 4, 4), torch.float16, "channels_last", "cpu")
     answer = torch.zeros(1)
-    runtime.launch(PROBE, (1,), (1,), (answer,))
+    launch.launch(PROBE, (1,), (1,), (answer,))
     return [
         *run_network(leaves_of_network("cpu"), running=running),
         *running,
@@ -66,41 +68,41 @@ def every_operator() -> list[torch.Tensor]:
 
 def test_every_kernel(driver: StandInDriver) -> None:
     expected = every_operator()
-    runtime.set_cpu_launcher(driver)
+    launch.set_cpu_launcher(driver)
     results = every_operator()
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     kernels = [kernel for kernel, _ in driver.launched]
     assert {kernel.instance.split("<")[0] for kernel in kernels} == names_of_kernels()
-    # Nullable pointers are passed as null and as not null, and there are numbers of every type.
+    # Nullable pointers are passed as null and as not null, and there are numbers of every type and structs.
     passed = [pair for kernel, typed in driver.launched for pair in zip(kernel.parameters, typed, strict=True)]
-    assert {value == 0 for declared, value in passed if declared.endswith("?")} == {False, True}
-    assert {type(value) for _, value in passed} == {np.float32, np.int32, np.int64, np.uint64}
+    assert {any(value.tobytes()) for declared, value in passed if declared.endswith("?")} == {False, True}
+    assert {type(value) for _, value in passed} == {np.float32, np.int32, np.int64, np.uint64, np.ndarray}
 
 
 def test_every_device_gets_its_own_binary(driver: StandInDriver) -> None:
     x = make_input((6, 2, 8, 4, 4), torch.float16, "channels_last", "cpu")
-    expected = lif.lif(x, 0.25, *fused.CIFAR)
-    runtime.set_cpu_launcher(driver)
+    expected = lif.lif(x, 0.25, fused.CIFAR)
+    launch.set_cpu_launcher(driver)
     for index in (0, 1, 2, 0):
         driver.device = torch.device("cuda", index)
-        results = lif.lif(x, 0.25, *fused.CIFAR)
+        results = lif.lif(x, 0.25, fused.CIFAR)
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     assert len(driver.launched) == 4
 
 
 def test_a_binary_for_another_device_is_refused(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime.set_cpu_launcher(driver)
+    launch.set_cpu_launcher(driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: CAPABILITIES[1])
     with pytest.raises(RuntimeError, match="CUDA_ERROR_NO_BINARY_FOR_GPU: this is no cubin for sm_90"):
-        runtime.probe(torch.device("cpu"))
+        backend.probe(torch.device("cpu"))
 
 
 def test_binaries_that_no_cache_has_kept(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAC_KERNEL_CACHE", "")
-    runtime.set_cpu_launcher(driver)
+    launch.set_cpu_launcher(driver)
     for index in range(len(CAPABILITIES)):
         driver.device = torch.device("cuda", index)
-        runtime.probe(torch.device("cpu"))
+        backend.probe(torch.device("cpu"))
     assert [kernel for kernel, _ in driver.launched] == [PROBE] * len(CAPABILITIES)
 
 
@@ -108,14 +110,14 @@ def test_occupancy(driver: StandInDriver) -> None:
     kernel = lif.forward_kernel(torch.float16, 6, 8, "Reset::hard")
     driver.device = torch.device("cuda", 1)
     for most, blocks in ((None, BLOCKS), (BLOCKS - 1, BLOCKS - 1), (BLOCKS + 1, BLOCKS)):
-        assert runtime._resident_blocks(kernel, 96, 1, most) == blocks * MULTIPROCESSORS
+        assert launch._resident_blocks(kernel, 96, 1, most) == blocks * MULTIPROCESSORS
         assert driver.occupancy_asked == (driver.mangled_name(kernel), 96, 0)
 
 
 def test_a_number_of_another_type_arrives_as_another_number(driver: StandInDriver) -> None:
     """CuPy takes numbers of any type, and the kernel reads as many bytes as it declares: types must be exact."""
     moments = torch.tensor([[0.0], [3.0], [4.0]])
-    kernel = batch_norm._statistics_kernel()
+    kernel = compiler.make_kernel("batch_norm.cu", "batch_statistics")
 
     def inverse_std(eps: object) -> float:
         result = torch.zeros(1)
@@ -129,11 +131,11 @@ def test_a_number_of_another_type_arrives_as_another_number(driver: StandInDrive
 
 
 def test_a_kernel_that_is_not_there(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    binary, name = runtime.compile_once(PROBE, 90)
-    runtime.set_cpu_launcher(driver)
-    monkeypatch.setattr(runtime, "compile_once", lambda *_: (binary, f"{name}x"))
+    binary, name = compiler.compile_once(PROBE, 90)
+    launch.set_cpu_launcher(driver)
+    monkeypatch.setattr(compiler, "compile_once", lambda *_: (binary, f"{name}x"))
     with pytest.raises(RuntimeError, match=f"CUDA_ERROR_NOT_FOUND: the module has no kernel {name}x"):
-        runtime.probe(torch.device("cpu"))
+        backend.probe(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -145,21 +147,21 @@ def found(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> StandInDriv
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cupy.cuda, "is_available", lambda: True)
-    runtime.set_cpu_launcher(driver)
+    launch.set_cpu_launcher(driver)
     return driver
 
 
 def test_a_device_that_runs_kernels(found: StandInDriver) -> None:
-    status = runtime.cupy_status(found.device)
+    status = backend.cupy_status(found.device)
     assert status.ok
-    assert status == runtime.toolchain_status()
+    assert status == backend.toolchain_status()
     assert [kernel for kernel, _ in found.launched] == [PROBE]
 
 
 def test_a_device_that_does_not(found: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: CAPABILITIES[1])
-    assert not runtime.cupy_status(found.device).ok
-    assert runtime.cupy_status(found.device).reason == (
+    assert not backend.cupy_status(found.device).ok
+    assert backend.cupy_status(found.device).reason == (
         "a kernel does not run on cuda:0: CUDA_ERROR_NO_BINARY_FOR_GPU: this is no cubin for sm_90"
     )
     assert found.launched == []

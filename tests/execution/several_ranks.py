@@ -29,7 +29,9 @@ from gac.evaluation.report import evaluate_checkpoint
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
-from gac.ops import runtime
+from gac.ops import backend, operators
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 from gac.training import checkpoints, engine
 from gac.training.ema import MovingAverage
 from gac.training.engine import Trainer, train
@@ -178,17 +180,17 @@ def kernels_on_cpu(folder: Path) -> Iterator[list[str]]:
     """Let networks on the CPU run fused, and yield the names of the kernels launched."""
     launcher, launched = KernelsOnCpu(folder), []
 
-    def launch(kernel: runtime.Kernel, *arguments: object) -> None:
+    def record(kernel: Kernel, *arguments: object) -> None:
         launched.append(kernel.instance.partition("<")[0])
         launcher(kernel, *arguments)
 
-    available = mock.patch.object(runtime, "cupy_status", return_value=runtime.CupyStatus(True, "for the CPU"))
+    available = mock.patch.object(backend, "cupy_status", return_value=backend.CupyStatus(True, "for the CPU"))
     with torch.library._scoped_library("gac", "FRAGMENT") as library, available:
-        for name, implementation in runtime.OPERATORS.items():
+        for name, implementation in operators.OPERATORS.items():
             library.impl(name.removeprefix("gac::"), implementation, "CPU")
-        runtime.set_cpu_launcher(launch)
+        launch.set_cpu_launcher(record)
         yield launched
-        runtime.set_cpu_launcher(None)
+        launch.set_cpu_launcher(None)
 
 
 def fused_step(folder: Path, images: slice, synchronized: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from gac.models import create_model, fused
 from gac.models.ms_resnet import MSBlock, MSResNet
 from gac.neuron import LIFNode
-from gac.ops import runtime
+from gac.ops import backend
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -32,13 +34,13 @@ def device(request: pytest.FixtureRequest) -> str:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched so far."""
     names = []
-    launch = runtime.launch
+    launch_kernel = launch.launch
 
-    def record(kernel: runtime.Kernel, *arguments: object) -> None:
+    def record(kernel: Kernel, *arguments: object) -> None:
         names.append(kernel.instance.partition("<")[0])
-        launch(kernel, *arguments)
+        launch_kernel(kernel, *arguments)
 
-    monkeypatch.setattr(runtime, "launch", record)
+    monkeypatch.setattr(launch, "launch", record)
     return names
 
 
@@ -153,7 +155,7 @@ def test_compiles_without_graph_breaks(mode: str, device: str) -> None:
 
 
 def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cupy_status", lambda device: runtime.CupyStatus(True, "fake tensors run nowhere"))
+    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "fake tensors run nowhere"))
     with FakeTensorMode():
         net, x = network(), torch.randn(4, 3, 16, 16)
         assert fused.possible(net, x)

@@ -14,16 +14,16 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.ops import batch_norm, lif
-from gac.ops.batch_norm import Normalization
-from gac.ops.lif import LIFParameters
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.neuron import LIFParameters
 
 EPS = 1e-5
 
-CIFAR = LIFParameters.from_tau(2.0, False, 1.0, 0.0, False), surrogate.PiecewiseQuadratic(alpha=1.0)
-IMAGENET = LIFParameters.from_tau(4 / 3, False, 0.5, 0.0, True), surrogate.Rect(alpha=1.0)
+CIFAR = LIFParameters(2.0, False, 1.0, 0.0, False, surrogate.PiecewiseQuadratic(alpha=1.0))
+IMAGENET = LIFParameters(4 / 3, False, 0.5, 0.0, True, surrogate.Rect(alpha=1.0))
 # With tau = 3 products and sums round: a fused multiply-add would decide some spikes differently.
-SOFT = LIFParameters.from_tau(3.0, True, 0.2, None, False), surrogate.ATan(alpha=2.0)
-NONZERO = LIFParameters.from_tau(3.0, True, 0.2, -0.3, False), surrogate.Sigmoid(alpha=4.0)
+SOFT = LIFParameters(3.0, True, 0.2, None, False, surrogate.ATan(alpha=2.0))
+NONZERO = LIFParameters(3.0, True, 0.2, -0.3, False, surrogate.Sigmoid(alpha=4.0))
 NEURONS = {"cifar": CIFAR, "imagenet": IMAGENET, "soft": SOFT, "nonzero": NONZERO}
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,7 +49,7 @@ class Case:
         return DTYPES[self.dtype_name]
 
     @property
-    def neuron(self) -> tuple[LIFParameters, surrogate.SurrogateFunctionBase]:
+    def neuron(self) -> LIFParameters:
         return NEURONS[self.neuron_name]
 
     @property
@@ -113,23 +113,23 @@ def parameters_of_norm(channels: int, device: str, seed: int = 0) -> tuple[Tenso
     return normal([channels], seed + 100, 1.0, 0.25).to(device), normal([channels], seed + 200, 0.4, 0.3).to(device)
 
 
-# --- Normalization(y, weight, bias) in three ways
+# --- BatchNormTransform(y, weight, bias) in three ways
 
 
-def kernel_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+def kernel_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
     """Return the normalisation by the batch's statistics as the kernels compute them."""
-    return Normalization(weight, bias, *batch_norm.statistics(batch_norm.batch_moments(y.detach()), EPS), True)
+    return BatchNormTransform(weight, bias, *batch_norm.statistics(batch_norm.batch_moments(y.detach()), EPS), True)
 
 
-def reference_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+def reference_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
     """Return the same in plain torch, differentiable."""
     mean, variance, _ = batch_norm.reference_moments(y)
-    return Normalization(weight, bias, mean, (variance + EPS).rsqrt(), True)
+    return BatchNormTransform(weight, bias, mean, (variance + EPS).rsqrt(), True)
 
 
-def fixed_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+def fixed_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
     """Return a normalisation that does not depend on ``y``, as in evaluation; by powers of two, so nothing rounds."""
-    return Normalization(weight, bias, torch.full_like(bias, 0.25), torch.full_like(bias, 2.0), False)
+    return BatchNormTransform(weight, bias, torch.full_like(bias, 0.25), torch.full_like(bias, 2.0), False)
 
 
 # --- Comparison
@@ -204,10 +204,10 @@ def dyadic_parameters(channels: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.full([channels], 0.5, device=device), torch.full([channels], 0.25, device=device)
 
 
-def assert_ties(layer: Callable[[LIFParameters], Tensor], parameters: LIFParameters) -> None:
+def assert_ties(layer: Callable[[LIFParameters], Tensor], neuron: LIFParameters) -> None:
     """Assert that some neurons of ``layer``, which returns spikes, stay silent exactly at the threshold."""
-    just_below = replace(parameters, threshold=parameters.threshold - 2.0**-16)
-    assert layer(just_below).sum() > layer(parameters).sum()
+    just_below = replace(neuron, v_threshold=neuron.v_threshold - 2.0**-16)
+    assert layer(just_below).sum() > layer(neuron).sum()
 
 
 # --- What every operation promises

@@ -9,8 +9,9 @@ from ops.fused import DTYPES
 from torch import Tensor, nn
 
 from gac.errors import InputError
-from gac.ops import batch_norm, runtime
-from gac.ops.batch_norm import Normalization
+from gac.ops import batch_norm
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.cuda import launch
 
 
 def assert_moments_equal_reference(y: Tensor, mean_error: float = 1e-6, variance_error: float = 3e-6) -> None:
@@ -57,7 +58,7 @@ def test_moments(shape: tuple[int, ...], dtype: str, layout: str, device: str) -
 def test_moments_of_more_blocks_than_the_second_stage_has_threads(
     kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_CPU_BLOCKS", 70)
+    monkeypatch.setattr(launch, "_CPU_BLOCKS", 70)
     assert_moments_equal_reference(fused.normal((6, 2, 48, 8, 8), 0, 1.0, 2.0))
 
 
@@ -117,7 +118,7 @@ def test_statistics_are_torchs(C: int, device: str) -> None:
         expected = module(y.flatten(0, 1)).unflatten(0, y.shape[:2])
         moments = batch_norm.batch_moments(y)
         mean, inverse_std = batch_norm.statistics(moments, module.eps, 0.3, running_mean, running_var)
-        found = batch_norm.reference(y, Normalization(module.weight, module.bias, mean, inverse_std, True))
+        found = batch_norm.reference(y, BatchNormTransform(module.weight, module.bias, mean, inverse_std, True))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(running_mean, module.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(running_var, module.running_var, rtol=1e-6, atol=1e-6)

@@ -5,9 +5,11 @@ import torch
 from ops import fused
 
 from gac.errors import InputError
-from gac.ops import channels, runtime
+from gac.ops import channels
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import ELEMENTS, Kernel
 
-KERNEL = runtime.Kernel("norm_lif.cu", "not launched", ())
+KERNEL = Kernel("norm_lif.cu", "not launched", ())
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (6, 2, 3, 4, 5), (6, 1, 3, 1, 5), (1, 2, 1, 4, 5), (6, 2, 3, 1, 1)])
@@ -33,7 +35,7 @@ def test_rows_are_the_pixels_of_a_frame() -> None:
 
 
 @pytest.mark.parametrize("T", range(1, channels.MAX_T + 1))
-@pytest.mark.parametrize("dtype", runtime.KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", ELEMENTS)
 def test_width_is_at_most_one_16_byte_access(dtype: torch.dtype, T: int) -> None:
     width = channels.vector_width(dtype, T)
     assert width in (1, 2, 4, 8)
@@ -50,21 +52,13 @@ def test_fitting_width() -> None:
         assert channels.fitting_width(6, 48, *unaligned) == 1
 
 
-def test_make_kernel() -> None:
-    kernel = channels.make_kernel(
-        "lif.cu", "name", torch.float16, (6, "Reset::hard, false", True), ("const Element*", "Element*?", "float*")
-    )
-    assert kernel.instance == "name<Float16, 6, Reset::hard, false, true>"
-    assert kernel.parameters == ("const Float16*", "Float16*?", "float*")
-
-
 @pytest.mark.parametrize("resident", [1, 3, 7, 1000])
 @pytest.mark.parametrize("C", [1, 7, 8, 48, 512, 520, 1040])
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_grid_covers_channels_and_gives_every_block_a_row(
     rows: int, C: int, resident: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_CPU_BLOCKS", resident)
+    monkeypatch.setattr(launch, "_CPU_BLOCKS", resident)
     width = 4 if C % 4 == 0 else 1
     blocks, columns = channels.grid(KERNEL, rows, C, width, torch.device("cpu"))
     lanes = min(C // width, channels.THREADS)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from cuda_on_cpu.launcher import KernelsOnCpu
 
-from gac.ops import runtime
+from gac.ops.cuda import launch
+from gac.ops.cuda.compiler import Kernel
 
 SOURCE = """#include "element.cuh"
 template <typename Element>
@@ -33,13 +34,13 @@ def test_conversions_are_those_of_torch(element: str, tmp_path: Path, request: p
     request.getfixturevalue("compiled_kernels")  # skips where there is no compiler
     (tmp_path / "convert.cu").write_text(SOURCE)
     dtype = {"Float16": torch.float16, "BFloat16": torch.bfloat16}[element]
-    kernel = runtime.Kernel("convert.cu", f"convert<{element}>", ("const float*", f"{element}*", "float*", "int"))
+    kernel = Kernel("convert.cu", f"convert<{element}>", ("const float*", f"{element}*", "float*", "int"))
     x = edge_cases()
     narrow, wide = torch.zeros_like(x, dtype=dtype), torch.zeros_like(x)
-    runtime.set_cpu_launcher(KernelsOnCpu(tmp_path, kernel_folder=tmp_path))
+    launch.set_cpu_launcher(KernelsOnCpu(tmp_path, kernel_folder=tmp_path))
     try:
-        runtime.launch(kernel, (-(-len(x) // 128),), (128,), (x, narrow, wide, len(x)))
+        launch.launch(kernel, (-(-len(x) // 128),), (128,), (x, narrow, wide, len(x)))
     finally:
-        runtime.set_cpu_launcher(None)
+        launch.set_cpu_launcher(None)
     torch.testing.assert_close(narrow, x.to(dtype), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(wide, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)

@@ -13,8 +13,11 @@ from ops import fused
 from ops.fused import CIFAR, IMAGENET
 from torch import Tensor
 
-from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, residual_lif, runtime
-from gac.ops.batch_norm import Normalization
+from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, operators, residual_lif
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.cuda import compiler, launch
+from gac.ops.cuda.compiler import Kernel
+from gac.ops.neuron import LIFParameters
 
 # --- A network of all operators
 
@@ -34,7 +37,7 @@ def network(
     temporal: Tensor,
     spatial: Tensor,
     *parameters: Tensor,
-    neuron: tuple = CIFAR,
+    neuron: LIFParameters = CIFAR,
     synchronized: bool = False,
     running: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
@@ -43,27 +46,27 @@ def network(
     The second block has a normalised shortcut, and a sum without a neuron is behind it.
     """
 
-    def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> Normalization:
+    def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
         with torch.no_grad():
             moments = batch_norm.batch_moments(y)
             if synchronized:
                 moments = batch_norm.over_all_ranks(moments, y.numel() // y.shape[2])
             mean, inverse_std = batch_norm.statistics(moments, fused.EPS, 0.1, *running)
-        return Normalization(weight, bias, mean, inverse_std, True, synchronized)
+        return BatchNormTransform(weight, bias, mean, inverse_std, True, synchronized)
 
     first, second, third = zip(parameters[::2], parameters[1::2], strict=True)
-    membrane, spikes = gate_lif.gate_lif(x, temporal, spatial, *neuron)
+    membrane, spikes = gate_lif.gate_lif(x, temporal, spatial, neuron)
     y = 2 * spikes - membrane
-    inner = norm_lif.norm_lif(y, normalize(y, *first), *neuron)
+    inner = norm_lif.norm_lif(y, normalize(y, *first), neuron)
     y = inner + 0.5 * spikes
-    membrane, spikes = residual_lif.residual_lif(y, normalize(y, *second), membrane, None, *neuron)
+    membrane, spikes = residual_lif.residual_lif(y, normalize(y, *second), membrane, None, neuron)
     y, shortcut = inner - 0.5 * spikes, 0.5 * membrane
     membrane, spikes = residual_lif.residual_lif(
-        y, normalize(y, *second), shortcut, normalize(shortcut, *third), *neuron
+        y, normalize(y, *second), shortcut, normalize(shortcut, *third), neuron
     )
     y = membrane + spikes
-    membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None, None)
-    return lif_pool.lif_pool(membrane, *neuron), membrane
+    membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None)
+    return lif_pool.lif_pool(membrane, neuron), membrane
 
 
 def gradients_of_network(x: Tensor, temporal: Tensor, *_: Tensor) -> list[Tensor]:
@@ -133,9 +136,9 @@ def run_rank(rank: int, kernel_folder: Path, folder: Path) -> None:
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with torch.library._scoped_library("gac", "FRAGMENT") as library:
-        for name, implementation in runtime.OPERATORS.items():
+        for name, implementation in operators.OPERATORS.items():
             library.impl(name.removeprefix("gac::"), implementation, "CPU")
-        runtime.set_cpu_launcher(KernelsOnCpu(kernel_folder))
+        launch.set_cpu_launcher(KernelsOnCpu(kernel_folder))
         running = torch.zeros(8), torch.ones(8)
         images = slice(rank, rank + 1)
         results = run_network(leaves_of_network("cpu"), images=images, synchronized=True, running=running)
@@ -185,7 +188,7 @@ class LastBlockOnly:
         self._kernels = KernelsOnCpu(folder, kernel_folder=folder)
         self.launched: list[str] = []
 
-    def __call__(self, kernel: runtime.Kernel, grid: tuple, block: tuple, values: list[np.generic]) -> None:
+    def __call__(self, kernel: Kernel, grid: tuple, block: tuple, values: list[np.generic]) -> None:
         self.launched.append(kernel.instance.split("<")[0])
         blocks = grid[0]
         if "total" in kernel.instance:
@@ -197,7 +200,7 @@ class LastBlockOnly:
             return
         file = f"last_block_{blocks}_{kernel.file}"
         (self._folder / file).write_text(_LAST_BLOCK.format(file=kernel.file, blocks=blocks))
-        last = runtime.Kernel(file, f"LastBlock<{kernel.instance}>::run", kernel.parameters)
+        last = Kernel(file, f"LastBlock<{kernel.instance}>::run", kernel.parameters)
         self._kernels(last, (1, *grid[1:]), block, values)
 
 
@@ -223,7 +226,7 @@ class TestLargeTensors:
     def _last_block_only(self, kernels_on_cpu: KernelsOnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # torch.empty must not write all of what it returns.
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        monkeypatch.setattr(runtime, "_CPU_BLOCKS", 2**30)
+        monkeypatch.setattr(launch, "_CPU_BLOCKS", 2**30)
         self.all_blocks = kernels_on_cpu
         self.last_block = LastBlockOnly(tmp_path)
 
@@ -235,7 +238,7 @@ class TestLargeTensors:
         """``leaves`` and ``gradients``: pairs of a small and a large one; ``batch``: their dimensions of images."""
         results = []
         for size, launcher in enumerate((self.all_blocks, self.last_block)):
-            runtime.set_cpu_launcher(launcher)
+            launch.set_cpu_launcher(launcher)
             outputs, found = fused.run(function, [pair[size] for pair in leaves], [pair[size] for pair in gradients])
             results.append([*outputs, *found])
         for small, large, dim in zip(*results, batch, strict=True):
@@ -249,7 +252,7 @@ class TestLargeTensors:
     def test_norm_lif(self) -> None:
         parameters = [(parameter, parameter) for parameter in fused.parameters_of_norm(self.C, "cpu")]
         self.compare(
-            lambda y, weight, bias: [norm_lif.norm_lif(y, fused.fixed_statistics(y, weight, bias), *IMAGENET)],
+            lambda y, weight, bias: [norm_lif.norm_lif(y, fused.fixed_statistics(y, weight, bias), IMAGENET)],
             [self.small_and_large(0), *parameters],
             [self.small_and_large(1)],
             [1, 1, None, None],
@@ -261,7 +264,7 @@ class TestLargeTensors:
 
         def operation(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple:
             statistics = fused.fixed_statistics(y, weight, bias), fused.fixed_statistics(y, *parameters)
-            return residual_lif.residual_lif(y, statistics[0], shortcut, statistics[1], *IMAGENET)
+            return residual_lif.residual_lif(y, statistics[0], shortcut, statistics[1], IMAGENET)
 
         self.compare(
             operation,
@@ -273,7 +276,7 @@ class TestLargeTensors:
     def test_gate_lif(self) -> None:
         temporal = fused.normal((2, 1), 2, 1.0)
         self.compare(
-            lambda *leaves: gate_lif.gate_lif(*leaves, *IMAGENET),
+            lambda *leaves: gate_lif.gate_lif(*leaves, IMAGENET),
             [self.small_and_large(0, ()), (temporal, temporal.repeat(1, IMAGES)), self.small_and_large(1, ())],
             [self.small_and_large(2), self.small_and_large(3)],
             [1, 1, 0, 1, 0],
@@ -282,7 +285,7 @@ class TestLargeTensors:
     def test_lif_pool(self) -> None:
         grad = fused.normal((2, 1, self.C), 1).half()
         self.compare(
-            lambda x: [lif_pool.lif_pool(x, *IMAGENET)],
+            lambda x: [lif_pool.lif_pool(x, IMAGENET)],
             [self.small_and_large(0)],
             [(grad, grad.expand(2, IMAGES, self.C))],
             [1, 1],
@@ -290,9 +293,9 @@ class TestLargeTensors:
 
     def test_batch_moments(self) -> None:
         small, large = self.small_and_large(0)
-        runtime.set_cpu_launcher(self.last_block)
+        launch.set_cpu_launcher(self.last_block)
         moments = batch_norm.batch_moments(large)
-        runtime.set_cpu_launcher(self.all_blocks)
+        launch.set_cpu_launcher(self.all_blocks)
         # The last rows of all are the last image at the last time step.
         torch.testing.assert_close(moments, batch_norm.batch_moments(small[-1:]))
 
@@ -300,17 +303,17 @@ class TestLargeTensors:
 # --- Compilation for GPUs, and sanitizers
 
 
-def launched_by(function, *arguments: object, **options: object) -> list[tuple[runtime.Kernel, int]]:
+def launched_by(function, *arguments: object, **options: object) -> list[tuple[Kernel, int]]:
     """Return kernel and threads of a block for every launch of ``function``; none of them runs."""
     launches = []
-    before = runtime._cpu_launcher
-    runtime.set_cpu_launcher(lambda kernel, grid, block, values: launches.append((kernel, block[0])))
+    before = launch._cpu_launcher
+    launch.set_cpu_launcher(lambda kernel, grid, block, values: launches.append((kernel, block[0])))
     function(*arguments, **options)
-    runtime.set_cpu_launcher(before)
+    launch.set_cpu_launcher(before)
     return launches
 
 
-def kernels_to_compile(capability: int) -> list[tuple[runtime.Kernel, int]]:
+def kernels_to_compile(capability: int) -> list[tuple[Kernel, int]]:
     """Return all kernels at T = 6, and for one capability at other T the backward ones, which need most registers."""
     whole, backward = [(6, torch.float16, 16, CIFAR)], []
     # One capability needs about as many registers as another.
@@ -332,7 +335,7 @@ def test_kernels_compile_for_gpus_without_spills(capability: int, kernels_on_cpu
     if capability not in nvrtc.getSupportedArchs():
         pytest.skip(f"NVRTC {nvrtc.getVersion()} does not compile for compute capability {capability / 10}")
     for kernel, threads in kernels_to_compile(capability):
-        compiled = runtime.compile_kernel(kernel, capability, ["--ptxas-options=-v"])
+        compiled = compiler.compile_kernel(kernel, capability, ["--ptxas-options=-v"])
         # The log has the file's other kernels too, where they are no templates.
         log = compiled.log[compiled.log.index(f"'{compiled.name}'") :]
         registers, spills = re.search(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill", log)[:2]
@@ -350,7 +353,7 @@ def test_frames_are_written_in_16_byte_accesses(kernels_on_cpu: KernelsOnCpu) ->
         name = kernel.instance.partition("<")[0]
         if name in frames:
             # No GPU has capability 9.1: the compiler stops at PTX, which can be read.
-            ptx = runtime.compile_kernel(kernel, 91).binary.decode()
+            ptx = compiler.compile_kernel(kernel, 91).binary.decode()
             assert not re.search(r"st\.global\.[^v]", ptx), kernel.instance
             stores[name].add(ptx.count("st.global.v4.b32"))
     assert stores == frames

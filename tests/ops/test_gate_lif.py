@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import gate_lif, lif
-from gac.ops.lif import Constants
+from gac.ops.neuron import LIFParameters
 
 # A gate is below 1, the first threshold of the CIFAR neuron: it cannot fire at T = 1.
 CASES = [
@@ -29,9 +29,9 @@ CASES = [
 ]
 
 
-def gate(function: Callable, neuron: tuple) -> fused.Operation:
+def gate(function: Callable, neuron: LIFParameters) -> fused.Operation:
     """Return ``function`` (gate_lif or its reference) as one of x, temporal and spatial attention."""
-    return lambda x, temporal, spatial: function(x, temporal, spatial, *neuron)
+    return lambda x, temporal, spatial: function(x, temporal, spatial, neuron)
 
 
 def leaves_of(case: Case, device: str, layout: str = "channels_last") -> tuple[Tensor, Tensor, Tensor]:
@@ -41,12 +41,14 @@ def leaves_of(case: Case, device: str, layout: str = "channels_last") -> tuple[T
     return x, fused.normal(case.shape[:2], 2, 1.0).to(device), spatial
 
 
-def assert_kernels_equal_reference(leaves: tuple[Tensor, ...], neuron: tuple, without: int | None = None) -> None:
+def assert_kernels_equal_reference(
+    leaves: tuple[Tensor, ...], neuron: LIFParameters, without: int | None = None
+) -> None:
     """``without``: the output that gets no gradient."""
     x = leaves[0]
     kernels = gate(gate_lif.gate_lif, neuron)
     membrane, spikes = kernels(*leaves)
-    expected, _ = gate_lif.reference(*leaves, *neuron)
+    expected, _ = gate_lif.reference(*leaves, neuron)
     for output in (membrane, spikes):
         assert output.dtype == x.dtype
         assert fused.is_channels_last(output)
@@ -54,7 +56,7 @@ def assert_kernels_equal_reference(leaves: tuple[Tensor, ...], neuron: tuple, wi
     assert torch.equal(membrane == 0, expected == 0)
     torch.testing.assert_close(membrane, expected, rtol=2 * torch.finfo(x.dtype).eps, atol=0)
     fused.assert_has_spikes_and_silence(spikes)
-    assert torch.equal(spikes, lif.reference(membrane, neuron[0].v_reset or 0.0, *neuron)[0])
+    assert torch.equal(spikes, lif.reference(membrane, neuron.v_start, neuron)[0])
     gradients = fused.incoming_gradients(membrane, spikes)
     if without is not None:
         gradients[without] = None
@@ -90,7 +92,7 @@ def test_unaligned_memory(device: str) -> None:
 
 def test_temporal_attention_in_half_precision(device: str) -> None:
     x, temporal, spatial = leaves_of(DEFAULT, device)
-    gradients = fused.incoming_gradients(*gate_lif.gate_lif(x, temporal, spatial, *CIFAR))
+    gradients = fused.incoming_gradients(*gate_lif.gate_lif(x, temporal, spatial, CIFAR))
     kernels, half = gate(gate_lif.gate_lif, CIFAR), temporal.half()
     outputs, found = fused.run(kernels, (x, half, spatial), gradients)
     expected_outputs, expected = fused.run(kernels, (x, half.float(), spatial), gradients)
@@ -99,17 +101,16 @@ def test_temporal_attention_in_half_precision(device: str) -> None:
 
 
 @pytest.mark.parametrize("neuron", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
-def test_ties_at_thresholds(neuron: tuple, device: str) -> None:
+def test_ties_at_thresholds(neuron: LIFParameters, device: str) -> None:
     # The encoder's input meets its threshold; a score of 0 makes the gate 1/2, which meets that of ImageNet.
     shape = (2, 8, 3, 4)
     x, spatial = (fused.dyadic(shape, device, torch.float32, seed) for seed in (0, 1))
     temporal = torch.tensor([[0.0, 1.0]] * 6, device=device)
     assert_kernels_equal_reference((x, temporal, spatial), neuron)
-    parameters, surrogate_function = neuron
     for output in (0, 1) if neuron is IMAGENET else (0,):
         fused.assert_ties(
-            lambda p, output=output: gate_lif.gate_lif(x, temporal, spatial, p, surrogate_function)[output] != 0,
-            parameters,
+            lambda neuron, output=output: gate_lif.gate_lif(x, temporal, spatial, neuron)[output] != 0,
+            neuron,
         )
 
 
@@ -127,7 +128,7 @@ def test_keeps_nothing_but_its_inputs(device: str) -> None:
     leaves = [leaf.requires_grad_() for leaf in leaves_of(DEFAULT, device)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        gate_lif.gate_lif(*leaves, *CIFAR)
+        gate_lif.gate_lif(*leaves, CIFAR)
     assert [tensor.data_ptr() for tensor in kept] == [leaf.data_ptr() for leaf in leaves]
 
 
@@ -138,10 +139,10 @@ def test_gradients_do_not_share_memory(device: str) -> None:
 def test_opcheck(device: str) -> None:
     case = replace(DEFAULT, dtype_name="fp16")
     leaves = leaves_of(case, device, "contiguous")
-    constants = Constants.of(case.dtype, *CIFAR)
+    constants = CIFAR.flatten()
     with_gradient = [leaf.clone().requires_grad_() for leaf in leaves]
     torch.library.opcheck(torch.ops.gac.gate_lif.default, (*with_gradient, *constants))
-    grad_membrane, grad_spikes = fused.incoming_gradients(*gate_lif.gate_lif(*leaves, *CIFAR))
+    grad_membrane, grad_spikes = fused.incoming_gradients(*gate_lif.gate_lif(*leaves, CIFAR))
     for incoming in [(grad_membrane, grad_spikes), (None, grad_spikes), (grad_membrane, None)]:
         torch.library.opcheck(torch.ops.gac.gate_lif_backward.default, (*incoming, *leaves, *constants))
 
@@ -179,15 +180,15 @@ FRAME, SCORES = torch.ones(2, 8, 3, 3), torch.ones(4, 2)
 )
 def test_bad_input(x: Tensor, temporal: Tensor, spatial: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
-        gate_lif.gate_lif(x, temporal, spatial, *CIFAR)
+        gate_lif.gate_lif(x, temporal, spatial, CIFAR)
     assert "\n" not in str(error.value)
 
 
 def test_temporal_attention_without_a_time_dimension() -> None:
     with pytest.raises(InputError, match=r"temporal attention \[T, B\] .* and \[\] on cpu"):
-        gate_lif.gate_lif(FRAME, torch.tensor(1.0), FRAME, *CIFAR)
+        gate_lif.gate_lif(FRAME, torch.tensor(1.0), FRAME, CIFAR)
 
 
 def test_unsupported_surrogate() -> None:
     with pytest.raises(InputError, match="not Erf; use another surrogate or backend='torch'"):
-        gate_lif.gate_lif(FRAME, SCORES, FRAME, CIFAR[0], surrogate.Erf())
+        gate_lif.gate_lif(FRAME, SCORES, FRAME, replace(CIFAR, surrogate=surrogate.Erf()))

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import lif_pool
-from gac.ops.lif import Constants, LIFParameters
+from gac.ops.neuron import LIFParameters
 
 
-def pool(function: Callable, neuron: tuple) -> fused.Operation:
+def pool(function: Callable, neuron: LIFParameters) -> fused.Operation:
     """Return ``function`` (lif_pool or its reference) as one of x."""
-    return lambda x: (function(x, *neuron),)
+    return lambda x: (function(x, neuron),)
 
 
-def exact_rates(x: Tensor, neuron: tuple) -> Tensor:
+def exact_rates(x: Tensor, neuron: LIFParameters) -> Tensor:
     """Return the reference's rates from float64, rounded to float32 and to the dtype of ``x``."""
     # torch's float32 mean multiplies by 1/n on a GPU, which need not be the nearest number.
-    return lif_pool.reference(x.double(), *neuron).float().to(x.dtype)
+    return lif_pool.reference(x.double(), neuron).float().to(x.dtype)
 
 
-def assert_kernels_equal_reference(x: Tensor, neuron: tuple) -> None:
+def assert_kernels_equal_reference(x: Tensor, neuron: LIFParameters) -> None:
     (rates,) = pool(lif_pool.lif_pool, neuron)(x)
     assert rates.dtype == x.dtype
     assert rates.shape == x.shape[:3]
@@ -35,7 +35,7 @@ def assert_kernels_equal_reference(x: Tensor, neuron: tuple) -> None:
     assert torch.equal(rates, exact_rates(x, neuron))
 
     def as_stored(x: Tensor) -> tuple[Tensor]:
-        exact = lif_pool.reference(x, *neuron)
+        exact = lif_pool.reference(x, neuron)
         return (exact + (exact.float().to(rates.dtype) - exact).detach(),)
 
     fused.assert_gradients_equal(pool(lif_pool.lif_pool, neuron), as_stored, [x], fused.incoming_gradients(rates))
@@ -50,8 +50,7 @@ def test_every_length_dtype_and_neuron(case: Case, device: str) -> None:
 @pytest.mark.parametrize("detach_reset", [False, True], ids=["reset", "detached"])
 @pytest.mark.parametrize("v_reset", [0.0, -0.25, None], ids=["zero", "nonzero", "soft"])
 def test_every_neuron(v_reset: float | None, detach_reset: bool, kind: str, device: str) -> None:
-    parameters = LIFParameters.from_tau(3.0, True, 0.5, v_reset, detach_reset)
-    neuron = parameters, getattr(surrogate, kind)(alpha=1.5)
+    neuron = LIFParameters(3.0, True, 0.5, v_reset, detach_reset, getattr(surrogate, kind)(alpha=1.5))
     assert_kernels_equal_reference(fused.activations(DEFAULT, device), neuron)
 
 
@@ -65,8 +64,7 @@ def test_ties_at_thresholds_and_window_ends(neuron: str, device: str) -> None:
     case = replace(DEFAULT, neuron_name=neuron)
     x = fused.dyadic(case.shape, device, case.dtype)
     assert_kernels_equal_reference(x, case.neuron)
-    parameters, surrogate_function = case.neuron
-    fused.assert_ties(lambda p: lif_pool.lif_pool(x, p, surrogate_function), parameters)
+    fused.assert_ties(lambda neuron: lif_pool.lif_pool(x, neuron), case.neuron)
 
 
 def test_gradient_of_a_sum(device: str) -> None:
@@ -81,15 +79,15 @@ def test_keeps_nothing_but_its_input(device: str) -> None:
     x = fused.activations(DEFAULT, device).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        lif_pool.lif_pool(x, *CIFAR)
+        lif_pool.lif_pool(x, CIFAR)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
 
 def test_opcheck(device: str) -> None:
     x = fused.activations(replace(DEFAULT, dtype_name="fp16"), device, layout="contiguous")
-    constants = Constants.of(x.dtype, *CIFAR)
+    constants = CIFAR.flatten()
     torch.library.opcheck(torch.ops.gac.lif_pool.default, (x.clone().requires_grad_(), *constants))
-    (grad,) = fused.incoming_gradients(lif_pool.lif_pool(x, *CIFAR))
+    (grad,) = fused.incoming_gradients(lif_pool.lif_pool(x, CIFAR))
     torch.library.opcheck(torch.ops.gac.lif_pool_backward.default, (grad, x, *constants))
 
 
@@ -120,10 +118,10 @@ def test_autocast_casts_nothing(dtype: str, device: str) -> None:
 )
 def test_bad_input(shape: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
-        lif_pool.lif_pool(torch.ones(shape, dtype=dtype), *CIFAR)
+        lif_pool.lif_pool(torch.ones(shape, dtype=dtype), CIFAR)
     assert "\n" not in str(error.value)
 
 
 def test_unsupported_surrogate() -> None:
     with pytest.raises(InputError, match="not Erf; use another surrogate or backend='torch'"):
-        lif_pool.lif_pool(torch.ones(4, 1, 8, 1, 1), CIFAR[0], surrogate.Erf())
+        lif_pool.lif_pool(torch.ones(4, 1, 8, 1, 1), replace(CIFAR, surrogate=surrogate.Erf()))

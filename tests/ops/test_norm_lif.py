@@ -12,20 +12,20 @@ from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import norm_lif
-from gac.ops.batch_norm import Normalization
-from gac.ops.lif import Constants
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.neuron import LIFParameters
 
 
-def layer(function: Callable, statistics: Callable[..., Normalization], neuron: tuple) -> fused.Operation:
+def layer(function: Callable, statistics: Callable[..., BatchNormTransform], neuron: LIFParameters) -> fused.Operation:
     """Return ``function`` (norm_lif or its reference) as one of y, weight and bias."""
-    return lambda y, weight, bias: (function(y, statistics(y, weight, bias), *neuron),)
+    return lambda y, weight, bias: (function(y, statistics(y, weight, bias), neuron),)
 
 
 def leaves_of(case: Case, device: str, layout: str = "channels_last") -> tuple[Tensor, Tensor, Tensor]:
     return fused.activations(case, device, layout=layout), *fused.parameters_of_norm(case.frame[1], device)
 
 
-def assert_kernels_equal_reference(leaves: tuple[Tensor, ...], neuron: tuple, fixed: bool = False) -> None:
+def assert_kernels_equal_reference(leaves: tuple[Tensor, ...], neuron: LIFParameters, fixed: bool = False) -> None:
     statistics = fused.fixed_statistics if fixed else fused.kernel_statistics
     kernels = layer(norm_lif.norm_lif, statistics, neuron)
     (spikes,) = kernels(*leaves)
@@ -59,17 +59,15 @@ def test_ties_at_thresholds_and_window_ends(neuron: str, device: str) -> None:
     y = fused.dyadic(case.shape, device, case.dtype)
     leaves = y, *fused.dyadic_parameters(case.frame[1], device)
     assert_kernels_equal_reference(leaves, case.neuron, fixed=True)
-    parameters, surrogate_function = case.neuron
     normalization = fused.fixed_statistics(*leaves)
-    fused.assert_ties(lambda p: norm_lif.norm_lif(y, normalization, p, surrogate_function), parameters)
+    fused.assert_ties(lambda neuron: norm_lif.norm_lif(y, normalization, neuron), case.neuron)
 
 
 def test_spikes_are_bit_equal_where_products_round(device: str) -> None:
     # The second step is within some units in the last place of the threshold: a fused multiply-add would show.
-    parameters, _ = NONZERO
     first = fused.normal((64, 1, 8, 8), 0).double().clamp(max=0.0)
-    h = parameters.decay * parameters.v_reset + parameters.gain * first + parameters.bias
-    second = (parameters.threshold - parameters.bias - parameters.decay * h) / parameters.gain
+    h = NONZERO.decay * NONZERO.v_reset + NONZERO.gain * first + NONZERO.bias
+    second = (NONZERO.v_threshold - NONZERO.bias - NONZERO.decay * h) / NONZERO.gain
     y = torch.stack((first, second)).float().to(device)
     leaves = y, *fused.dyadic_parameters(1, device)
     (spikes,) = layer(norm_lif.norm_lif, fused.fixed_statistics, NONZERO)(*leaves)
@@ -98,7 +96,7 @@ def test_keeps_nothing_but_its_inputs(device: str) -> None:
     normalization = fused.kernel_statistics(y, weight, bias)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        norm_lif.norm_lif(y, normalization, *CIFAR)
+        norm_lif.norm_lif(y, normalization, CIFAR)
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (y, *normalization.tensors)]
 
 
@@ -112,7 +110,7 @@ def test_opcheck(device: str) -> None:
     case = replace(DEFAULT, dtype_name="fp16")
     leaves = leaves_of(case, device, "contiguous")
     normalization = fused.kernel_statistics(*leaves)
-    constants = Constants.of(case.dtype, *CIFAR)
+    constants = CIFAR.flatten()
     y, *tensors = (t.requires_grad_(i < 3) for i, t in enumerate((leaves[0], *normalization.tensors)))
     torch.library.opcheck(torch.ops.gac.norm_lif.default, (y, *tensors, True, False, *constants))
     y, *tensors = (tensor.detach() for tensor in (y, *tensors))
@@ -153,14 +151,14 @@ def test_autocast_casts_nothing(dtype: str, device: str) -> None:
 def test_bad_input(shape: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
     normalization = fused.fixed_statistics(torch.ones(1), torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match=message) as error:
-        norm_lif.norm_lif(torch.ones(shape, dtype=dtype), normalization, *CIFAR)
+        norm_lif.norm_lif(torch.ones(shape, dtype=dtype), normalization, CIFAR)
     assert "\n" not in str(error.value)
 
 
 def test_unsupported_surrogate() -> None:
     normalization = fused.fixed_statistics(torch.ones(1), torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match="not Erf; use another surrogate or backend='torch'"):
-        norm_lif.norm_lif(torch.ones(4, 1, 8, 1, 1), normalization, CIFAR[0], surrogate.Erf())
+        norm_lif.norm_lif(torch.ones(4, 1, 8, 1, 1), normalization, replace(CIFAR, surrogate=surrogate.Erf()))
 
 
 @pytest.mark.parametrize(
@@ -175,4 +173,4 @@ def test_unsupported_surrogate() -> None:
 def test_a_normalisation_that_does_not_fit(name: str, tensor: Tensor, message: str) -> None:
     normalization = fused.fixed_statistics(torch.ones(1), torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match=message):
-        norm_lif.norm_lif(torch.ones(4, 1, 8, 1, 1), replace(normalization, **{name: tensor}), *CIFAR)
+        norm_lif.norm_lif(torch.ones(4, 1, 8, 1, 1), replace(normalization, **{name: tensor}), CIFAR)

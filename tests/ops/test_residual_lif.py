@@ -12,14 +12,16 @@ from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import residual_lif
-from gac.ops.batch_norm import Normalization
-from gac.ops.lif import Constants
+from gac.ops.batch_norm import BatchNormTransform
+from gac.ops.neuron import LIFParameters
 
 SHORTCUTS = ("plain", "normalized")
-NO_NEURON = None, None
+NO_NEURON = None
 
 
-def block_end(function: Callable, statistics: Callable[..., Normalization], neuron: tuple) -> fused.Operation:
+def block_end(
+    function: Callable, statistics: Callable[..., BatchNormTransform], neuron: LIFParameters
+) -> fused.Operation:
     """Return ``function`` (residual_lif or its reference) as one of y, weight, bias, shortcut, perhaps with BatchNorm.
 
     It gives membrane stream and spikes, or the membrane stream alone where there is no neuron.
@@ -27,7 +29,7 @@ def block_end(function: Callable, statistics: Callable[..., Normalization], neur
 
     def operation(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         of_shortcut = statistics(shortcut, *parameters) if parameters else None
-        outputs = function(y, statistics(y, weight, bias), shortcut, of_shortcut, *neuron)
+        outputs = function(y, statistics(y, weight, bias), shortcut, of_shortcut, neuron)
         return outputs if neuron != NO_NEURON else outputs[:1]
 
     return operation
@@ -41,7 +43,7 @@ def leaves_of(case: Case, shortcut: str, device: str, layout: str = "channels_la
 
 
 def assert_kernels_equal_reference(
-    leaves: tuple[Tensor, ...], neuron: tuple, fixed: bool = False, without: int | None = None
+    leaves: tuple[Tensor, ...], neuron: LIFParameters, fixed: bool = False, without: int | None = None
 ) -> None:
     """``without``: the output that gets no gradient."""
     statistics = fused.fixed_statistics if fixed else fused.kernel_statistics
@@ -86,7 +88,7 @@ def test_without_a_neuron(shortcut: str, dtype: str, device: str) -> None:
     assert_kernels_equal_reference(leaves, NO_NEURON)
     y, weight, bias, added = leaves[:4]
     normalization = fused.kernel_statistics(y, weight, bias)
-    assert residual_lif.residual_lif(y, normalization, added, None, *NO_NEURON)[1] is None
+    assert residual_lif.residual_lif(y, normalization, added, None, NO_NEURON)[1] is None
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -100,10 +102,9 @@ def test_ties_at_thresholds_and_window_ends(neuron: str, device: str) -> None:
     y, shortcut = (fused.dyadic(case.shape, device, case.dtype, seed) for seed in (0, 1))
     leaves = y, *fused.dyadic_parameters(case.frame[1], device), shortcut / 2
     assert_kernels_equal_reference(leaves, case.neuron, fixed=True)
-    parameters, surrogate_function = case.neuron
     normalization = fused.fixed_statistics(*leaves[:3])
     fused.assert_ties(
-        lambda p: residual_lif.residual_lif(y, normalization, leaves[3], None, p, surrogate_function)[1], parameters
+        lambda neuron: residual_lif.residual_lif(y, normalization, leaves[3], None, neuron)[1], case.neuron
     )
 
 
@@ -112,9 +113,9 @@ def test_spikes_are_those_of_the_stored_membrane(device: str) -> None:
     shape = (1, 1, 8, 1, 1)
     y, shortcut = torch.full(shape, 2.0**-12, device=device).half(), torch.ones(shape, device=device).half()
     weight, mean = torch.ones(8, device=device), torch.zeros(8, device=device)
-    normalization = Normalization(weight, mean, mean, weight, False)
+    normalization = BatchNormTransform(weight, mean, mean, weight, False)
     for function in (residual_lif.residual_lif, residual_lif.reference):
-        membrane, spikes = function(y, normalization, shortcut, None, *CIFAR)
+        membrane, spikes = function(y, normalization, shortcut, None, CIFAR)
         assert membrane.unique().tolist() == [1.0]
         assert spikes.sum() == 0
 
@@ -123,7 +124,7 @@ def test_one_tensor_as_shortcut_and_input(device: str) -> None:
     y, weight, bias, *_ = leaves_of(DEFAULT, "plain", device)
 
     def doubled(function: Callable, statistics: Callable) -> fused.Operation:
-        return lambda y, weight, bias: function(y, statistics(y, weight, bias), y, None, *CIFAR)
+        return lambda y, weight, bias: function(y, statistics(y, weight, bias), y, None, CIFAR)
 
     kernels = doubled(residual_lif.residual_lif, fused.kernel_statistics)
     reference = fused.seeing_stored(doubled(residual_lif.reference, fused.reference_statistics), y.dtype)
@@ -145,7 +146,7 @@ def test_keeps_only_what_the_backward_pass_reads(shortcut: str, device: str) -> 
     shortcut_normalization = fused.kernel_statistics(added, *of_shortcut) if of_shortcut else None
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        membrane, _ = residual_lif.residual_lif(y, normalization, added, shortcut_normalization, *CIFAR)
+        membrane, _ = residual_lif.residual_lif(y, normalization, added, shortcut_normalization, CIFAR)
     sequences = [tensor.data_ptr() for tensor in kept if tensor.ndim == 5]
     wanted = [membrane, y, added] if of_shortcut else [membrane, y]
     assert sequences == [tensor.data_ptr() for tensor in wanted]
@@ -157,7 +158,7 @@ def test_opcheck(shortcut: str, device: str) -> None:
     y, weight, bias, added, *of_shortcut = leaves_of(case, shortcut, device, "contiguous")
     tensors = fused.kernel_statistics(y, weight, bias).tensors
     shortcut_tensors = fused.kernel_statistics(added, *of_shortcut).tensors if of_shortcut else (None,) * 4
-    constants = Constants.of(case.dtype, *CIFAR)
+    constants = CIFAR.flatten()
     leaves = [tensor.clone().requires_grad_() for tensor in (y, weight, bias, added)]
     for with_spikes in (True, False):
         torch.library.opcheck(
@@ -212,17 +213,17 @@ GOOD = torch.ones(4, 2, 8, 1, 1)
 def test_bad_input(y: Tensor, shortcut: Tensor, message: str) -> None:
     normalization = fused.fixed_statistics(y, torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match=message) as error:
-        residual_lif.residual_lif(y, normalization, shortcut, None, *CIFAR)
+        residual_lif.residual_lif(y, normalization, shortcut, None, CIFAR)
     assert "\n" not in str(error.value)
 
 
 def test_float64_is_refused_without_a_neuron() -> None:
     normalization = fused.fixed_statistics(GOOD, torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match=r"got torch\.float64; use backend='torch'"):
-        residual_lif.residual_lif(GOOD.double(), normalization, GOOD.double(), None, *NO_NEURON)
+        residual_lif.residual_lif(GOOD.double(), normalization, GOOD.double(), None, NO_NEURON)
 
 
 def test_unsupported_surrogate() -> None:
     normalization = fused.fixed_statistics(GOOD, torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match="not Erf; use another surrogate or backend='torch'"):
-        residual_lif.residual_lif(GOOD, normalization, GOOD, None, CIFAR[0], surrogate.Erf())
+        residual_lif.residual_lif(GOOD, normalization, GOOD, None, replace(CIFAR, surrogate=surrogate.Erf()))

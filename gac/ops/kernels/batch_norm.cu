@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kLanes * kSlices, 1) batch_moments_total(
 // totals [quantities, channels] of partials [blocks, quantities, channels], quantity being blockIdx.y. The second and
 // the third are multiplied by the channel's factor.
 __global__ void __launch_bounds__(kLanes * kSlices, 1) total_of_partials(
-    const float* __restrict__ partials, const float* __restrict__ second_factor,
-    const float* __restrict__ third_factor, float* __restrict__ totals, int blocks, int channels) {
+    const float* __restrict__ partials, const float* __restrict__ NULLABLE second_factor,
+    const float* __restrict__ NULLABLE third_factor, float* __restrict__ totals, int blocks, int channels) {
     const int channel = blockIdx.x * kLanes + threadIdx.x % kLanes;
     const int quantity = blockIdx.y, quantities = gridDim.y;
     double sum = 0.0;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kLanes * kSlices, 1) total_of_partials(
 
 // inverse_std and the running statistics from moments [3, channels]; running_mean and running_var may be null.
 __global__ void batch_statistics(
-    const float* __restrict__ moments, float* __restrict__ running_mean, float* __restrict__ running_var,
+    const float* __restrict__ moments, float* __restrict__ NULLABLE running_mean, float* __restrict__ NULLABLE running_var,
     float* __restrict__ inverse_std, float eps, float momentum, int channels) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= channels) return;

@@ -2,6 +2,9 @@
 #pragma once
 #include "device.cuh"
 
+// After the type of a kernel's pointer: Python may pass None. It reads this off the source (gac/ops/cuda/compiler.py).
+#define NULLABLE
+
 struct Float16 {
     unsigned short bits;
 };

@@ -41,10 +41,9 @@ struct Image {
 template <typename Element, int kSteps, int kWidth, Reset kReset>
 __global__ void __launch_bounds__(kThreads, 1) gate_lif_forward(
     const Element* __restrict__ x, const float* __restrict__ temporal, const Element* __restrict__ spatial,
-    float decay, float gain, float bias, float threshold, float v_reset,
+    LIF lif,
     Element* __restrict__ membrane, Element* __restrict__ spikes,
     long long images, long long image_size, int blocks_per_image) {
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     const Image<kWidth> at(blocks_per_image);
     float a[kSteps];
 #pragma unroll
@@ -56,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_forward(
         const auto spatial_here = load_vector<kWidth>(spatial + neuron);
         Vector<Element, kWidth> gated[kSteps];
         run_through_time<kSteps, kWidth, kReset>(
-            lif, v_reset, [&](int, int i) { return to_float(x_here[i]); },
+            lif, lif.v_reset, [&](int, int i) { return to_float(x_here[i]); },
             [&](int k, const float(&h)[kWidth]) {
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i)
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_forward(
                 store_vector(membrane + k * images * image_size + neuron, gated[k]);
             });
         run_through_time<kSteps, kWidth, kReset>(
-            lif, v_reset, [&](int k, int i) { return to_float(gated[k][i]); },
+            lif, lif.v_reset, [&](int k, int i) { return to_float(gated[k][i]); },
             [&](int k, const float(&h)[kWidth]) {
                 store_spikes(lif, h, spikes + k * images * image_size, neuron);
             });
@@ -88,12 +87,11 @@ __device__ __forceinline__ float sum_over_block(float value) {
 // grad_membrane and grad_spikes may be null (zero). grad_temporal_partials: [blocks_per_image, T, images].
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
-    const Element* __restrict__ grad_membrane, const Element* __restrict__ grad_spikes,
+    const Element* __restrict__ NULLABLE grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
     const Element* __restrict__ x, const float* __restrict__ temporal, const Element* __restrict__ spatial,
-    float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
+    LIF lif,
     Element* __restrict__ grad_x, float* __restrict__ grad_temporal_partials, Element* __restrict__ grad_spatial,
     long long images, long long image_size, int blocks_per_image) {
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     const Image<kWidth> at(blocks_per_image);
     float a[kSteps], grad_a[kSteps];
 #pragma unroll
@@ -112,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
 
         float h[kSteps][kWidth];  // the encoder's membrane potentials
         run_through_time<kSteps, kWidth, kReset>(
-            lif, v_reset, [&](int, int i) { return to_float(x_here[i]); },
+            lif, lif.v_reset, [&](int, int i) { return to_float(x_here[i]); },
             [&](int k, const float(&h_k)[kWidth]) {
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) h[k][i] = h_k[i];
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) grad_v[i] = grad_x_here[i] = grad_spatial_here[i] = 0.0f;
         run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
-            lif, v_reset, surrogate_a, surrogate_b,
+            lif, lif.v_reset,
             [&](int k, int i) {
                 const float gate = sigmoid<Element>(a[k] * to_float(spatial_here[i]));
                 return to_float(from_float<Element>(lif.fires(h[k][i]) ? gate : 0.0f));
@@ -137,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
                     grad_spatial_here[i] += a[k] * grad_score;
                     grad_a[k] += score_factor * grad_score;
                     const float grad_h = lif.charge_gradient<kReset, kDetached, Surrogate>(
-                        h[k][i], grad * gate, grad_v[i], surrogate_a, surrogate_b);
+                        h[k][i], grad * gate, grad_v[i]);
                     grad_x_here[i] += lif.gain * grad_h;
                     grad_v[i] = lif.decay * grad_h;
                 }

@@ -19,12 +19,11 @@ __device__ __forceinline__ long long first_neuron() {
 // v_init may be null (all neurons start at v_start), v_final may be null (not wanted).
 template <typename Element, int kSteps, bool kWholeSequence, int kWidth, Reset kReset>
 __global__ void __launch_bounds__(kThreads, 1) lif_forward(
-    const Element* __restrict__ x_seq, const float* __restrict__ v_init, float v_start,
-    float decay, float gain, float bias, float threshold, float v_reset,
-    Element* __restrict__ spikes, float* __restrict__ v_final, long long frame_size, int T) {
+    const Element* __restrict__ x_seq, const float* __restrict__ NULLABLE v_init, float v_start,
+    LIF lif,
+    Element* __restrict__ spikes, float* __restrict__ NULLABLE v_final, long long frame_size, int T) {
     const long long neuron = first_neuron<kWidth>();
     if (neuron >= frame_size) return;
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     const int length = kWholeSequence ? kSteps : T;
 
     float v[kWidth];
@@ -53,13 +52,12 @@ __global__ void __launch_bounds__(kThreads, 1) lif_forward(
 // v_boundary [chunks - 1, N]. Each gradient may be null: incoming ones are zero then, outgoing ones not wanted.
 template <typename Element, int kSteps, bool kWholeSequence, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) lif_backward(
-    const Element* __restrict__ grad_spikes, const float* __restrict__ grad_v_final,
-    const Element* __restrict__ x_seq, const float* __restrict__ v_init, float v_start,
-    float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
-    Element* __restrict__ grad_x, float* __restrict__ grad_v_init, float* v_boundary, long long frame_size, int T) {
+    const Element* __restrict__ NULLABLE grad_spikes, const float* __restrict__ NULLABLE grad_v_final,
+    const Element* __restrict__ x_seq, const float* __restrict__ NULLABLE v_init, float v_start,
+    LIF lif,
+    Element* __restrict__ NULLABLE grad_x, float* __restrict__ NULLABLE grad_v_init, float* NULLABLE v_boundary, long long frame_size, int T) {
     const long long neuron = first_neuron<kWidth>();
     if (neuron >= frame_size) return;
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     const int chunks = kWholeSequence ? 1 : (T + kSteps - 1) / kSteps;
 
     float v[kWidth];
@@ -105,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_backward(
 #pragma unroll
             for (int lane = 0; lane < kWidth; ++lane) {
                 const float grad_h = lif.charge_gradient<kReset, kDetached, Surrogate>(
-                    h[k][lane], grad_spikes ? to_float(grad_s[k][lane]) : 0.0f, grad_v[lane], surrogate_a, surrogate_b);
+                    h[k][lane], grad_spikes ? to_float(grad_s[k][lane]) : 0.0f, grad_v[lane]);
                 grad_x_t[lane] = from_float<Element>(lif.gain * grad_h);
                 grad_v[lane] = lif.decay * grad_h;
             }

@@ -4,12 +4,15 @@
 
 enum class Reset { hard, soft };
 
+// Kernels get it by value, packed by gac/ops/cuda/launch.py in the order of these lines.
 struct LIF {
     float decay;      // h_t = decay v_{t-1} + gain x_t + bias
     float gain;
     float bias;
     float threshold;  // s_t = [h_t > threshold]
     float v_reset;    // hard: v_t = v_reset where s_t = 1; soft: v_t = h_t - threshold s_t
+    float surrogate_a;  // a and b of surrogate.cuh
+    float surrogate_b;
 
     // Each operation rounds on its own (no fused multiply-add), in the order of the reference in gac/ops/lif.py:
     // so the spikes are the reference's, bit for bit.
@@ -33,10 +36,10 @@ struct LIF {
     // The gradient of h_t from grad_s, that of s_t, and grad_v, that of v_t; gain times it is the gradient of
     // x_t, decay times it that of v_{t-1}. kDetached: the spike inside the reset counts as a constant.
     template <Reset kReset, bool kDetached, typename Surrogate>
-    __device__ __forceinline__ float charge_gradient(float h, float grad_s, float grad_v, float a, float b) const {
+    __device__ __forceinline__ float charge_gradient(float h, float grad_s, float grad_v) const {
         const float through_reset = kReset == Reset::hard ? v_reset - h : -threshold;
         const float grad_spike = kDetached ? grad_s : grad_s + grad_v * through_reset;
         const float kept = (kReset == Reset::hard && fires(h)) ? 0.0f : grad_v;
-        return grad_spike * Surrogate::gradient(h - threshold, a, b) + kept;
+        return grad_spike * Surrogate::gradient(h - threshold, surrogate_a, surrogate_b) + kept;
     }
 };

@@ -10,10 +10,9 @@
 // One block (of the grid's first dimension) an image.
 template <typename Element, int kSteps, int kWidth, Reset kReset>
 __global__ void __launch_bounds__(kThreads, 1) lif_pool_forward(
-    const Element* __restrict__ x, float decay, float gain, float bias, float threshold, float v_reset,
+    const Element* __restrict__ x, LIF lif,
     Element* __restrict__ pooled, long long images, int pixels, int channels) {
     const Tile<kWidth> tile(channels, 0, 1);
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     const long long image = blockIdx.x;
     float spikes[kSteps][kWidth];
 #pragma unroll
@@ -25,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_forward(
             Vector<Element, kWidth> x_seq[kSteps];
             load_sequence(x, images * pixels * channels, (image * pixels + row) * channels + tile.channel, x_seq);
             run_through_time<kSteps, kWidth, kReset>(
-                lif, v_reset, [&](int k, int i) { return to_float(x_seq[k][i]); },
+                lif, lif.v_reset, [&](int k, int i) { return to_float(x_seq[k][i]); },
                 [&](int k, const float(&h)[kWidth]) {
 #pragma unroll
                     for (int i = 0; i < kWidth; ++i) spikes[k][i] += lif.fires(h[i]) ? 1.0f : 0.0f;
@@ -41,11 +40,10 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_forward(
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) lif_pool_backward(
     const Element* __restrict__ grad_pooled, const Element* __restrict__ x,
-    float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
+    LIF lif,
     Element* __restrict__ grad_x, long long images, int pixels, int channels) {
     const Tile<kWidth> tile(channels);
     if (!tile.active) return;
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     const long long rows = images * pixels, frame_size = rows * channels;
     const float share = 1.0f / pixels;
 
@@ -55,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_backward(
         load_sequence(x, frame_size, neuron, x_seq);
         load_sequence(grad_pooled, images * channels, row / pixels * channels + tile.channel, grad_seq);
         run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
-            lif, v_reset, surrogate_a, surrogate_b, [&](int k, int i) { return to_float(x_seq[k][i]); },
+            lif, lif.v_reset, [&](int k, int i) { return to_float(x_seq[k][i]); },
             [&](int k, int i) { return to_float(grad_seq[k][i]) * share; },
             [&](int k, const float(&grad)[kWidth]) { store_floats(grad_x + k * frame_size, neuron, grad); });
     }

@@ -9,14 +9,11 @@
 
 template <typename Element, int kSteps, int kWidth, Reset kReset>
 __global__ void __launch_bounds__(kThreads, 1) norm_lif_forward(
-    const Element* __restrict__ y, const float* __restrict__ weight_of, const float* __restrict__ bias_of,
-    const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
-    float decay, float gain, float bias, float threshold, float v_reset,
+    const Element* __restrict__ y, Norm norm_of, LIF lif,
     Element* __restrict__ spikes, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
     if (!tile.active) return;
-    const LIF lif{decay, gain, bias, threshold, v_reset};
-    const Normalization<kWidth> norm(weight_of, bias_of, mean_of, inverse_std_of, tile.channel);
+    const Normalization<kWidth> norm(norm_of, tile.channel);
     const long long frame_size = rows * channels;
 
     for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
@@ -24,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_forward(
         Vector<Element, kWidth> y_seq[kSteps];
         load_sequence(y, frame_size, neuron, y_seq);
         run_through_time<kSteps, kWidth, kReset>(
-            lif, v_reset, [&](int k, int i) { return norm.apply(i, to_float(y_seq[k][i])); },
+            lif, lif.v_reset, [&](int k, int i) { return norm.apply(i, to_float(y_seq[k][i])); },
             [&](int k, const float(&h)[kWidth]) { store_spikes(lif, h, spikes + k * frame_size, neuron); });
     }
 }
@@ -35,12 +32,12 @@ template <
     int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate, typename Element, typename Emit>
 __device__ __forceinline__ void norm_lif_row(
     const Element* grad_spikes, const Element* y, const Normalization<kWidth>& norm, const LIF& lif,
-    float surrogate_a, float surrogate_b, long long frame_size, long long neuron, Emit emit) {
+    long long frame_size, long long neuron, Emit emit) {
     Vector<Element, kWidth> y_seq[kSteps], grad_seq[kSteps];
     load_sequence(y, frame_size, neuron, y_seq);
     load_sequence(grad_spikes, frame_size, neuron, grad_seq);
     run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
-        lif, lif.v_reset, surrogate_a, surrogate_b,
+        lif, lif.v_reset,
         [&](int k, int i) { return norm.apply(i, to_float(y_seq[k][i])); },
         [&](int k, int i) { return to_float(grad_seq[k][i]); },
         [&](int k, const float(&grad)[kWidth]) { emit(k, y_seq[k], grad); });
@@ -51,20 +48,17 @@ __device__ __forceinline__ void norm_lif_row(
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_sums(
     const Element* __restrict__ grad_spikes, const Element* __restrict__ y,
-    const float* __restrict__ weight_of, const float* __restrict__ bias_of,
-    const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
-    float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
+    Norm norm_of, LIF lif,
     float* __restrict__ partials, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     float sum[kWidth], sum_of_products[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sum[i] = sum_of_products[i] = 0.0f;
     if (tile.active) {
-        const Normalization<kWidth> norm(weight_of, bias_of, mean_of, inverse_std_of, tile.channel);
+        const Normalization<kWidth> norm(norm_of, tile.channel);
         for (long long row = tile.first_row(); row < rows; row += tile.row_step())
             norm_lif_row<kSteps, kWidth, kReset, kDetached, Surrogate>(
-                grad_spikes, y, norm, lif, surrogate_a, surrogate_b, rows * channels, row * channels + tile.channel,
+                grad_spikes, y, norm, lif, rows * channels, row * channels + tile.channel,
                 [&](int, const Vector<Element, kWidth>& y_k, const float(&grad)[kWidth]) {
 #pragma unroll
                     for (int i = 0; i < kWidth; ++i) {
@@ -84,23 +78,20 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_sums(
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_input(
     const Element* __restrict__ grad_spikes, const Element* __restrict__ y,
-    const float* __restrict__ weight_of, const float* __restrict__ bias_of,
-    const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
-    float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
+    Norm norm_of, LIF lif,
     const float* __restrict__ sums, float inverse_count,
     Element* __restrict__ grad_y, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
     if (!tile.active) return;
-    const LIF lif{decay, gain, bias, threshold, v_reset};
-    const Normalization<kWidth> norm(weight_of, bias_of, mean_of, inverse_std_of, tile.channel);
+    const Normalization<kWidth> norm(norm_of, tile.channel);
     const NormalizationGradient<kWidth> norm_gradient(
-        weight_of, mean_of, inverse_std_of, sums, sums + channels, inverse_count, tile.channel);
+        norm_of.weight, norm_of.mean, norm_of.inverse_std, sums, sums + channels, inverse_count, tile.channel);
     const long long frame_size = rows * channels;
 
     for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
         const long long neuron = row * channels + tile.channel;
         norm_lif_row<kSteps, kWidth, kReset, kDetached, Surrogate>(
-            grad_spikes, y, norm, lif, surrogate_a, surrogate_b, frame_size, neuron,
+            grad_spikes, y, norm, lif, frame_size, neuron,
             [&](int k, const Vector<Element, kWidth>& y_k, const float(&grad)[kWidth]) {
                 float grad_y_k[kWidth];
 #pragma unroll

@@ -2,19 +2,27 @@
 #pragma once
 #include "sequence.cuh"
 
+// The tensors of gac/ops/batch_norm.py's BatchNormTransform, [channels] each; kernels get it by value.
+struct Norm {
+    const float* weight;
+    const float* bias;
+    const float* mean;
+    const float* inverse_std;
+};
+
 template <int kWidth>
 struct Normalization {
     float mean[kWidth];
     float scale[kWidth];
     float bias[kWidth];
 
-    __device__ __forceinline__ Normalization(
-        const float* weight_of, const float* bias_of, const float* mean_of, const float* inverse_std_of, int channel) {
+    // A null address counts as zeros.
+    __device__ __forceinline__ Normalization(const Norm& of, int channel) {
         float weight[kWidth], inverse_std[kWidth];
-        load_floats(weight_of, 0.0f, channel, weight);
-        load_floats(bias_of, 0.0f, channel, bias);
-        load_floats(mean_of, 0.0f, channel, mean);
-        load_floats(inverse_std_of, 0.0f, channel, inverse_std);
+        load_floats(of.weight, 0.0f, channel, weight);
+        load_floats(of.bias, 0.0f, channel, bias);
+        load_floats(of.mean, 0.0f, channel, mean);
+        load_floats(of.inverse_std, 0.0f, channel, inverse_std);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) scale[i] = __fmul_rn(inverse_std[i], weight[i]);
     }

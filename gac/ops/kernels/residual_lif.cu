@@ -12,19 +12,13 @@
 // kSpikes: with a LIF layer; otherwise the membrane alone and `spikes` is not touched.
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kNormShortcut, bool kSpikes>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
-    const Element* __restrict__ y, const float* __restrict__ weight_of, const float* __restrict__ bias_of,
-    const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
-    const Element* __restrict__ shortcut, const float* __restrict__ shortcut_weight_of,
-    const float* __restrict__ shortcut_bias_of, const float* __restrict__ shortcut_mean_of,
-    const float* __restrict__ shortcut_inverse_std_of,
-    float decay, float gain, float bias, float threshold, float v_reset,
-    Element* __restrict__ membrane, Element* __restrict__ spikes, long long rows, int channels) {
+    const Element* __restrict__ y, Norm norm_of,
+    const Element* __restrict__ shortcut, Norm NULLABLE shortcut_norm_of, LIF lif,
+    Element* __restrict__ membrane, Element* __restrict__ NULLABLE spikes, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
     if (!tile.active) return;
-    const LIF lif{decay, gain, bias, threshold, v_reset};
-    const Normalization<kWidth> norm(weight_of, bias_of, mean_of, inverse_std_of, tile.channel);
-    const Normalization<kWidth> shortcut_norm(
-        shortcut_weight_of, shortcut_bias_of, shortcut_mean_of, shortcut_inverse_std_of, tile.channel);
+    const Normalization<kWidth> norm(norm_of, tile.channel);
+    const Normalization<kWidth> shortcut_norm(shortcut_norm_of, tile.channel);
     const long long frame_size = rows * channels;
 
     for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
@@ -45,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
         }
         if (kSpikes)
             run_through_time<kSteps, kWidth, kReset>(
-                lif, v_reset, [&](int k, int i) { return to_float(y_seq[k][i]); },
+                lif, lif.v_reset, [&](int k, int i) { return to_float(y_seq[k][i]); },
                 [&](int k, const float(&h)[kWidth]) { store_spikes(lif, h, spikes + k * frame_size, neuron); });
     }
 }
@@ -55,13 +49,12 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
 // and time steps, of its products with (y - mean) and, with kNormShortcut, with (shortcut - its mean).
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate, bool kNormShortcut>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
-    const Element* __restrict__ grad_membrane, const Element* __restrict__ grad_spikes,
+    const Element* __restrict__ NULLABLE grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
     const Element* __restrict__ membrane, const Element* __restrict__ y, const float* __restrict__ mean_of,
-    const Element* __restrict__ shortcut, const float* __restrict__ shortcut_mean_of,
-    float decay, float gain, float bias, float threshold, float v_reset, float surrogate_a, float surrogate_b,
+    const Element* __restrict__ NULLABLE shortcut, const float* __restrict__ NULLABLE shortcut_mean_of,
+    LIF lif,
     Element* __restrict__ grad, float* __restrict__ partials, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
-    const LIF lif{decay, gain, bias, threshold, v_reset};
     const long long frame_size = rows * channels;
     float sum[kWidth], sum_with_y[kWidth], sum_with_shortcut[kWidth];
 #pragma unroll
@@ -93,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
                 load_sequence(membrane, frame_size, neuron, membrane_seq);
                 load_sequence(grad_spikes, frame_size, neuron, grad_seq);
                 run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
-                    lif, v_reset, surrogate_a, surrogate_b,
+                    lif, lif.v_reset,
                     [&](int k, int i) { return to_float(membrane_seq[k][i]); },
                     [&](int k, int i) { return to_float(grad_seq[k][i]); }, take);
             } else {
@@ -118,10 +111,10 @@ template <typename Element, int kWidth, bool kNormShortcut>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_inputs(
     const Element* __restrict__ grad, const Element* __restrict__ y, const float* __restrict__ weight_of,
     const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
-    const Element* __restrict__ shortcut, const float* __restrict__ shortcut_weight_of,
-    const float* __restrict__ shortcut_mean_of, const float* __restrict__ shortcut_inverse_std_of,
+    const Element* __restrict__ NULLABLE shortcut, const float* __restrict__ NULLABLE shortcut_weight_of,
+    const float* __restrict__ NULLABLE shortcut_mean_of, const float* __restrict__ NULLABLE shortcut_inverse_std_of,
     const float* __restrict__ sums, float inverse_count,
-    Element* __restrict__ grad_y, Element* __restrict__ grad_shortcut, long long rows, int channels) {
+    Element* __restrict__ grad_y, Element* __restrict__ NULLABLE grad_shortcut, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
     if (!tile.active) return;
     const NormalizationGradient<kWidth> norm(

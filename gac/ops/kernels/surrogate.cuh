@@ -1,5 +1,5 @@
 // Surrogate gradients ds/dh at u = h - threshold. The host computes the two constants a and b from SpikingJelly's
-// alpha in double precision (gac/ops/lif.py), as SpikingJelly's own expressions do.
+// alpha in double precision (gac/ops/neuron.py), as SpikingJelly's own expressions do.
 #pragma once
 
 // max(0, a - b |u|), a = alpha, b = alpha^2

@@ -23,7 +23,7 @@ template <
     int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate, typename Input, typename Gradient,
     typename Emit>
 __device__ __forceinline__ void run_back_through_time(
-    const LIF& lif, float v_start, float surrogate_a, float surrogate_b, Input input, Gradient grad_spike, Emit emit) {
+    const LIF& lif, float v_start, Input input, Gradient grad_spike, Emit emit) {
     float h[kSteps][kWidth];
     run_through_time<kSteps, kWidth, kReset>(lif, v_start, input, [&](int k, const float(&h_k)[kWidth]) {
 #pragma unroll
@@ -38,7 +38,7 @@ __device__ __forceinline__ void run_back_through_time(
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
             const float grad_h = lif.charge_gradient<kReset, kDetached, Surrogate>(
-                h[k][i], grad_spike(k, i), grad_v[i], surrogate_a, surrogate_b);
+                h[k][i], grad_spike(k, i), grad_v[i]);
             grad_x[i] = lif.gain * grad_h;
             grad_v[i] = lif.decay * grad_h;
         }

@@ -1,1 +1,0 @@
-"""Throughput of training and evaluation over time steps, batch, precision and implementation."""

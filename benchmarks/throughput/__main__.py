@@ -1,8 +1,0 @@
-"""python -m benchmarks.throughput (--help lists all options)."""
-
-import sys
-
-from benchmarks.throughput.command import main
-
-if __name__ == "__main__":
-    sys.exit(main())

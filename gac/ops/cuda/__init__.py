@@ -1,0 +1,1 @@
+"""Compiles and launches CUDA kernels through CuPy."""

@@ -1,0 +1,121 @@
+"""PyTorch operators that run CUDA kernels: definition, implementation, and the derivative.
+
+An operator takes only tensors, numbers and strings. This file alone takes a neuron apart for it and puts it together
+again: to everyone else it is one argument, the last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gac.ops.neuron import LIFParameters
+
+OPERATORS: dict[str, Callable] = {}
+"""The operators' implementations by name; the tests register them for the CPU as well."""
+
+_NEURON_ARGUMENTS = LIFParameters.SCHEMA.count(",") + 1
+_with_neuron: set[str] = set()
+
+
+def define(name: str, schema: str) -> None:
+    """Define an operator such as "gac::lif_pool"; its last argument may be "LIF neuron"."""
+    flat = schema.replace("LIF neuron)", f"{LIFParameters.SCHEMA})")
+    if flat != schema:
+        _with_neuron.add(name)
+    torch.library.define(name, flat, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _flatten(arguments: tuple) -> tuple:
+    *others, last = arguments
+    return (*others, *last.flatten()) if isinstance(last, LIFParameters) else arguments
+
+
+def _unflatten(name: str, arguments: tuple) -> tuple:
+    if name not in _with_neuron:
+        return arguments
+    return *arguments[:-_NEURON_ARGUMENTS], LIFParameters.unflatten(*arguments[-_NEURON_ARGUMENTS:])
+
+
+def call(name: str, *arguments: object) -> Any:
+    """Return what an operator such as "gac::lif_pool" gives for its arguments."""
+    return getattr(torch.ops.gac, name.removeprefix("gac::")).default(*_flatten(arguments))
+
+
+def outputs(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as what tells the outputs' shapes, dtypes and strides of an operator."""
+
+    def register(function: Callable) -> Callable:
+        torch.library.register_fake(name, lambda *arguments: function(*_unflatten(name, arguments)))
+        return function
+
+    return register
+
+
+def implement(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as what runs an operator such as "gac::norm_lif" on CUDA devices."""
+
+    def register(function: Callable) -> Callable:
+        OPERATORS[name] = lambda *arguments: function(*_unflatten(name, arguments))
+        torch.library.impl(name, "cuda", OPERATORS[name])
+        return function
+
+    return register
+
+
+def differentiable(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
+) -> Callable[..., Any]:
+    """Give an operator such as "gac::norm_lif" its derivative, and return the function that calls it.
+
+    ``setup_context`` and ``backward`` are what torch.library.register_autograd takes, except that ``backward`` returns
+    gradients of the first inputs only: the others have none. Differentiating twice fails with a clear message;
+    torch.func's transforms do not take the function.
+    """
+
+    def forward(ctx: torch.autograd.function.FunctionCtx, *arguments: object) -> Any:
+        output = call(name, *arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    def setup_flat_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Any) -> None:
+        setup_context(ctx, _unflatten(name, inputs), output)
+
+    def backward_once(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                results = backward(ctx, *gradients)
+            fresh = (None if each is None else each.detach().requires_grad_() for each in results)
+            results = _NoSecondDerivative.apply(name, *fresh)
+        else:
+            results = backward(ctx, *gradients)
+        return *results, *(None for _ in ctx.needs_input_grad[len(results) :])
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+    function = type(name.removeprefix("gac::"), (torch.autograd.Function,), methods)
+    torch.library.register_autograd(name, backward_once, setup_context=setup_flat_context)
+
+    def run(*arguments: object) -> Any:
+        # A compiler is to see the operator. Elsewhere a plain autograd.Function does the same as the one that
+        # torch.library generates for it, in a fraction of the time on the host.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return call(name, *arguments)
+        return function.apply(*arguments)
+
+    return run
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients as they are, of which a derivative fails with a clear message instead of being zero."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, name: str, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return gradients
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor | None) -> None:
+        raise NotImplementedError(f"{ctx.name} has no second derivative: the CUDA kernels have none of second order")
