@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import parity
 import torch
 
+import parity
 from gac.checkpoint import write_checkpoint
 from gac.config import ModelConfig
 from gac.models import create_model

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_on_cpu.launcher import KernelsOnCpu
 
+from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.ops import backend, operators
 from gac.ops.cuda import launch
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded_graph import CaptureByRecording
 
 from gac import create_model
 from gac.checkpoint import read_checkpoint, write_checkpoint
@@ -18,6 +17,7 @@ from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
 from gac.options import parse_eval
 from gac.training.engine import train
+from recorded_graph import CaptureByRecording
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(

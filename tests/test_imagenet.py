@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from image_tree import DAMAGED, write_split
 
 from benchmarks import loader
 from gac.cli import eval_main, parse_train, train_main
 from gac.training.run_folder import read_metrics
+from image_tree import DAMAGED, write_split
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {name: ROOT / "configs" / f"imagenet_{name}.yaml" for name in ("r18", "r34")}

@@ -1,12 +1,12 @@
 import math
 
 import numpy as np
-import parity
 import pytest
 import torch
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from torch import nn
 
+import parity
 from gac.neuron import PRESETS, LIFNode
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

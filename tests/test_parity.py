@@ -5,12 +5,12 @@ the quiet cases are compared closely, the others, where rounding decides single 
 """
 
 import numpy as np
-import parity
 import pytest
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import monitor, neuron
 
+import parity
 from gac.checkpoint.authors import translate
 from gac.config import TrainConfig
 from gac.models import ms_resnet

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from run_results import assert_same, result_of
 
 from gac.checkpoint import read_checkpoint
 from gac.cli import train_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.training.run_folder import read_metrics
+from run_results import assert_same, result_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recorded_graph import CaptureByRecording
 
 from benchmarks import candidates, equality
 from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, ReplayedCandidate
@@ -16,6 +15,7 @@ from gac.execution import cuda_graph
 from gac.execution.device import autocast
 from gac.models import fused
 from gac.neuron import LIFNode
+from recorded_graph import CaptureByRecording
 
 CPU = torch.device("cpu")
 SIZE = NetworkSize("gac_msresnet18_cifar", width=8, depth=(1, 1, 1), image_size=8, num_classes=3)

@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from cuda_on_cpu.launcher import KernelsOnCpu
 
 from benchmarks import kernels
 from benchmarks.common import EXEMPT, NetworkSize, Timing, compare, relative_rms
@@ -21,6 +20,7 @@ from benchmarks.kernels import (
     replay,
     sites,
 )
+from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import Kernel
 

@@ -5,11 +5,11 @@ import tempfile
 import time
 
 import pytest
-from image_tree import DAMAGED, write_split
 from PIL import Image
 
 from benchmarks import loader
 from gac.data import image_folder
+from image_tree import DAMAGED, write_split
 
 SMALL = ["--device", "cpu", "--batch", "4", "--rounds", "2", "--image-size", "32", "--resize", "36"]
 

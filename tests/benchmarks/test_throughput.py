@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from recorded_graph import CaptureByRecording
 from spikingjelly.activation_based import neuron, surrogate
 from spikingjelly.activation_based.model import ms_resnet
 from torch import Tensor
@@ -16,6 +15,7 @@ from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, ConvolutionFloor, 
 from benchmarks.common import PRECISIONS, NetworkSize, Timing, time_in_turns
 from benchmarks.peers import spikingjelly_network, step_loop
 from benchmarks.throughput import Cell, find_largest_batch, largest
+from recorded_graph import CaptureByRecording
 
 CPU = torch.device("cpu")
 SIZE = NetworkSize("gac_msresnet18_cifar", width=4, depth=(1, 1, 1), image_size=8, num_classes=3)

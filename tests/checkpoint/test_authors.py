@@ -1,11 +1,11 @@
 """State dicts in the authors' names: every key is used, and what they hold is checked."""
 
-import parity
 import pytest
 import torch
-from checkpoint_files import CASES, authors_file
 
 import gac
+import parity
+from checkpoint_files import CASES, authors_file
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

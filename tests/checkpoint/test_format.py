@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from checkpoint_files import CASES, authors_file, our_file
 
 import gac
+from checkpoint_files import CASES, authors_file, our_file
 from gac import checkpoint
 from gac.errors import InputError
 from gac.models import create_model

@@ -1,9 +1,9 @@
 import numpy as np
-import parity
 import pytest
 import torch
 from spikingjelly.activation_based import functional
 
+import parity
 from gac.coding.gated import GatedAttentionCoding, GatedAttentionUnit, TemporalAttention
 
 OURS = {

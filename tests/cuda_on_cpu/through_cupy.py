@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ops import fused
-from ops.test_fused_operators import leaves_of_network, run_network
-from ops.test_lif import make_input, run
 
 from cuda_on_cpu import stand_in_driver
 from cuda_on_cpu.launcher import KernelsOnCpu
@@ -21,6 +18,9 @@ from cuda_on_cpu.stand_in_driver import BLOCKS, CAPABILITIES, MULTIPROCESSORS, S
 from gac.ops import backend, lif
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import KERNEL_FOLDER, Kernel
+from ops import fused
+from ops.test_fused_operators import leaves_of_network, run_network
+from ops.test_lif import make_input, run
 
 stand_in_driver.replace_context()
 

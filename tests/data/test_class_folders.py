@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from image_tree import CLASSES, write_split
 
 from gac.data.class_folders import open_folders
 from gac.errors import InputError
+from image_tree import CLASSES, write_split
 
 BOTH = ("train", "test")
 

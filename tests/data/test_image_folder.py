@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_tree import CLASSES as REAL_CLASSES
-from image_tree import DAMAGED, PHOTOGRAPHS, SOUND, write_split
 from PIL import Image
 from torchvision import transforms
 
@@ -19,6 +17,8 @@ from gac.data import build_data
 from gac.data.augment import POLICIES
 from gac.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from gac.errors import InputError
+from image_tree import CLASSES as REAL_CLASSES
+from image_tree import DAMAGED, PHOTOGRAPHS, SOUND, write_split
 
 CLASSES = ("ant", "bee", "cat")
 SIZES = ((40, 30), (33, 64), (24, 24), (90, 50))  # width, height

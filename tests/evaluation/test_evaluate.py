@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recorded_graph import CaptureByRecording
 from spikingjelly.activation_based import monitor, neuron
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from gac.errors import InputError
 from gac.evaluation.evaluate import EvaluationStep, evaluate
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice
 from gac.models import create_model
+from recorded_graph import CaptureByRecording
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from cuda_on_cpu.launcher import KernelsOnCpu
-from run_results import stop_at
 from torch import Tensor
 
+from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.checkpoint import read_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
@@ -41,6 +40,7 @@ from gac.training.run_folder import RunFolder
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
 from gac.training.totals import Readback, Totals, TrainingDiverged
+from run_results import stop_at
 
 # 43 images leave a batch of 3 at the end, and 10 test images one of 1: an uneven and an empty part.
 SYNCHRONIZED = Config(

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from recorded_graph import CaptureByRecording
-from run_results import assert_same, result_of, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -20,6 +18,8 @@ from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed, c
 from gac.training import engine, optim
 from gac.training.engine import train
 from gac.training.signals import Interrupted
+from recorded_graph import CaptureByRecording
+from run_results import assert_same, result_of, stop_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,12 +17,10 @@ import pytest
 import torch
 import torch.distributed.run
 import yaml
-from execution import several_ranks
-from execution.several_ranks import ACCUMULATING, BATCHES, PLAIN, RESTARTED, SYNCHRONIZED, folder_config
-from image_tree import CLASSES, write_split
-from run_results import assert_same, result_of, stop_at, without_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from execution import several_ranks
+from execution.several_ranks import ACCUMULATING, BATCHES, PLAIN, RESTARTED, SYNCHRONIZED, folder_config
 from gac.checkpoint import read_checkpoint
 from gac.cli import parse_eval, parse_train
 from gac.config import Config
@@ -44,6 +42,8 @@ from gac.training.engine import train
 from gac.training.run_folder import read_metrics
 from gac.training.signals import Interrupted
 from gac.training.totals import over_ranks
+from image_tree import CLASSES, write_split
+from run_results import assert_same, result_of, stop_at, without_times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

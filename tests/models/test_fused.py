@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_on_cpu.launcher import KernelsOnCpu
 from spikingjelly.activation_based import functional, monitor, neuron
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.models import create_model, fused
 from gac.models.ms_resnet import MSBlock, MSResNet
 from gac.neuron import LIFNode

@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu
-from ops import fused
-from ops.fused import DTYPES
 from torch import Tensor, nn
 
+from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu
 from gac.errors import InputError
 from gac.ops import batch_norm
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.cuda import launch
+from ops import fused
+from ops.fused import DTYPES
 
 
 def assert_moments_equal_reference(y: Tensor, mean_error: float = 1e-6, variance_error: float = 3e-6) -> None:

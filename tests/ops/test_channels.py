@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from ops import fused
 
 from gac.errors import InputError
 from gac.ops import channels
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import ELEMENTS, Kernel
+from ops import fused
 
 KERNEL = Kernel("norm_lif.cu", "not launched", ())
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu.launcher import KernelsOnCpu
 
+from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import Kernel
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
-from ops import fused
-from ops.fused import CIFAR, IMAGENET
 from torch import Tensor
 
+from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
 from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, operators, residual_lif
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 from gac.ops.neuron import LIFParameters
+from ops import fused
+from ops.fused import CIFAR, IMAGENET
 
 # --- A network of all operators
 
@@ -327,7 +327,7 @@ def kernels_to_compile(capability: int) -> list[tuple[Kernel, int]]:
     return list(dict.fromkeys(kernels))
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_kernels_compile_for_gpus_without_spills(capability: int, kernels_on_cpu: KernelsOnCpu) -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
     from cupy.cuda import nvrtc

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import fused
-from ops.fused import CIFAR, DEFAULT, DTYPES, IMAGENET, Case
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import gate_lif, lif
 from gac.ops.neuron import LIFParameters
+from ops import fused
+from ops.fused import CIFAR, DEFAULT, DTYPES, IMAGENET, Case
 
 # A gate is below 1, the first threshold of the CIFAR neuron: it cannot fire at T = 1.
 CASES = [

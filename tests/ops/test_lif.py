@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
+from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
 from gac.errors import InputError
 from gac.ops import backend, lif, operators
 from gac.ops.cuda import compiler, launch
@@ -436,7 +436,7 @@ def kernels_to_compile(capability: int) -> list[Kernel]:
     return kernels
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_kernels_compile_for_gpus_without_spills(capability: int) -> None:
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC").cuda.nvrtc
     if capability not in nvrtc.getSupportedArchs():

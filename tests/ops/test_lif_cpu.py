@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from ops.test_lif import GRADIENT_TOLERANCE, PRESETS, make_input, run
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.ops import lif
 from gac.ops.lif_cpu import lif_cpu
 from gac.ops.neuron import LIFParameters
+from ops.test_lif import GRADIENT_TOLERANCE, PRESETS, make_input, run
 
 NEURONS = {
     **PRESETS,

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import fused
-from ops.fused import CIFAR, DEFAULT, DTYPES, FEWER_CASES, Case
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import lif_pool
 from gac.ops.neuron import LIFParameters
+from ops import fused
+from ops.fused import CIFAR, DEFAULT, DTYPES, FEWER_CASES, Case
 
 
 def pool(function: Callable, neuron: LIFParameters) -> fused.Operation:

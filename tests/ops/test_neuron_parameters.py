@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from ops.fused import NEURONS
 from spikingjelly.activation_based import surrogate
 
 from gac.errors import InputError
 from gac.ops.neuron import LIFParameters, unsupported_reason
+from ops.fused import NEURONS
 
 ATAN = surrogate.ATan()
 

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import fused
-from ops.fused import CASES, CIFAR, DEFAULT, DTYPES, NONZERO, Case
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
@@ -14,6 +12,8 @@ from gac.errors import InputError
 from gac.ops import norm_lif
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.neuron import LIFParameters
+from ops import fused
+from ops.fused import CASES, CIFAR, DEFAULT, DTYPES, NONZERO, Case
 
 
 def layer(function: Callable, statistics: Callable[..., BatchNormTransform], neuron: LIFParameters) -> fused.Operation:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops.fused import CIFAR, DEFAULT, activations
 
 from gac.ops import lif_pool
+from ops.fused import CIFAR, DEFAULT, activations
 
 
 def rates(x: torch.Tensor) -> torch.Tensor:

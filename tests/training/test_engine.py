@@ -12,8 +12,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from image_tree import write_split
-from run_results import TIMES, assert_same, result_of, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -31,6 +29,8 @@ from gac.training.optim import make_optimizer
 from gac.training.run_folder import RunFolder, read_metrics
 from gac.training.signals import Interrupted, Interruption
 from gac.training.totals import Readback, TrainingDiverged
+from image_tree import write_split
+from run_results import TIMES, assert_same, result_of, stop_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.launcher import KernelsOnCpu
 
+from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 
