@@ -31,7 +31,7 @@ METHOD = (
     " is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause;"
     " the implementations take turns. ours-cupy-graph is ours-cupy with its steps replayed as CUDA graphs, as"
     " train.cuda_graph does; its memory is that of the step while it is captured, and stays taken between its steps."
-    f" {FLOOR} is no network but the residual blocks' convolutions alone: forward, data"
+    f" {FLOOR} is no network but only the residual blocks' convolutions: forward, data"
     " gradient and weight gradient (in evaluation: forward)."
 )
 COLUMNS = (("implementation", 17), ("T", 2), ("batch", 5), ("precision", 9), ("layout", 6))
@@ -64,7 +64,7 @@ class Cell:
     peak_bytes: int | None
 
     def print(self, floor: "Cell | None") -> None:
-        """Print it as a row of TABLE; ``floor`` is the convolutions alone at the same setting."""
+        """Print it as a row of TABLE; ``floor`` is only the convolutions at the same setting."""
         row = [self.implementation, str(self.T), str(self.batch), self.precision, self.layout]
         if self.train is None:
             row += ["out of memory", *6 * "-"]
@@ -103,7 +103,7 @@ def _gib(size: int | None) -> str:
 
 
 def measure(implementations: Sequence[Implementation], setting: Setting, options: Namespace) -> list[Cell]:
-    """Measure implementations with equal weights at one setting, and the convolutions alone if asked for, as the last.
+    """Measure implementations with equal weights at one setting, and only the convolutions if asked for, as the last.
 
     Raises MeasurementError if the loss of a network is not finite at the end.
     """
@@ -205,7 +205,7 @@ def make_parser() -> common.Parser:
     add, positive, names = parser.add_argument, at_least(1), [*IMPLEMENTATIONS, FLOOR]
     help = (
         "what to compare: our network with the CUDA kernels, called or replayed as CUDA graphs, or without them,"
-        " SpikingJelly's own layers, a plain loop over time steps, the convolutions alone; those that the device cannot"
+        " SpikingJelly's own layers, a plain loop over time steps, only the convolutions; those that the device cannot"
         " run are skipped"
     )
     add("--implementations", nargs="+", choices=names, default=names, help=help)

@@ -29,7 +29,7 @@ def possible(net: nn.Module, x: Tensor) -> bool:
     """Return whether the fused execution computes what calling the modules of ``net``, an MSResNet, on ``x`` would.
 
     It does not where the modules are not the ones it knows, for more than 16 time steps, in step mode "s", and where
-    someone has a hook on a module that it would not call. LIF layers alone may have hooks: those are called.
+    someone has a hook on a module that it would not call. Only LIF layers may have hooks: those are called.
     """
     return (
         net.step_mode == "m"
@@ -63,9 +63,9 @@ def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tens
 
 
 def _gate_fuses(coding: GatedAttentionCoding, following: LIFNode) -> bool:
-    alone = _runs_by_itself(coding.lif) or _runs_by_itself(following)
+    separate = _runs_by_itself(coding.lif) or _runs_by_itself(following)
     own = type(coding.gate) is GatedAttentionUnit
-    return own and not (alone or _hooked(coding) or _hooked(coding.gate)) and _same_neuron(coding.lif, following)
+    return own and not (separate or _hooked(coding) or _hooked(coding.gate)) and _same_neuron(coding.lif, following)
 
 
 def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None) -> tuple[Tensor, Tensor | None]:
@@ -92,15 +92,15 @@ def _compute_block(
     if not isinstance(block.shortcut, nn.Identity):
         shortcut = functional.seq_to_ann_forward(membrane, block.shortcut.conv)
         shortcut_normalization = block.shortcut.norm.normalization(shortcut)
-    alone = following is None or _runs_by_itself(following)
+    separate = following is None or _runs_by_itself(following)
     membrane, spikes = residual_lif(
         y,
         block.conv2.norm.normalization(y),
         shortcut,
         shortcut_normalization,
-        None if alone else following.lif_parameters(),
+        None if separate else following.lif_parameters(),
     )
-    return membrane, following(membrane) if alone and following is not None else spikes
+    return membrane, following(membrane) if separate and following is not None else spikes
 
 
 def _same_neuron(a: LIFNode, b: LIFNode) -> bool:

@@ -35,7 +35,7 @@ def norm_lif(
 ) -> Tensor:
     """Return the spikes of a LIF layer whose input is ``y`` after BatchNorm, starting from the reset potential.
 
-    Spikes are bit-equal to ``reference`` for equal statistics. For the backward pass ``y`` alone is kept; where
+    Spikes are bit-equal to ``reference`` for equal statistics. Only ``y`` is kept for the backward pass; where
     ``normalization.from_batch`` the gradient includes that of the statistics. There is no second derivative.
 
     Args:

@@ -1,6 +1,6 @@
 """PyTorch operators that run CUDA kernels: definition, implementation, and the derivative.
 
-An operator takes only tensors, numbers and strings. This file alone takes a neuron apart for it and puts it together
+An operator takes only tensors, numbers and strings. Only this file takes a neuron apart for it and puts it together
 again: to everyone else it is one argument, the last.
 """
 

@@ -43,7 +43,7 @@ def _ensure_context() -> None:
 def replace_context() -> None:
     """Take from CuPy the call that lets the CUDA runtime create a context.
 
-    The runtime is inside CuPy's binary and works with NVIDIA's driver alone. CuPy's other modules take the function
+    The runtime is inside CuPy's binary and works only with NVIDIA's driver. CuPy's other modules take the function
     from a table when they are imported; one of another type than this would fail there.
     """
     from cupy_backends.cuda.api import runtime as cuda_runtime

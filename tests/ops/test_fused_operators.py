@@ -164,7 +164,7 @@ def test_two_processes_are_one_with_the_whole_batch(kernels_on_cpu: KernelsOnCpu
 
 # --- Tensors of more than 2^31 elements
 
-# A kernel as its last block alone, that of the largest addresses. The grid that the block sees is the whole one.
+# Only the last block of a kernel, that of the largest addresses. The grid that the block sees is the whole one.
 _LAST_BLOCK = """
 #include "{file}"
 template <auto kKernel>
@@ -218,7 +218,7 @@ def mostly_unmapped(shape: tuple[int, ...], last_image: Tensor) -> Tensor:
 
 
 class TestLargeTensors:
-    """The last image of tensors of more than 2^31 elements a frame gives what it gives alone."""
+    """The last image of tensors of more than 2^31 elements a frame gives what it gives by itself."""
 
     T, C = 2, 8
 
@@ -345,7 +345,7 @@ def test_kernels_compile_for_gpus_without_spills(capability: int, kernels_on_cpu
 
 def test_frames_are_written_in_16_byte_accesses(kernels_on_cpu: KernelsOnCpu) -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
-    # Sixteen bytes of each frame: membranes and spikes, spikes alone, or without a following neuron membranes alone.
+    # Sixteen bytes of each frame: membranes and spikes, only spikes, or without a following neuron only membranes.
     frames = {"gate_lif_forward": {12}, "norm_lif_forward": {6}, "residual_lif_forward": {6, 12}}
     stores = {name: set() for name in frames}
     launched = launched_by(run_network, leaves_of_network("cpu", T=6, C=16, dtype=torch.float16), neuron=CIFAR)

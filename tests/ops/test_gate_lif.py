@@ -69,7 +69,7 @@ def test_every_length_dtype_and_neuron(case: Case, device: str) -> None:
     assert_kernels_equal_reference(leaves_of(case, device), case.neuron)
 
 
-@pytest.mark.parametrize("without", [0, 1], ids=["spikes-alone", "membrane-alone"])
+@pytest.mark.parametrize("without", [0, 1], ids=["only-spikes", "only-membrane"])
 def test_gradient_of_one_output(without: int, device: str) -> None:
     assert_kernels_equal_reference(leaves_of(DEFAULT, device), CIFAR, without)
 

@@ -24,7 +24,7 @@ def block_end(
 ) -> fused.Operation:
     """Return ``function`` (residual_lif or its reference) as one of y, weight, bias, shortcut, perhaps with BatchNorm.
 
-    It gives membrane stream and spikes, or the membrane stream alone where there is no neuron.
+    It gives membrane stream and spikes, or only the membrane stream where there is no neuron.
     """
 
     def operation(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ def test_every_length_dtype_and_neuron(case: Case, device: str) -> None:
     assert_kernels_equal_reference(leaves_of(case, shortcut, device), case.neuron)
 
 
-@pytest.mark.parametrize("without", [None, 0, 1], ids=["both", "spikes-alone", "membrane-alone"])
+@pytest.mark.parametrize("without", [None, 0, 1], ids=["both", "only-spikes", "only-membrane"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_every_combination_of_gradients(shortcut: str, without: int | None, device: str) -> None:
     assert_kernels_equal_reference(leaves_of(DEFAULT, shortcut, device), CIFAR, without=without)

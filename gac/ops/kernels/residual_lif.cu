@@ -9,7 +9,7 @@
 #include "tile.cuh"
 #include "time_steps.cuh"
 
-// kSpikes: with a LIF layer; otherwise the membrane alone and `spikes` is not touched.
+// kSpikes: with a LIF layer; otherwise only the membrane, and `spikes` is not touched.
 template <typename Element, int kSteps, int kWidth, Reset kReset, bool kNormShortcut, bool kSpikes>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
     const Element* __restrict__ y, Norm norm_of,
