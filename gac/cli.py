@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -54,8 +55,9 @@ def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[s
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
-            print(f"{who}error: another process of the run has ended or hangs ({reason})", file=sys.stderr)
+            # Gloo's error cannot be told from one of this process's own, whose traceback must not be lost.
+            traceback.print_exception(error.__cause__ or error)
+            print(f"{who}error: another process has ended or hangs, or this one failed as shown above", file=sys.stderr)
             return 1
 
     return main
