@@ -10,6 +10,7 @@ pydantic checks types, choices and ranges; a value that is not allowed raises Fi
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, field, fields
 from typing import Annotated, Any, Literal, NamedTuple
@@ -294,6 +295,9 @@ class Config:
 SECTIONS: dict[str, type] = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
 
 
+_LEADING_ZEROS = re.compile(r"(?<![\w.])0[0_]*(?=\d)")
+
+
 class FieldDescription(NamedTuple):
     """What ``--help`` and error messages say about a field, and how its value is written.
 
@@ -312,12 +316,13 @@ class FieldDescription(NamedTuple):
 
         Text that spells nothing of the kind is returned as it is, for the configuration to refuse.
         """
-        if not text or (self.is_text and not (self.is_optional and text in ("null", "~"))):
+        if not text or (self.is_text and not (self.is_optional and text in ("null", "Null", "NULL", "~"))):
             return text
+        # YAML 1.1 takes 010 for an octal number, and 1e-5 for a text.
+        decimal = _LEADING_ZEROS.sub("", text)
         try:
-            value = yaml.safe_load(text)
-            # YAML 1.1 takes 1e-5 for a text.
-            return float(value) if isinstance(value, str) else value
+            value = yaml.safe_load(decimal)
+            return float(value) if value == decimal else value
         except (yaml.YAMLError, ValueError):
             return text
 

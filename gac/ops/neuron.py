@@ -98,7 +98,10 @@ class LIFParameters:
 
     @cached_property
     def struct(self) -> tuple[float, ...]:
-        """The neuron as kernels take it: ``LIF`` of ``kernels/lif.cuh``, with the constants of ``surrogate.cuh``."""
+        """The neuron as kernels take it: ``LIF`` of ``kernels/lif.cuh``, with the constants of ``surrogate.cuh``.
+
+        Of what :meth:`unflatten` gives, whose surrogate nobody else holds and changes.
+        """
         alpha = self.surrogate.alpha
         surrogate_constants = {
             surrogate.PiecewiseQuadratic: (alpha, alpha**2),

@@ -75,6 +75,8 @@ def differentiable(
     """
 
     def forward(ctx: torch.autograd.function.FunctionCtx, *arguments: object) -> Any:
+        # The surrogate of a live module may be another one by the time of the backward pass.
+        arguments = _unflatten(name, _flatten(arguments))
         output = call(name, *arguments)
         setup_context(ctx, arguments, output)
         return output

@@ -1,9 +1,11 @@
 """Operators that have a derivative, called directly and in compiled graphs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from spikingjelly.activation_based import surrogate
 
 from gac.ops import lif_pool
 from ops.fused import CIFAR, DEFAULT, activations
@@ -63,3 +65,15 @@ def test_a_compiler_sees_the_operator(device: str) -> None:
     assert torch.equal(y, rates(x))
     (graph,) = graphs
     assert graph.graph.find_nodes(op="call_function", target=torch.ops.gac.lif_pool.default)
+
+
+def test_the_backward_pass_has_the_surrogate_of_the_forward_pass(device: str) -> None:
+    gradients = []
+    for later in (4.0, 8.0):
+        neuron = replace(CIFAR, surrogate=surrogate.Sigmoid(alpha=4.0))
+        x = activations(DEFAULT, device).requires_grad_()
+        y = lif_pool.lif_pool(x, neuron)
+        neuron.surrogate.alpha = later
+        gradients.append(torch.autograd.grad(y.sum(), x)[0])
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
