@@ -29,7 +29,7 @@ from gac.training.mixing import Mixing
 from gac.training.optim import learning_rate_at, load_optimizer, make_optimizer, parameter_groups, set_learning_rate
 from gac.training.progress import EpochProgress, log_epoch, log_start
 from gac.training.run_folder import RunFolder, check_same_data
-from gac.training.setup import build_network, choose_device, open_data
+from gac.training.setup import choose_device, create_network, open_data
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
 from gac.training.totals import Readback, Totals, check_totals, check_weights
@@ -125,7 +125,7 @@ class Trainer:
         if resumed is not None:
             ranks.together(lambda: check_same_data(resumed[1]["training"], self._sizes, resumed[0]))
         self.batches = len(self.data.train)
-        self.network = ranks.together(lambda: build_network(config, self.data, ranks))
+        self.network = ranks.together(lambda: create_network(config, self.data, ranks))
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         self.memory_format = memory_format(config.train, self.device)

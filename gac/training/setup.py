@@ -48,7 +48,7 @@ def open_data(config: Config, device: torch.device, part: Callable[[Data], Data]
     return data if part is None else part(data)
 
 
-def build_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
+def create_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
     """Return a new network for the data set. Raises InputError if BatchNorm cannot train on its batches."""
     network = create_model(
         num_classes=data.info.num_classes,

@@ -190,6 +190,16 @@ class TestComparison:
 
         assert "share of changed spikes" in self.failed(change)
 
+    @pytest.mark.parametrize(("neurons", "expected"), [(1, set()), (2, {"share of changed spikes"})])
+    def test_one_unlucky_neuron_is_left_out_of_all_else(self, neurons, expected):
+        def change(outputs):
+            spikes = outputs["spikes"]
+            unlucky = torch.zeros(spikes.shape[1:], dtype=torch.bool)
+            unlucky.view(-1)[:neurons] = True
+            return outputs | {"spikes": torch.where(unlucky, 1 - spikes, spikes)}
+
+        assert self.failed(change) == expected
+
     def test_finds_a_wrong_stream(self):
         assert "membrane stream" in self.failed(lambda o: o | {"membrane stream": 1.001 * o["membrane stream"]})
 

@@ -9,7 +9,7 @@ from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import Data
 from gac.errors import InputError
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
-from gac.training.setup import build_network, open_data
+from gac.training.setup import create_network, open_data
 
 CONFIG = Config(
     data=DataConfig(name="synthetic", synthetic_classes=3, image_size=4, synthetic_images=17),
@@ -39,14 +39,14 @@ def test_a_single_value_is_refused_where_batch_norm_fails(
     model = replace(CONFIG.model, name=name, depth=depth, coding=coding, T=T)
     config = replace(CONFIG, model=model, data=replace(CONFIG.data, image_size=size, crop_padding=0))
     even = replace(config, data=replace(config.data, synthetic_images=16))
-    network = build_network(even, data_of(even), SINGLE_PROCESS).train()
+    network = create_network(even, data_of(even), SINGLE_PROCESS).train()
     try:
         network(torch.rand(1, 3, size, size))
     except ValueError:
         with pytest.raises(InputError, match=f"batch of 1 image of {size} x {size} pixels .* at model.T {T}: choose"):
-            build_network(config, data_of(config), SINGLE_PROCESS)
+            create_network(config, data_of(config), SINGLE_PROCESS)
     else:
-        build_network(config, data_of(config), SINGLE_PROCESS)
+        create_network(config, data_of(config), SINGLE_PROCESS)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_smallest_micro_batch_counts(options: dict[str, object], images: int
     config = replace(CONFIG, data=data, train=replace(CONFIG.train, **options))
     ranks = Ranks(size=size)
     if not refused:
-        build_network(config, data_of(config), ranks)
+        create_network(config, data_of(config), ranks)
         return
     with pytest.raises(InputError, match="BatchNorm cannot train on a single value per channel"):
-        build_network(config, data_of(config), ranks)
+        create_network(config, data_of(config), ranks)
