@@ -160,7 +160,9 @@ class MSResNet(nn.Module, base.StepModule):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         if self.step_mode == "m":
-            functional.reset_net(self)
+            # Not reset_net: its cache, shared by all networks, misses a neuron that was replaced, and a compiler that
+            # reads it sees the networks that come and go elsewhere.
+            functional.reset_collected_modules(functional.collect_reset_modules(self))
         if fused.possible(self, x):
             return fused.forward(self, x)
         x = self.encode(x)

@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import pytest
 import torch
@@ -90,6 +91,33 @@ def test_two_training_steps_without_a_reset_by_the_user():
     for _ in range(2):
         net(torch.randn(2, 3, 16, 16)).sum().backward()
     assert net.stem.norm.num_batches_tracked == 2
+
+
+def test_a_neuron_that_replaces_another_is_reset_too():
+    net = small()
+    net(torch.randn(2, 3, 16, 16))
+    block = net.stages[0][0]
+    # Held here as by a user who puts it back later.
+    replaced, block.lif1 = block.lif1, LIFNode(v_threshold=0.5)
+    for _ in range(2):
+        net(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert isinstance(replaced.v, torch.Tensor)
+
+
+def test_a_compiled_network_does_not_depend_on_the_others():
+    net, images = small().eval(), torch.randn(2, 3, 16, 16)
+    others = [small().eval() for _ in range(3)]
+    for each in (*others, net):
+        each(images)
+    del each
+
+    def compile_while_the_others_go(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        others.clear()
+        gc.collect()
+        return graph
+
+    compiled = torch.compile(net, backend=compile_while_the_others_go, fullgraph=True)
+    assert torch.equal(compiled(images), net(images))
 
 
 def test_the_imagenet_initialisation():
