@@ -18,6 +18,7 @@ from gac.ops.cuda.compiler import Kernel
 from gac.ops.neuron import LIFParameters
 from ops import fused
 from ops.fused import CIFAR, IMAGENET
+from ops.read_only_loads import read_only_loads_of_outputs
 
 # --- A network of all operators
 
@@ -357,6 +358,12 @@ def test_frames_are_written_in_16_byte_accesses(kernels_on_cpu: KernelsOnCpu) ->
             assert not re.search(r"st\.global\.[^v]", ptx), kernel.instance
             stores[name].add(ptx.count("st.global.v4.b32"))
     assert stores == frames
+
+
+def test_nothing_written_is_read_through_the_read_only_path(kernels_on_cpu: KernelsOnCpu) -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
+    for kernel, _ in kernels_to_compile(90):
+        assert read_only_loads_of_outputs(kernel) == [], kernel.instance
 
 
 def test_kernels_under_sanitizers(compiled_kernels: KernelsOnCpu) -> None:

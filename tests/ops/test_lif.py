@@ -20,6 +20,7 @@ from gac.ops import backend, lif, operators
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 from gac.ops.neuron import LIFParameters
+from ops.read_only_loads import read_only_loads_of_outputs
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "lif_cases.npz"
 
@@ -416,6 +417,15 @@ def test_no_kernels_on_the_cpu_in_production() -> None:
 # --- Compilation for GPUs, and sanitizers
 
 
+ONE_LOAD_FROM_EITHER = (
+    """if (kWholeSequence || chunk == 0)
+            load_floats(v_init, v_start, neuron, v);
+        else
+            load_floats(v_boundary + (chunk - 1) * frame_size, v_start, neuron, v);""",
+    "load_floats(chunk == 0 ? v_init : v_boundary + (chunk - 1) * frame_size, v_start, neuron, v);",
+)
+
+
 def kernels_to_compile(capability: int) -> list[Kernel]:
     """Return both directions at T = 6 and longer, and for one capability at other T, one by one, and all options."""
     variants = [(torch.float16, 6, 8), (torch.float32, 17, 2)]
@@ -458,6 +468,20 @@ def test_vectors_travel_in_16_byte_accesses() -> None:
     assert len(re.findall(r"ld\.global\.nc\.v4\.[bu]32", ptx)) == 6
     # Eight neurons' final potentials take two.
     assert ptx.count("st.global.v4.b32") == 6 + 2
+
+
+def test_nothing_written_is_read_through_the_read_only_path() -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
+    for kernel in kernels_to_compile(90):
+        assert read_only_loads_of_outputs(kernel) == [], kernel.instance
+
+
+def test_a_pointer_chosen_between_input_and_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
+    source = compiler.source_text
+    monkeypatch.setattr(compiler, "source_text", lambda *names: source(*names).replace(*ONE_LOAD_FROM_EITHER))
+    kernel = lif.backward_kernel(torch.float32, 17, 2, "Reset::hard, false, PiecewiseQuadratic")
+    assert read_only_loads_of_outputs(kernel) != []
 
 
 def test_kernels_under_sanitizers(compiled_kernels: KernelsOnCpu) -> None:

@@ -86,8 +86,11 @@ __global__ void __launch_bounds__(kThreads, 1) lif_backward(
         Vector<Element, kWidth> grad_s[kSteps];
         if (grad_spikes) load_chunk<kSteps, kWholeSequence>(grad_spikes, start, T, frame_size, neuron, grad_s);
 
-        load_floats(
-            kWholeSequence || chunk == 0 ? v_init : v_boundary + (chunk - 1) * frame_size, v_start, neuron, v);
+        // Not one load from either: it would go through the read-only path, which must not see what this kernel wrote.
+        if (kWholeSequence || chunk == 0)
+            load_floats(v_init, v_start, neuron, v);
+        else
+            load_floats(v_boundary + (chunk - 1) * frame_size, v_start, neuron, v);
         float h[kSteps][kWidth];
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)
