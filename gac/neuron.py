@@ -62,6 +62,11 @@ class LIFNode(neuron.LIFNode):
 
     Input and output: [T, ...] in step mode "m" (the default here), [...] in step mode "s".
 
+    A neuron keeps its potential in ``v`` from one call to the next, as SpikingJelly's do, and ``functional.reset_net``
+    clears it. The networks of this package set ``keeps_state`` (an attribute) to False for theirs: a call in step mode
+    "m" is then a sequence of its own, which starts from the potential of a reset neuron and neither reads nor writes
+    ``v``, so that several threads may call the network at once. What ``store_v_seq`` asks for is kept all the same.
+
     Args:
         tau: Membrane time constant in time steps, > 1; the potential keeps 1 - 1/tau of itself each step.
         decay_input: Divide the input by tau as well.
@@ -79,6 +84,8 @@ class LIFNode(neuron.LIFNode):
     Raises:
         InputError: For tau <= 1 or an unknown backend; in forward, for backend "cupy" where it cannot run.
     """
+
+    keeps_state = True
 
     def __init__(
         self,
@@ -122,9 +129,11 @@ class LIFNode(neuron.LIFNode):
         return f"{super().extra_repr()}, backend={self.backend}"
 
     @classmethod
-    def from_parameters(cls, parameters: LIFParameters, backend: Backend = "auto") -> "LIFNode":
+    def from_parameters(
+        cls, parameters: LIFParameters, backend: Backend = "auto", keeps_state: bool = True
+    ) -> "LIFNode":
         """Return a neuron layer for sequences, such as one of ``PRESETS``, with a surrogate of its own."""
-        return cls(
+        node = cls(
             parameters.tau,
             parameters.decay_input,
             parameters.v_threshold,
@@ -133,6 +142,8 @@ class LIFNode(neuron.LIFNode):
             parameters.detach_reset,
             backend=backend,
         )
+        node.keeps_state = keeps_state
+        return node
 
     def lif_parameters(self) -> LIFParameters:
         """Return the neuron's constants as they are now."""
@@ -160,6 +171,19 @@ class LIFNode(neuron.LIFNode):
         if step_mode == "m" and not self.store_v_seq and self.runs_kernels(inputs[0]):
             return (start,)
         return (torch.full_like(frame, start, dtype=dtype, requires_grad=False),)
+
+    def multi_step_forward(self, x_seq: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Return the spikes [T, ...] of a sequence; see the class for what remains of it."""
+        if self.keeps_state:
+            return super().multi_step_forward(x_seq, *args, **kwargs)
+        start = self.get_reset_value("v")
+        if not self.store_v_seq:
+            states = self.materialize_states((x_seq,), (start,), "m")
+            return self.multi_step_functional_forward((x_seq,), states)[0][0]
+        self.v = start
+        spikes = super().multi_step_forward(x_seq)
+        self.v = start
+        return spikes
 
     def single_step_functional_forward(self, inputs: tuple, states: tuple, **kwargs: object) -> tuple:
         """Advance one time step: ((spikes,), (membrane potential,))."""

@@ -6,6 +6,12 @@ from torch import Tensor, nn
 
 from gac.errors import InputError
 
+_ENCODERS = {
+    "rate": lambda T, step_mode: encoding.PoissonEncoder(step_mode),
+    "latency": encoding.LatencyEncoder,
+    "phase": encoding.WeightedPhaseEncoder,
+}
+
 
 class BaselineCoding(nn.Module, base.MultiStepModule):
     """Turn an image into a spike train of T time steps with one of SpikingJelly's encoders.
@@ -24,18 +30,12 @@ class BaselineCoding(nn.Module, base.MultiStepModule):
     def __init__(self, coding: str, T: int) -> None:
         super().__init__()
         self.step_mode = "m"
+        if coding not in _ENCODERS:
+            raise InputError(f"coding must be one of {', '.join(_ENCODERS)}, got {coding!r}")
+        if coding == "latency" and T < 2:
+            raise InputError("latency coding needs T >= 2: in one time step every pixel would spike")
         self.coding = coding
         self.T = T
-        if coding == "rate":
-            self.encoder = encoding.PoissonEncoder(step_mode="m")
-        elif coding == "latency":
-            if T < 2:
-                raise InputError("latency coding needs T >= 2: in one time step every pixel would spike")
-            self.encoder = encoding.LatencyEncoder(T, step_mode="m")
-        elif coding == "phase":
-            self.encoder = encoding.WeightedPhaseEncoder(T, step_mode="m")
-        else:
-            raise InputError(f"coding must be one of rate, latency, phase, got {coding!r}")
 
     def extra_repr(self) -> str:
         return f"coding={self.coding}, T={self.T}"
@@ -49,7 +49,6 @@ class BaselineCoding(nn.Module, base.MultiStepModule):
             )
         if self.coding == "phase":
             images = images * (1 - 2.0**-self.T)
-        repeated = images.expand(self.T, *images.shape)
-        if isinstance(self.encoder, encoding.StatefulEncoder):
-            self.encoder.reset()
-        return self.encoder(repeated).to(images.dtype)
+        # An encoder keeps the spike train of its call: each call has its own.
+        encoder = _ENCODERS[self.coding](self.T, step_mode="m")
+        return encoder(images.expand(self.T, *images.shape)).to(images.dtype)

@@ -110,7 +110,7 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
     Give it the output of a convolution with BatchNorm. Input [T, B, C, H, W], or one frame [B, C, H, W] that
     stands for T equal ones: the attention is then computed once, with the same result. Output [T, B, C, H, W],
     real values in [0, 1). The attention sees the whole sequence, so only step mode "m" exists, and every call is a
-    fresh sequence: the spiking layer is reset before it.
+    fresh sequence, of which nothing stays in the spiking layer (a neuron of another class is reset before and after).
 
     Args:
         T: Number of time steps; the temporal attention's weights are made for it.
@@ -145,6 +145,8 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
         self.T = T
         self.channels = channels
         self.lif = neuron if neuron is not None else LIFNode()
+        if isinstance(self.lif, LIFNode):
+            self.lif.keeps_state = False
         self.gate = GatedAttentionUnit(T, channels, kernel_size, reduction, temporal_init)
 
     def extra_repr(self) -> str:
@@ -160,4 +162,7 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
             )
         x_seq = x if x.dim() == 5 else x.expand(self.T, *x.shape)
         self.lif.reset()
-        return self.gate(x, self.lif(x_seq))
+        spikes = self.lif(x_seq)
+        if getattr(self.lif, "keeps_state", True):
+            self.lif.reset()
+        return self.gate(x, spikes)

@@ -36,9 +36,9 @@ class MSBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, backend: Backend) -> None:
         super().__init__()
-        self.lif1 = LIFNode.from_parameters(PRESETS[neuron], backend)
+        self.lif1 = LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False)
         self.conv1 = ConvNorm(in_channels, out_channels, 3, stride)
-        self.lif2 = LIFNode.from_parameters(PRESETS[neuron], backend)
+        self.lif2 = LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False)
         self.conv2 = ConvNorm(out_channels, out_channels, 3)
         same_shape = stride == 1 and in_channels == out_channels
         self.shortcut = nn.Identity() if same_shape else ConvNorm(in_channels, out_channels, 1, stride)

@@ -38,9 +38,11 @@ class MSResNet(nn.Module, base.StepModule):
     """MS-ResNet that turns an image into class scores over T time steps.
 
     Input: images [B, C, H, W], the same at every time step and then run through the stem only once, or sequences
-    [T, B, C, H, W]. Output: logits [T, B, K]. Every call is a new sequence: the neurons are reset before it. In
-    step mode "s", which only direct coding supports, a call is one time step: [B, C, H, W] to [B, K], the neurons
-    keep their state, and ``functional.reset_net`` begins the next sequence.
+    [T, B, C, H, W]. Output: logits [T, B, K]. Every call is a new sequence of which nothing stays in the network, so
+    several threads may call it at once (in training they share BatchNorm's running statistics); other neurons that
+    were put in place of its own are reset before and after it, for one thread at a time. In step mode "s", which only
+    direct coding supports, a call is one time step: [B, C, H, W] to [B, K], the neurons keep their state, and
+    ``functional.reset_net`` begins the next sequence.
 
     With gated attention coding the stem's output passes the coding; with direct coding it enters the first block
     as it is; with rate, latency and phase coding the image is encoded before the stem (see
@@ -106,7 +108,12 @@ class MSResNet(nn.Module, base.StepModule):
         self.stem = ConvNorm(in_channels, width, family.stem_kernel, family.stem_stride)
         if coding == "gac":
             self.coding = GatedAttentionCoding(
-                T, width, kernel_size, reduction, temporal_init, LIFNode.from_parameters(PRESETS[neuron], backend)
+                T,
+                width,
+                kernel_size,
+                reduction,
+                temporal_init,
+                LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False),
             )
         elif coding == "direct":
             self.coding = nn.Identity()
@@ -122,7 +129,7 @@ class MSResNet(nn.Module, base.StepModule):
             )
             for (entry, exit), blocks, stride in zip(pairwise(widths), depth, family.strides, strict=True)
         )
-        self.lif = LIFNode.from_parameters(PRESETS[neuron], backend)
+        self.lif = LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False)
         self.head = nn.Linear(widths[-1], num_classes)
         if family is IMAGENET:
             self._initialise_as_imagenet()
@@ -159,12 +166,17 @@ class MSResNet(nn.Module, base.StepModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if self.step_mode == "m":
-            # Not reset_net: its cache, shared by all networks, misses a neuron that was replaced, and a compiler that
-            # reads it sees the networks that come and go elsewhere.
-            functional.reset_collected_modules(functional.collect_reset_modules(self))
-        if fused.possible(self, x):
-            return fused.forward(self, x)
+        if self.step_mode == "s":
+            return self._run(x)
+        # Not reset_net: its cache, shared by all networks, misses a neuron that was replaced, and a compiler that
+        # reads it sees the networks that come and go elsewhere.
+        stateful = functional.collect_reset_modules(self)
+        functional.reset_collected_modules(stateful)
+        logits = fused.forward(self, x) if fused.possible(self, x) else self._run(x)
+        functional.reset_collected_modules([each for each in stateful if getattr(each, "keeps_state", True)])
+        return logits
+
+    def _run(self, x: Tensor) -> Tensor:
         x = self.encode(x)
         for stage in self.stages:
             x = stage(x)

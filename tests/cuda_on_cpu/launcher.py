@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -65,6 +66,8 @@ class KernelsOnCpu:
         if sanitize:
             self._flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         self._functions: dict[Kernel, ctypes._CFuncPtr] = {}
+        # The scheduler runs one launch at a time.
+        self._lock = threading.Lock()
         self._scheduler = self.compile((HERE / "cuda_on_cpu.cpp").read_text(), "the scheduler")
 
     def __call__(
@@ -79,7 +82,8 @@ class KernelsOnCpu:
         values = [np.array(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         sizes = (Dim3(*(*size, 1, 1)[:3]) for size in (grid, block))
-        error = run(*sizes, ORDERS.index(self.order), addresses)
+        with self._lock:
+            error = run(*sizes, ORDERS.index(self.order), addresses)
         if error is not None:
             raise RuntimeError(f"{kernel.instance}: {error.decode()}")
 
