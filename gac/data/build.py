@@ -20,7 +20,7 @@ from gac.data.image_folder import (
     evaluation_transform,
     train_transform,
 )
-from gac.data.interface import WHOLE, Data, DataInfo, Loader, Shard
+from gac.data.interface import WHOLE, Data, DataInfo, Loader, Shard, digest
 from gac.data.normalization import Normalization
 from gac.data.npz import load_npz
 from gac.data.synthetic import load_synthetic
@@ -39,6 +39,7 @@ def build_data(
     normalize: bool = True,
     splits: Collection[Literal["train", "test"]] = _SPLITS,
     shard: Shard = WHOLE,
+    trained_on: DataInfo | None = None,
 ) -> Data:
     """Open a data set and make the loaders of the splits asked for.
 
@@ -46,7 +47,8 @@ def build_data(
     batches are the images in their fixed order. ``normalize`` subtracts the set's mean and divides by its
     standard deviation, both in ``info``; without it images are intensities in [0, 1], which rate, latency and
     phase coding need. With ``splits=("test",)`` the training images need not be there. Batch sizes are those of
-    all ranks together; of each batch the loaders yield ``shard``.
+    all ranks together; of each batch the loaders yield ``shard``. A network sees images as it was trained: with
+    ``trained_on`` images are normalised by that mean and std, and a test set need not say them, nor its classes.
 
     Raises:
         InputError: If files are missing or damaged, or an argument is out of range.
@@ -57,8 +59,10 @@ def build_data(
         folders = open_folders(config.root, splits)
         info = _folders_info(config, folders)
     else:
-        arrays = _load_arrays(config, splits)
+        arrays = _load_arrays(config, splits, trained_on)
         info = _arrays_info(config, arrays, splits)
+    if trained_on is not None and trained_on.channels == info.channels:
+        info = replace(info, mean=trained_on.mean, std=trained_on.std)
     if not normalize:
         info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
     normalization = Normalization(info.mean, info.std, device)
@@ -97,7 +101,7 @@ def _check_arguments(batch_size: int, eval_batch_size: int, seed: int, splits: C
         raise InputError(f"splits must be train, test or both; got {', '.join(splits) or 'none'}")
 
 
-def _load_arrays(config: DataConfig, splits: Collection[str]) -> ArraySet:
+def _load_arrays(config: DataConfig, splits: Collection[str], trained_on: DataInfo | None) -> ArraySet:
     match config.name:
         case "digits":
             return load_digits()
@@ -106,7 +110,7 @@ def _load_arrays(config: DataConfig, splits: Collection[str]) -> ArraySet:
         case "cifar100":
             return load_cifar(CIFAR100, config.root, download=config.download, splits=splits)
         case "npz":
-            return load_npz(config.root, splits)
+            return load_npz(config.root, splits, trained_on)
         case "synthetic":
             return load_synthetic(
                 images=config.synthetic_images,
@@ -142,6 +146,7 @@ def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) 
         test_size=sizes.get("test"),
         mean=arrays.mean,
         std=arrays.std,
+        train_labels=digest(arrays.splits["train"].labels.numpy()) if "train" in splits else None,
     )
 
 
@@ -159,4 +164,5 @@ def _folders_info(config: DataConfig, folders: Mapping[str, ClassFolders]) -> Da
         test_size=sizes.get("test"),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        train_labels=digest(folders["train"].labels) if "train" in folders else None,
     )

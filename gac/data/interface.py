@@ -1,9 +1,13 @@
 """What every data set looks like to the rest of the package."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+import hashlib
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from gac.errors import InputError
@@ -40,10 +44,11 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Facts about a data set.
+    """Facts about a data set; a checkpoint holds those of the one that its network was trained on.
 
     Images are yielded as (pixels - mean) / std with pixels in [0, 1], one mean and std per channel; without
-    normalisation mean is 0 and std is 1. ``train_size`` or ``test_size`` is None for a split not asked for.
+    normalisation mean is 0 and std is 1. Label k stands for ``class_names[k]``. ``train_size`` and ``train_labels``
+    (:func:`digest`), or ``test_size``, are None for a split not asked for.
     """
 
     name: str
@@ -56,6 +61,59 @@ class DataInfo:
     test_size: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    train_labels: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as plain values, as checkpoints hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: object) -> "DataInfo":
+        """Return the facts that :meth:`to_dict` gave. Raises InputError for anything else."""
+        try:
+            info = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, ("data", *first["loc"])))
+            raise InputError(f"its entry {name} is damaged: {first['msg']}") from None
+        if info.class_names is not None and len(info.class_names) != info.num_classes:
+            raise InputError(f"its entry data is damaged: {len(info.class_names)} names of {info.num_classes} classes")
+        finite = all(map(math.isfinite, (*info.mean, *info.std))) and all(std > 0 for std in info.std)
+        if not (finite and len(info.mean) == len(info.std) == info.channels):
+            raise InputError(f"its entry data is damaged: mean {info.mean} and std {info.std}")
+        return info
+
+    def labels_of(self, other: "DataInfo") -> list[int] | None:
+        """Return the label here of each class of another set, or None if all labels mean the same.
+
+        Where one of the sets has no names of its classes, only their numbers are compared.
+
+        Raises:
+            InputError: If the classes are not the same.
+        """
+        if self.num_classes != other.num_classes or None in (self.class_names, other.class_names):
+            if self.num_classes == other.num_classes:
+                return None
+            raise InputError(f"{self._classes()}, not {other._classes()}")
+        if self.class_names == other.class_names:
+            return None
+        if sorted(self.class_names) != sorted(other.class_names):
+            only = [set(a.class_names) - set(b.class_names) for a, b in ((self, other), (other, self))]
+            raise InputError(f"{self._classes(only[0])}, not {other._classes(only[1])}")
+        return [self.class_names.index(name) for name in other.class_names]
+
+    def _classes(self, shown: Collection[str] | None = None) -> str:
+        """Return the number of classes and the first few names, of all or of those ``shown``."""
+        if self.class_names is None:
+            return f"{self.num_classes} classes without names"
+        names = [repr(name) for name in self.class_names if shown is None or name in shown]
+        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{self.num_classes} classes ({few}{'' if shown is None else ' only here'})"
+
+
+def digest(labels: np.ndarray) -> str:
+    """Return a number that tells other labels, or the same in another order, apart: SHA-256 of them as int64."""
+    return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

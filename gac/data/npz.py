@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gac.data.arrays import ArraySet, Split
+from gac.data.interface import DataInfo
 from gac.data.normalization import pixel_statistics
 from gac.errors import InputError
 
@@ -19,15 +20,15 @@ _LAYOUT = (
 )
 
 
-def load_npz(path: str, splits: Collection[str]) -> ArraySet:
+def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = None) -> ArraySet:
     """Return the images and labels in arrays x_train, y_train, x_test, y_test of one .npz file.
 
     x is uint8 [N, H, W, C] (C at most 4) or [N, H, W]; y is any integer type, [N] or [N, 1]; the optional
     classes [K] are the names of the classes 0 to K - 1. Only the arrays that ``splits`` need are read.
     Training and evaluation must normalise alike, so mean and std are always the training images': the arrays
     mean and std [C] (white being 1) if the file holds them, else computed from x_train. Without classes the
-    number of classes is the largest label of y_train and y_test plus one. Raises InputError for any
-    other file.
+    number of classes is the largest label of y_train and y_test plus one. What a file with only test images does not
+    say, statistics and classes, is that of the data ``trained_on``. Raises InputError for any other file.
     """
     with _Archive(Path(path).expanduser()) as archive:
         arrays = {split: _read_split(archive, split) for split in splits}
@@ -38,10 +39,16 @@ def load_npz(path: str, splits: Collection[str]) -> ArraySet:
                 f"x_test {list(shapes['test'])}; all images of a set must have one shape"
             )
         class_names = _read_class_names(archive)
-        num_classes = len(class_names) if class_names else _count_classes(archive, arrays)
+        if class_names is None and trained_on is not None and "train" not in splits:
+            num_classes = trained_on.num_classes
+        else:
+            num_classes = len(class_names) if class_names else _count_classes(archive, arrays)
         for split, part in arrays.items():
             _check_labels(archive, f"y_{split}", part.labels, num_classes)
-        mean, std = _read_statistics(archive, arrays)
+        if trained_on is not None:
+            mean, std = trained_on.mean, trained_on.std
+        else:
+            mean, std = _read_statistics(archive, arrays)
     return ArraySet(
         splits=arrays,
         num_classes=num_classes,
@@ -165,7 +172,7 @@ def _check_labels(archive: _Archive, name: str, labels: torch.Tensor, num_classe
     highest = int(labels.max())
     if highest >= num_classes:
         raise InputError(
-            f"{archive.path}: {name} has the label {highest}, but classes names only {num_classes}: labels "
+            f"{archive.path}: {name} has the label {highest}, but there are only {num_classes} classes: labels "
             f"must be 0 to {num_classes - 1}"
         )
 

@@ -1,10 +1,13 @@
 """What eval.py measures and prints."""
 
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gac.checkpoint import build_network, is_ours
 from gac.config import Config
@@ -19,6 +22,8 @@ from gac.execution.device import describe_precision, memory_format, select_devic
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.models.ms_resnet import MSResNet
 from gac.version import versions
+
+logger = logging.getLogger("gac")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ def evaluate_checkpoint(
     device, network, data = ranks.together(lambda: _open(path, payload, config, T, ranks), config.data.download)
     ranks.check_equal({"test images": data.test.size})
     ours = is_ours(payload)
+    batches = data.test.epoch(0)
+    if (trained_on := _trained_on(path, payload)) is not None:
+        batches = _as_trained(batches, trained_on.labels_of(data.info), device)
     amp = config.train.amp if ours else "off"
     if amp == "fp16" and device.type != "cuda":
         amp = "off"
@@ -70,7 +78,7 @@ def evaluate_checkpoint(
     with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)
         step = EvaluationStep(network, device, amp, config.train.channels_last, capture)
-        scores = evaluate(step, data.test.epoch(0), ranks)
+        scores = evaluate(step, batches, ranks)
     ranks.together(lambda: check_readable("test", data.test.size - scores.images, data.test.size))
     return Report(
         checkpoint=str(path),
@@ -103,6 +111,11 @@ def _open(
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from error
     network.set_backend(config.model.backend)
+    trained_on = _trained_on(path, payload)
+    if trained_on is None:
+        logger.warning(
+            "checkpoint %s does not say its classes and normalisation: those of the evaluated data set are used", path
+        )
     data = build_data(
         config.data,
         device=device,
@@ -112,9 +125,42 @@ def _open(
         normalize=config.model.takes_normalized_images,
         splits=("test",),
         shard=ranks.shard,
+        trained_on=trained_on,
     )
     _check_fit(path, network, data.info)
+    if trained_on is not None:
+        try:
+            order = trained_on.labels_of(data.info)
+        except InputError as error:
+            raise InputError(
+                f"checkpoint {path} is for other classes than data set {data.info.name} has: {error}; name the data set"
+                " it was trained on with --data.name and --data.root"
+            ) from None
+        if order is not None:
+            logger.warning("the classes of %s are in another order than in training: taken by name", data.info.name)
+        sizes = [f"{info.height} x {info.width}" for info in (data.info, trained_on)]
+        if sizes[0] != sizes[1]:
+            logger.warning("the images of %s have %s pixels, those of training had %s", data.info.name, *sizes)
     return device, network.to(device, memory_format=memory_format(config.train, device)), data
+
+
+def _trained_on(path: Path, payload: dict[str, Any]) -> DataInfo | None:
+    """Return what a checkpoint says about the data of its training; files of the authors and old ones say nothing."""
+    if not is_ours(payload) or "data" not in payload:
+        return None
+    try:
+        return DataInfo.from_dict(payload["data"])
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
+
+
+def _as_trained(
+    batches: Iterable[tuple[Tensor, Tensor]], labels: list[int] | None, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches with the labels of training in place of the data set's: ``labels[k]`` for k."""
+    order = None if labels is None else torch.tensor(labels, device=device)
+    for images, found in batches:
+        yield images, found if order is None else order[found]
 
 
 def format_report(report: Report) -> str:

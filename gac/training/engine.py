@@ -120,10 +120,9 @@ class Trainer:
         random_state.seed_everything(config.train.seed)
         self.data = ranks.together(lambda: open_data(config, self.device, part, ranks), in_turn=config.data.download)
         info = self.data.info
-        self._sizes = {"training images": info.train_size, "test images": info.test_size, "classes": info.num_classes}
-        ranks.check_equal(self._sizes)
+        ranks.check_equal(info.to_dict())
         if resumed is not None:
-            ranks.together(lambda: check_same_data(resumed[1]["training"], self._sizes, resumed[0]))
+            ranks.together(lambda: check_same_data(resumed[1], info, resumed[0]))
         self.batches = len(self.data.train)
         self.network = ranks.together(lambda: create_network(config, self.data, ranks))
         if self.device.type == "cuda":
@@ -337,7 +336,7 @@ class Trainer:
         """Write last.pt, unless a number in it is not finite."""
         self._check_health()
         training = {name: part.state_dict() for name, part in self._states().items()}
-        training |= {"ranks": self.ranks.size, "data": self._sizes}
+        training["ranks"] = self.ranks.size
         payload = {**self._payload(), "training": training}
         self.ranks.on_main(lambda: self.folder.checkpoints.write(payload, self.config.train.keep_checkpoints))
         self.interval.restart()
@@ -347,6 +346,7 @@ class Trainer:
             "model": self.networks[weights].state_dict(),
             "weights": weights,
             "config": self.config.to_dict(),
+            "data": self.data.info.to_dict(),
             "num_classes": self.data.info.num_classes,
             "in_channels": self.data.info.channels,
             "epoch": self.position.epoch,

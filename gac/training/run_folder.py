@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TextIO
 
 import yaml
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gac.checkpoint import DamagedCheckpoint, read_checkpoint
 from gac.config import Config
+from gac.data.interface import DataInfo
 from gac.errors import InputError
 from gac.files import atomic_write, remove_leftovers, writing
 from gac.training.checkpoints import Checkpoints
@@ -258,17 +260,26 @@ def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> No
         )
 
 
-def check_same_data(training: Mapping[str, Any], now: Mapping[str, int], checkpoint: Path) -> None:
-    """Raise InputError if the data set has other sizes than the one that the run in ``checkpoint`` was trained on.
+def check_same_data(payload: Mapping[str, Any], now: DataInfo, checkpoint: Path) -> None:
+    """Raise InputError if the data set is not the one that the run in ``checkpoint`` was trained on.
 
-    data.root may change, but not what it holds. ``training`` is the run's state, ``now`` the present sizes.
+    data.root may change, but not what it holds. ``payload`` is the checkpoint's content.
     """
-    # Checkpoints of earlier versions do not hold the sizes.
-    before = training.get("data", now)
-    differing = [f"{before[name]} {name}, now {now[name]}" for name in now if before[name] != now[name]]
+    sizes = {"training images": now.train_size, "test images": now.test_size, "classes": now.num_classes}
+    if "data" not in payload:
+        # Checkpoints of earlier versions hold only sizes, or not even those.
+        before = payload["training"].get("data", sizes)
+        differing = [f"{before[name]} {name}, now {sizes[name]}" for name in sizes if before[name] != sizes[name]]
+    else:
+        then = DataInfo.from_dict(payload["data"])
+        differing = [
+            f"{name.replace('_', ' ')} {shorten(str(old), 80)}, now {shorten(str(new), 80)}"
+            for name, old in then.to_dict().items()
+            if old != (new := now.to_dict()[name])
+        ]
     if differing:
         raise InputError(
-            f"cannot resume {checkpoint} with other data (it had {', '.join(differing)}): restore the data set or"
+            f"cannot resume {checkpoint} with other data (it had {'; '.join(differing)}): restore the data set or"
             " start a new run with another --output"
         )
 

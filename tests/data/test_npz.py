@@ -126,7 +126,7 @@ BAD_FILES = {
     "negative label": ({"y_train": np.arange(12) - 1}, "y_train has the label -1; the first class is 0"),
     "label without a class": (
         {"classes": np.array(["a", "b", "c"])},
-        "y_train has the label 3, but classes names only 3: labels must be 0 to 2",
+        "y_train has the label 3, but there are only 3 classes: labels must be 0 to 2",
     ),
     "too few labels": (
         {"y_train": np.zeros(11, np.uint8)},

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
+from gac.data.interface import DataInfo, digest
 from gac.errors import InputError
 from gac.training.run_folder import (
     FREE_WHEN_RESUMING,
@@ -212,14 +214,32 @@ def test_the_state_of_an_older_version_is_not_resumed() -> None:
         check_same_run(payload, Config(), Path("last.pt"))
 
 
-def test_other_data_are_not_trained_on() -> None:
+INFO = DataInfo("npz", 3, 1, 8, 8, ("a", "b", "c"), 90, 10, (0.5,), (0.25,), digest(np.arange(90)))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"train_size": 100}, r"train size 100, now 90\)"),
+        ({"class_names": ("b", "a", "c")}, r"class names \('b', 'a', 'c'\), now \('a', 'b', 'c'\)"),
+        ({"class_names": ("a", "b", "C")}, r"class names \('a', 'b', 'C'\), now \('a', 'b', 'c'\)"),
+        ({"mean": (0.4,), "std": (0.2,)}, r"mean \(0\.4,\), now \(0\.5,\); std \(0\.2,\), now"),
+        ({"train_labels": digest(np.arange(90)[::-1])}, "train labels [0-9a-f]{64}, now [0-9a-f]{64}"),
+    ],
+)
+def test_other_data_are_not_trained_on(other: dict, said: str) -> None:
+    check_same_data({"data": INFO.to_dict()}, INFO, Path("last.pt"))
+    with pytest.raises(InputError, match=rf"^cannot resume last\.pt with other data \(it had {said}"):
+        check_same_data({"data": replace(INFO, **other).to_dict()}, INFO, Path("last.pt"))
+
+
+def test_other_sizes_than_an_older_checkpoint_says_are_not_trained_on() -> None:
     now = {"training images": 90, "test images": 10, "classes": 3}
-    check_same_data({"data": now}, now, Path("last.pt"))
-    check_same_data({}, now, Path("last.pt"))
+    check_same_data({"training": {"data": now}}, INFO, Path("last.pt"))
+    check_same_data({"training": {}}, INFO, Path("last.pt"))
     before = {"training images": 100, "test images": 10, "classes": 4}
-    message = r"cannot resume last\.pt with other data \(it had 100 training images, now 90, 4 classes, now 3\): "
-    with pytest.raises(InputError, match=message):
-        check_same_data({"data": before}, now, Path("last.pt"))
+    with pytest.raises(InputError, match=r"\(it had 100 training images, now 90; 4 classes, now 3\): "):
+        check_same_data({"training": {"data": before}}, INFO, Path("last.pt"))
 
 
 @pytest.fixture
