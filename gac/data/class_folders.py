@@ -1,17 +1,27 @@
 """Image sets with one folder per class: list the files, and find at once what would stop a run later."""
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import ImageFolder
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from gac.errors import InputError
 
+logger = logging.getLogger("gac")
+
 _FOLDERS = {"train": "train", "test": "val"}
+# What torchvision's ImageFolder takes, and other kinds of photographs that this Pillow can read.
+_MORE_EXTENSIONS = (".gif", ".jfif", ".jpe", ".avif", ".jp2", ".pbm", ".pnm")
+Image.init()
+EXTENSIONS = IMG_EXTENSIONS + tuple(each for each in _MORE_EXTENSIONS if Image.EXTENSION.get(each) in Image.OPEN)
+# What file managers, notebooks and archivers leave behind besides names that begin with a dot.
+_CLUTTER = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found"})
 
 
 @dataclass(frozen=True)
@@ -56,34 +66,94 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _is_clutter(name: str) -> bool:
+    """Return whether a file or folder is hidden, or left behind by some program: no class and no image."""
+    return name.startswith(".") or name.lower() in _CLUTTER
+
+
+@dataclass
+class _Listing:
+    """What is in the class folders of a split."""
+
+    others: Counter[str] = field(default_factory=Counter)
+    repeated: list[str] = field(default_factory=list)
+    _entered: set[tuple[int, int]] = field(default_factory=set)
+
+    def enter(self, folder: str | Path) -> bool:
+        """Return whether a folder is entered for the first time: a link may lead to one that was."""
+        status = os.stat(folder)
+        known = (status.st_dev, status.st_ino) in self._entered
+        self._entered.add((status.st_dev, status.st_ino))
+        return not known
+
+    def images(self, folder: str) -> list[str]:
+        """Return the image files in a folder and in those below it, in the order of torchvision's ImageFolder."""
+        found: dict[str, list[str]] = {}
+        self._collect(folder, found)
+        return [path for _, paths in sorted(found.items()) for path in sorted(paths)]
+
+    def _collect(self, folder: str, found: dict[str, list[str]]) -> None:
+        found[folder] = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_clutter(entry.name):
+                    continue
+                extension = os.path.splitext(entry.name)[1].lower()
+                if entry.is_dir():
+                    if self.enter(entry.path):
+                        self._collect(entry.path, found)
+                    else:
+                        self.repeated.append(entry.path)
+                elif extension not in EXTENSIONS:
+                    self.others[extension or "no extension"] += 1
+                elif entry.is_file() or not os.path.exists(entry.path):
+                    # A link that leads nowhere is an image that cannot be read.
+                    found[folder].append(entry.path)
+                else:
+                    self.others["pipes, sockets and devices"] += 1
+
+
 def _open_split(folder: Path) -> ClassFolders:
     _check_folder(folder)
-    try:
-        found = ImageFolder(folder, allow_empty=True)
-    except FileNotFoundError as error:
+    with os.scandir(folder) as found:
+        classes = sorted(each.name for each in found if each.is_dir() and not _is_clutter(each.name))
+    if not classes:
         raise InputError(
             f"{folder} has no class folders; it needs one folder of images per class (docs/imagenet.md says how"
             " ImageNet's archives become such folders)"
-        ) from error
-    for name in found.classes:
-        # ImageFolder silently skips a folder that it may not read.
-        os.scandir(folder / name).close()
-    paths = np.array([os.fsencode(path) for path, _ in found.samples])
-    labels = np.array(found.targets, dtype=np.int64)
-    present, first = np.unique(labels, return_index=True)
-    if empty := sorted(set(found.classes) - {found.classes[label] for label in present}):
+        )
+    listing, paths, counts = _Listing(), [], []
+    listing.enter(folder)
+    new = [listing.enter(folder / name) for name in classes]
+    if not all(new):
+        repeated = [name for name, is_new in zip(classes, new, strict=True) if not is_new]
+        raise InputError(f"{folder}: {_first_few(repeated)} link to the folder of another class; remove them")
+    for name in classes:
+        images = listing.images(str(folder / name))
+        paths += map(os.fsencode, images)
+        counts.append(len(images))
+    if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
         raise InputError(
-            f"{folder} has no images for {_first_few(empty)}; add images ({', '.join(IMG_EXTENSIONS)}) or remove the"
+            f"{folder} has no images for {_first_few(empty)}; add images ({', '.join(EXTENSIONS)}) or remove the"
             " class folder"
         )
-    for path in paths[first]:
+    if listing.others:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(listing.others.items()))
+        logger.warning("%s: files that are not images are not used: %s", folder, kinds)
+    if listing.repeated:
+        logger.warning(
+            "%s: folders that are there already are not read again: %s", folder, _first_few(listing.repeated)
+        )
+    paths = np.array(paths)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    for path in paths[np.cumsum([0, *counts[:-1]])]:
         try:
             os.close(os.open(path, os.O_RDONLY))
         except OSError as error:
             raise InputError(
                 f"{os.fsdecode(path)} cannot be opened: {error.strerror}; check all images of its class"
             ) from error
-    return ClassFolders(folder, tuple(found.classes), paths, labels)
+    return ClassFolders(folder, tuple(classes), paths, labels)
 
 
 def _check_same_classes(root: str, opened: Mapping[str, ClassFolders]) -> None:

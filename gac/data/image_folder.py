@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from gac.config import DataConfig
@@ -25,6 +25,8 @@ from gac.errors import InputError
 
 logger = logging.getLogger("gac")
 
+# Tags of TIFF files.
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -48,6 +50,39 @@ def train_transform(config: DataConfig, mean: Sequence[float] = IMAGENET_MEAN) -
 def evaluation_transform(config: DataConfig) -> v2.Transform:
     """Resize to the shorter side, then centre crop: PIL image to uint8 [3, size, size]."""
     return v2.Compose([v2.Resize(config.resize), v2.CenterCrop(config.image_size), v2.PILToTensor()])
+
+
+def read_image(path: str) -> Image.Image:
+    """Return an image file in RGB, 8 bits a channel; black and white are those of the file's own type of numbers.
+
+    Grey images of 16 or 32 bits keep their range (Pillow's conversion would cut it off at 255); floating-point ones
+    range from 0 to 1. As in torchvision, a turn that EXIF data ask for is not made and of several frames the first
+    one counts.
+
+    Raises:
+        OSError, SyntaxError, ValueError, Image.DecompressionBombError: If the file is damaged or no image, or if
+            floating-point values are outside [0, 1].
+    """
+    with Image.open(path) as image:
+        if image.mode == "F" or image.mode.startswith("I"):
+            return Image.fromarray(np.rint(255 * _brightness(image)).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def _brightness(image: Image.Image) -> np.ndarray:
+    """Return a grey image of more than 8 bits as numbers from 0 (black) to 1 (white). Raises ValueError for others."""
+    pixels, white = np.asarray(image), 1.0
+    if image.mode != "F":
+        # Where the format has no 32-bit numbers Pillow holds 16-bit ones in the mode for 32 bits.
+        bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
+        signed = image.format == "TIFF" and image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
+        if bits == 32 and not signed:
+            pixels = pixels.view(np.uint32)
+        white = 2 ** (bits - signed) - 1
+    # NaN is not in the range either.
+    if not (pixels.min() >= 0 and pixels.max() <= white):
+        raise ValueError(f"its values are not all from 0 to {white}")
+    return pixels / white
 
 
 class _Unreadable(NamedTuple):
@@ -108,7 +143,7 @@ class _Images(Dataset):
     def _decode(self, number: int) -> Image.Image | str:
         """Return an image in RGB, or why it cannot be decoded."""
         try:
-            return default_loader(os.fsdecode(self.folders.paths[number]))
+            return read_image(os.fsdecode(self.folders.paths[number]))
         except UnidentifiedImageError:
             return "not an image of a known format"
         # Which of these a damaged file raises depends on its format.

@@ -266,20 +266,21 @@ def check_same_data(payload: Mapping[str, Any], now: DataInfo, checkpoint: Path)
     data.root may change, but not what it holds. ``payload`` is the checkpoint's content.
     """
     sizes = {"training images": now.train_size, "test images": now.test_size, "classes": now.num_classes}
-    if "data" not in payload:
-        # Checkpoints of earlier versions hold only sizes, or not even those.
-        before = payload["training"].get("data", sizes)
-        differing = [f"{before[name]} {name}, now {sizes[name]}" for name in sizes if before[name] != sizes[name]]
+    then = DataInfo.from_dict(payload["data"]) if "data" in payload else None
+    if then is not None:
+        before = {"training images": then.train_size, "test images": then.test_size, "classes": then.num_classes}
     else:
-        then = DataInfo.from_dict(payload["data"])
-        differing = [
-            f"{name.replace('_', ' ')} {shorten(str(old), 80)}, now {shorten(str(new), 80)}"
-            for name, old in then.to_dict().items()
-            if old != (new := now.to_dict()[name])
-        ]
+        # Checkpoints of earlier versions hold only the sizes, or not even those.
+        before = payload["training"].get("data", sizes)
+    differing = [f"{before[name]} {name}, now {sizes[name]}" for name in sizes if before[name] != sizes[name]]
+    if then is not None and not differing:
+        for name, old in then.to_dict().items():
+            if old != (new := now.to_dict()[name]):
+                what, each = name.replace("_", " "), (shorten(str(value), 80) for value in (old, new))
+                differing.append("other train labels" if name == "train_labels" else f"{what} {', now '.join(each)}")
     if differing:
         raise InputError(
-            f"cannot resume {checkpoint} with other data (it had {'; '.join(differing)}): restore the data set or"
+            f"cannot resume {checkpoint} with other data (it had {', '.join(differing)}): restore the data set or"
             " start a new run with another --output"
         )
 

@@ -55,7 +55,7 @@ def test_the_rate_is_that_of_the_workers(tmp_path, monkeypatch, capsys):
         time.sleep(0.02)
         return Image.new("RGB", (40, 30))
 
-    monkeypatch.setattr(image_folder, "default_loader", decode)
+    monkeypatch.setattr(image_folder, "read_image", decode)
     report = run(tmp_path, "--make-images", "72", "--workers", "1", "3", "--need", "60", "--rounds", "3")
     one, three = (cell["images_per_second"] for cell in report["cells"])
     assert one <= 50

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torchvision.datasets import ImageFolder
 
 from gac.data.class_folders import open_folders
+from gac.data.image_folder import read_image
 from gac.errors import InputError
 from image_tree import CLASSES, write_split
 
@@ -36,6 +38,59 @@ def test_lists_images_by_class_in_order(root):
 def test_other_files_are_not_images(root):
     (root / "val" / "china" / "README.txt").write_text("not an image")
     assert len(open_folders(str(root), ("test",))["test"]) == 6
+
+
+def test_what_is_not_used_is_counted(root, caplog):
+    for name in ("notes.txt", "b.txt", "photo.heic"):
+        (root / "val" / "china" / name).write_text("not an image")
+    os.mkfifo(root / "val" / "flower" / "pipe.jpg")
+    assert len(open_folders(str(root), ("test",))["test"]) == 6
+    assert caplog.messages == [
+        f"{root}/val: files that are not images are not used: 1 x .heic, 2 x .txt, 1 x pipes, sockets and devices"
+    ]
+
+
+def test_hidden_and_left_behind_files_are_no_classes_and_no_images(root, caplog):
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git"):
+        for place in (root / "train", root / "train" / "china"):
+            shutil.copytree(root / "val" / "china", place / name)
+    for name in ("._0.JPEG", "Thumbs.db", ".DS_Store", "desktop.ini"):
+        shutil.copy(root / "val" / "china" / "0_landscape.JPEG", root / "train" / "china" / name)
+    train = open_folders(str(root), BOTH)["train"]
+    assert (train.class_names, len(train)) == (CLASSES, 6)
+    assert caplog.messages == []
+
+
+def test_every_folder_is_read_once(root, caplog):
+    (root / "train" / "china" / "up").symlink_to(root / "train")
+    (root / "train" / "china" / "round").symlink_to(root / "train" / "china")
+    train = open_folders(str(root), BOTH)["train"]
+    assert len(train) == 6
+    assert "folders that are there already are not read again: " in caplog.text
+    assert all(f"{root}/train/china/{name}" in caplog.text for name in ("up", "round"))
+
+
+def test_links_to_folders_and_files_elsewhere_are_followed(root):
+    (root / "train" / "china").rename(root / "elsewhere")
+    (root / "train" / "china").symlink_to(root / "elsewhere")
+    (root / "train" / "flower" / "linked.jpg").symlink_to(root / "elsewhere" / "0_landscape.JPEG")
+    assert len(open_folders(str(root), BOTH)["train"]) == 7
+
+
+def test_the_order_is_that_of_torchvision(root):
+    for name in ("x", "x.1", "x/y", "w"):
+        shutil.copytree(root / "val" / "china", root / "train" / "china" / name, dirs_exist_ok=True)
+    found = open_folders(str(root), BOTH)["train"]
+    expected = ImageFolder(root / "train")
+    assert [os.fsdecode(path) for path in found.paths] == [path for path, _ in expected.samples]
+    assert found.labels.tolist() == expected.targets
+
+
+def test_names_need_not_be_utf8(root):
+    os.rename(os.fsencode(root / "val" / "china"), os.fsencode(root / "val") + b"/\xff")
+    folders = open_folders(str(root), ("test",))["test"]
+    assert [os.fsencode(name) for name in folders.class_names] == [b"flower", b"\xff"]
+    assert read_image(os.fsdecode(folders.paths[-1])).mode == "RGB"
 
 
 def test_names_need_not_be_ascii(root):
@@ -69,6 +124,10 @@ def unsort(root: Path):
         (root / "val" / name).rmdir()
 
 
+def link_classes(root: Path):
+    (root / "train" / "ant").symlink_to(root / "train" / "china")
+
+
 def point_nowhere(root: Path):
     (root / "val" / "flower" / "0.JPEG").symlink_to("moved away")
 
@@ -81,6 +140,7 @@ def point_nowhere(root: Path):
         (rename_class, r"the same class folders.* order; in train only: china; in val only: japan$"),
         (add_classes, r"in train only: ant, bee, cat and 1 more$"),
         (unsort, r"val has no class folders; it needs one folder of images per class \(docs/imagenet.md"),
+        (link_classes, r"train: china link to the folder of another class; remove them$"),
         (point_nowhere, r"val/flower/0.JPEG cannot be opened: No such file or directory; check all images of"),
     ],
 )

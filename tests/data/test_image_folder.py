@@ -2,6 +2,7 @@ import logging
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from torchvision import transforms
 from gac.config import DataConfig
 from gac.data import build_data
 from gac.data.augment import POLICIES
-from gac.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from gac.data.class_folders import open_folders
+from gac.data.image_folder import IMAGENET_MEAN, IMAGENET_STD, read_image
 from gac.errors import InputError
 from image_tree import CLASSES as REAL_CLASSES
-from image_tree import DAMAGED, PHOTOGRAPHS, SOUND, write_split
+from image_tree import DAMAGED, PHOTOGRAPHS, SOUND, encode, write_split
 
 CLASSES = ("ant", "bee", "cat")
 SIZES = ((40, 30), (33, 64), (24, 24), (90, 50))  # width, height
@@ -371,3 +373,64 @@ batches.gi_frame.f_locals['self']._loader._iterator._shutdown = True  # DataLoad
     here = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{here.parent}:{here.parents[1]}"}
     subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=True)
+
+
+# --- Kinds of files
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def tiff(pixels: np.ndarray) -> bytes:
+    """Return an uncompressed grey TIFF file of any type of numbers."""
+    data, (height, width) = pixels.tobytes(), pixels.shape
+    kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    numbers = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    numbers |= {279: len(data), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in numbers.items())
+    directory = struct.pack("<H", len(numbers)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("16.png", encode(Image.fromarray(RAMP.astype(np.uint16) * 257), "PNG")),
+        ("16.pgm", encode(Image.fromarray(RAMP.astype(np.uint16) * 257), "PPM")),
+        ("u16.tif", tiff(RAMP.astype(np.uint16) * 257)),
+        ("i16.tif", tiff(np.rint(RAMP * (32767 / 255)).astype(np.int16))),
+        ("u32.tif", tiff(RAMP.astype(np.uint32) * 16843009)),
+        ("i32.tif", tiff(np.rint(RAMP * (2147483647 / 255)).astype(np.int32))),
+        ("f32.tif", tiff((RAMP / 255).astype(np.float32))),
+        ("8.tif", tiff(RAMP)),
+    ],
+)
+def test_images_of_more_bits_keep_their_range(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    pixels = np.asarray(read_image(str(tmp_path / name)))
+    assert np.array_equal(pixels, np.stack([RAMP] * 3, -1))
+
+
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.float32), RAMP / np.float32(-255), np.float32("nan") + RAMP / 255])
+def test_a_range_that_nobody_knows_is_refused(pixels: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "f.tif").write_bytes(tiff(pixels.astype(np.float32)))
+    with pytest.raises(ValueError, match=r"its values are not all from 0 to 1\.0"):
+        read_image(str(tmp_path / "f.tif"))
+
+
+@pytest.mark.parametrize(("extension", "kind"), [("gif", "GIF"), ("jfif", "JPEG"), ("WEBP", "WEBP"), ("avif", "AVIF")])
+def test_other_kinds_of_photographs_are_used(extension: str, kind: str, tmp_path: Path) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {kind}")
+    for name in REAL_CLASSES:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / f"0.{extension}").write_bytes(encode(PHOTOGRAPHS[name], kind))
+    folders = open_folders(str(tmp_path), ("test",))["test"]
+    assert len(folders) == 2
+    pixels = np.asarray(read_image(os.fsdecode(folders.paths[0])), dtype=float)
+    assert np.abs(pixels - np.asarray(PHOTOGRAPHS[REAL_CLASSES[0]])).mean() < 12
+
+
+def test_a_turn_that_exif_asks_for_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "turned.jpg").write_bytes(SOUND["exif.JPEG"](PHOTOGRAPHS[REAL_CLASSES[0]]))
+    assert read_image(str(tmp_path / "turned.jpg")).size == PHOTOGRAPHS[REAL_CLASSES[0]].size

@@ -220,11 +220,11 @@ INFO = DataInfo("npz", 3, 1, 8, 8, ("a", "b", "c"), 90, 10, (0.5,), (0.25,), dig
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"train_size": 100}, r"train size 100, now 90\)"),
+        ({"train_size": 100, "mean": (0.4,)}, r"100 training images, now 90\)"),
         ({"class_names": ("b", "a", "c")}, r"class names \('b', 'a', 'c'\), now \('a', 'b', 'c'\)"),
         ({"class_names": ("a", "b", "C")}, r"class names \('a', 'b', 'C'\), now \('a', 'b', 'c'\)"),
-        ({"mean": (0.4,), "std": (0.2,)}, r"mean \(0\.4,\), now \(0\.5,\); std \(0\.2,\), now"),
-        ({"train_labels": digest(np.arange(90)[::-1])}, "train labels [0-9a-f]{64}, now [0-9a-f]{64}"),
+        ({"mean": (0.4,), "std": (0.2,)}, r"mean \(0\.4,\), now \(0\.5,\), std \(0\.2,\), now"),
+        ({"train_labels": digest(np.arange(90)[::-1])}, r"other train labels\)"),
     ],
 )
 def test_other_data_are_not_trained_on(other: dict, said: str) -> None:
@@ -238,7 +238,7 @@ def test_other_sizes_than_an_older_checkpoint_says_are_not_trained_on() -> None:
     check_same_data({"training": {"data": now}}, INFO, Path("last.pt"))
     check_same_data({"training": {}}, INFO, Path("last.pt"))
     before = {"training images": 100, "test images": 10, "classes": 4}
-    with pytest.raises(InputError, match=r"\(it had 100 training images, now 90; 4 classes, now 3\): "):
+    with pytest.raises(InputError, match=r"\(it had 100 training images, now 90, 4 classes, now 3\): "):
         check_same_data({"training": {"data": before}}, INFO, Path("last.pt"))
 
 
