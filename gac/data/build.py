@@ -1,9 +1,11 @@
 """From the configuration to loaders."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -25,6 +27,8 @@ from gac.data.normalization import Normalization
 from gac.data.npz import load_npz
 from gac.data.synthetic import load_synthetic
 from gac.errors import InputError
+
+logger = logging.getLogger("gac")
 
 _SPLITS = ("train", "test")
 
@@ -63,6 +67,13 @@ def build_data(
         info = _arrays_info(config, arrays, splits)
     if trained_on is not None and trained_on.channels == info.channels:
         info = replace(info, mean=trained_on.mean, std=trained_on.std)
+    if shard.rank == 0:
+        _warn_of_labels(
+            info,
+            {split: folders[split].labels for split in splits}
+            if config.name == "imagefolder"
+            else {split: arrays.splits[split].labels.numpy() for split in splits},
+        )
     if not normalize:
         info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
     normalization = Normalization(info.mean, info.std, device)
@@ -87,6 +98,23 @@ def build_data(
         return ArrayLoader(arrays.splits[split], augment=augment, **options)
 
     return Data(train=loader("train"), test=loader("test"), info=info)
+
+
+def _warn_of_labels(info: DataInfo, labels: Mapping[str, np.ndarray]) -> None:
+    """Say what is legal but hardly meant."""
+    if info.num_classes == 1:
+        logger.warning("data set %s has a single class: every network scores 100 %%", info.name)
+    for split, kind in (("train", "training"), ("test", "test")):
+        if split not in labels:
+            continue
+        missing = np.setdiff1d(np.arange(info.num_classes), labels[split])
+        if split == "train" and missing.tolist() == [0]:
+            logger.warning("no training image has the label 0: if the labels count from 1, subtract 1")
+        elif len(missing):
+            named = [repr(info.class_names[k]) if info.class_names else str(k) for k in missing[:3]]
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            few = f"{', '.join(named)}{more}"
+            logger.warning("%d of the %d classes have no %s images: %s", len(missing), info.num_classes, kind, few)
 
 
 def _check_arguments(batch_size: int, eval_batch_size: int, seed: int, splits: Collection[str]) -> None:

@@ -1,9 +1,13 @@
 """Any small image set as one .npz file, in Keras's layout."""
 
+import lzma
+import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -12,16 +16,27 @@ from gac.data.arrays import ArraySet, Split
 from gac.data.interface import DataInfo
 from gac.data.normalization import pixel_statistics
 from gac.errors import InputError
+from gac.memory import check_fits
 
 _MAX_CHANNELS = 4
+_MAX_CLASSES = 2**20
 _LAYOUT = (
     "x_train and x_test are uint8 [N, H, W, C] or [N, H, W], y_train and y_test whole numbers [N]; optional "
     "are classes (names), mean and std"
 )
+# MedMNIST's names of the same arrays; its val_images and val_labels are not used.
+_OTHER_NAMES = {
+    "x_train": "train_images",
+    "y_train": "train_labels",
+    "x_test": "test_images",
+    "y_test": "test_labels",
+}
 
 
 def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = None) -> ArraySet:
     """Return the images and labels in arrays x_train, y_train, x_test, y_test of one .npz file.
+
+    MedMNIST's names train_images, train_labels, test_images and test_labels are taken as well.
 
     x is uint8 [N, H, W, C] (C at most 4) or [N, H, W]; y is any integer type, [N] or [N, 1]; the optional
     classes [K] are the names of the classes 0 to K - 1. Only the arrays that ``splits`` need are read.
@@ -58,6 +73,12 @@ def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = N
     )
 
 
+# Which of these damaged bytes raise depends on where they are.
+_UNREADABLE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE += (KeyError, TypeError, SyntaxError, OverflowError, UnicodeError, struct.error, lzma.LZMAError)
+_read_header_2_0 = np.lib.format.read_array_header_2_0
+
+
 class _Archive:
     """An open .npz file whose reading errors are InputErrors."""
 
@@ -66,10 +87,11 @@ class _Archive:
 
     def __enter__(self) -> "_Archive":
         if not self.path.is_file():
+            # A pipe or a device would be waited for.
             raise InputError(f"there is no file {self.path}; name an .npz file with --data.root ({_LAYOUT})")
         try:
             opened = np.load(self.path, allow_pickle=False)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{self.path} is not a readable .npz file ({error}); write it with numpy.savez") from error
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise InputError(
@@ -81,17 +103,36 @@ class _Archive:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
+    def _name(self, name: str) -> str:
+        """Return the name that the file has for an array."""
+        other = _OTHER_NAMES.get(name)
+        return other if name not in self._file.files and other in self._file.files else name
+
     def __contains__(self, name: str) -> bool:
-        return name in self._file.files
+        return self._name(name) in self._file.files
 
     def read(self, name: str) -> np.ndarray:
         if name not in self:
-            held = ", ".join(self._file.files) or "nothing"
+            held = shorten(", ".join(self._file.files) or "nothing", 200)
             raise InputError(f"{self.path} has no array {name}; it holds {held} ({_LAYOUT})")
         try:
-            return self._file[name]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            self._check_size(name)
+            return self._file[self._name(name)]
+        except _UNREADABLE as error:
             raise InputError(f"{self.path}: array {name} cannot be read ({error}); write the file again") from error
+
+    def _check_size(self, name: str) -> None:
+        """Raise ValueError if an array is larger than its bytes in the file, InputError if it is than the memory."""
+        member = f"{self._name(name)}.npy"
+        with self._file.zip.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+            shape, _, dtype = read_header(file)
+        needed, held = math.prod(shape) * dtype.itemsize, self._file.zip.getinfo(member).file_size
+        if needed > held:
+            raise ValueError(f"its header says {needed} bytes, and the file holds {held}")
+        # The array, and once more what is made of it.
+        check_fits(f"{self.path}: array {name}", 2 * needed, "use fewer or smaller images, or image files in folders")
 
 
 def _read_split(archive: _Archive, split: str) -> Split:
@@ -137,8 +178,15 @@ def _read_labels(archive: _Archive, name: str) -> torch.Tensor:
         raise InputError(
             f"{archive.path}: {name} has shape {list(array.shape)}; labels are [N] or [N, 1], one class number an image"
         )
-    if (array < 0).any():
+    if not len(array):
+        raise InputError(f"{archive.path}: {name} is empty; every image needs one label")
+    if array.min() < 0:
         raise InputError(f"{archive.path}: {name} has the label {array.min()}; the first class is 0")
+    if array.max() >= _MAX_CLASSES:
+        raise InputError(
+            f"{archive.path}: {name} has the label {array.max()}; labels number the classes, of which there may be"
+            f" {_MAX_CLASSES}"
+        )
     return torch.from_numpy(array.astype(np.int64))
 
 

@@ -4,6 +4,7 @@ import torch
 
 from gac.config import DataConfig
 from gac.data import build_data
+from gac.data.interface import Shard
 from gac.errors import InputError
 
 
@@ -103,3 +104,37 @@ def test_missing_cifar_names_the_download(tmp_path):
 def test_bad_arguments(options, message):
     with pytest.raises(InputError, match=message):
         build(DataConfig(name="digits"), **options)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ([0, 1, 2], [0, 1, 2], []),
+        ([0, 0, 0], [0, 0, 0], ["data set npz has a single class: every network scores 100 %"]),
+        (
+            [1, 2, 3],
+            [1, 2, 3],
+            [
+                "no training image has the label 0: if the labels count from 1, subtract 1",
+                "1 of the 4 classes have no test images: 0",
+            ],
+        ),
+        (
+            [0, 5, 9],
+            [0, 9, 9],
+            [
+                "7 of the 10 classes have no training images: 1, 2, 3 and 4 more",
+                "8 of the 10 classes have no test images: 1, 2, 3 and 5 more",
+            ],
+        ),
+    ],
+)
+def test_labels_that_are_hardly_meant_are_pointed_out(train, test, said, tmp_path, caplog):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", x_train=images, y_train=train, x_test=images, y_test=test)
+    config = DataConfig(name="npz", root=str(tmp_path / "set.npz"))
+    build_data(config, device="cpu", batch_size=3, eval_batch_size=3, seed=0)
+    assert caplog.messages == said
+    caplog.clear()
+    build_data(config, device="cpu", batch_size=3, eval_batch_size=3, seed=0, shard=Shard(1, 2))
+    assert caplog.messages == []

@@ -1,10 +1,16 @@
 import importlib.util
+import io
+import os
+import resource
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gac import memory
 from gac.data.npz import load_npz
 from gac.errors import InputError
 
@@ -251,3 +257,93 @@ def test_real_images_can_be_learnt_from(tmp_path):
             optimizer.step()
     correct = sum(int((logits(images).argmax(1) == targets).sum()) for images, targets in data.test.epoch(0))
     assert correct / data.test.size > 0.2  # chance is 0.1
+
+
+def test_medmnist_is_read_as_it_is(tmp_path):
+    names = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
+    content = {names[name]: array if name[0] == "x" else array[:, None] for name, array in arrays().items()}
+    np.savez(tmp_path / "medmnist.npz", **content, val_images=arrays()["x_test"], val_labels=arrays()["y_test"])
+    found = load_npz(str(tmp_path / "medmnist.npz"), BOTH)
+    expected = arrays()
+    assert {split: len(part.labels) for split, part in found.splits.items()} == {"train": 12, "test": 7}
+    assert np.array_equal(found.splits["test"].images.permute(0, 2, 3, 1).numpy(), expected["x_test"])
+
+
+def write_header(path, shape, dtype="|u1", content=b""):
+    """Write an .npz file whose x_train has a header that may say anything."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x_train.npy", file.getvalue() + content)
+        archive.writestr("y_train.npy", b"")
+
+
+def test_a_header_that_claims_more_than_the_file_holds_is_refused_at_once(tmp_path):
+    write_header(tmp_path / "claims.npz", (3_000_000_000, 32, 32, 3))
+    with pytest.raises(InputError, match=r"its header says 9216000000000 bytes, and the file holds 1\d\d\)"):
+        load_npz(str(tmp_path / "claims.npz"), ("train",))
+
+
+def test_an_array_that_unpacks_to_more_than_the_memory_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**20)
+    write_header(tmp_path / "bomb.npz", (1024, 32, 32, 1), content=bytes(2**20))
+    assert (tmp_path / "bomb.npz").stat().st_size < 5000
+    with pytest.raises(InputError, match=r"array x_train needs 0\.0 GiB of memory, and 0\.0 GiB are free: use fewer"):
+        load_npz(str(tmp_path / "bomb.npz"), ("train",))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(InputError, match=r"there is no file .*pipe\.npz"):
+        load_npz(str(tmp_path / "pipe.npz"), BOTH)
+
+
+@pytest.mark.parametrize("label", [2**64 - 1, 2**63, 2**40, 2**20])
+def test_labels_that_number_no_class_are_refused(save, label):
+    labels = np.zeros(12, dtype=np.uint64)
+    labels[3] = label
+    with pytest.raises(InputError, match=rf"y_train has the label {label}; labels number the classes"):
+        load_npz(save(y_train=labels), BOTH)
+
+
+def mutated(content, random):
+    """Return bytes with some of them changed, cut out or repeated."""
+    content = bytearray(content)
+    for _ in range(random.integers(1, 6)):
+        at, length = random.integers(len(content)), random.integers(1, 30)
+        match random.integers(4):
+            case 0:
+                content[at] = random.integers(256)
+            case 1:
+                del content[at : at + length]
+            case 2:
+                content[at:at] = random.bytes(length)
+            case 3:
+                content[at : at + 8] = (2 ** random.integers(64, dtype=np.uint64)).astype(np.uint64).tobytes()
+    return bytes(content)
+
+
+def read_mutants(path, seconds, seed=0):
+    """Read mutants of a file for some seconds: each is read or refused, in memory and time that are bounded."""
+    content, random = path.read_bytes(), np.random.default_rng(seed)
+    end, refused, tried = time.monotonic() + seconds, 0, 0
+    while time.monotonic() < end:
+        path.write_bytes(mutated(content, random))
+        before = time.monotonic()
+        try:
+            load_npz(str(path), BOTH)
+        except InputError:
+            refused += 1
+        assert time.monotonic() - before < 10
+        tried += 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20  # KiB
+    return refused, tried
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("seconds", [0.7, pytest.param(60, marks=pytest.mark.slow)])
+def test_damaged_files_are_read_or_refused(tmp_path, write, seconds):
+    write(tmp_path / "images.npz", **arrays(), classes=np.array(list("abcd")))
+    refused, tried = read_mutants(tmp_path / "images.npz", seconds, seed=int(seconds))
+    assert tried > 20 * seconds
+    assert refused > tried / 4
