@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac.config import TrainConfig
+from gac.training.resumed import check_optimizer_state
 
 
 def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -52,18 +53,20 @@ def make_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any], device: torch.device) -> None:
-    """Load ``optimizer.state_dict()`` of a run that may have been on another kind of device."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        # The loaded state has the other device's choice and memory order, which this device's fused update ignores.
-        group["fused"] = device.type == "cuda"
-        # A tensor must stay the one that a CUDA graph reads.
-        group["lr"] = rate.fill_(group["lr"]) if isinstance(rate, Tensor) else float(group["lr"])
-        for parameter in group["params"]:
-            values = optimizer.state[parameter]
-            if "momentum_buffer" in values:
-                values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
+    """Load ``optimizer.state_dict()`` of a run that may have been on another kind of device.
+
+    Only the state of each parameter is taken: the groups' settings are the configuration's. Raises InputError for a
+    state that is not of this optimiser's parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # An optimiser of another kind has other names there.
+    names = ["momentum_buffer"] if any(group["momentum"] > 0 for group in optimizer.param_groups) else []
+    check_optimizer_state(state["state"], [parameter.shape for parameter in parameters], names)
+    for index, values in state["state"].items():
+        parameter = parameters[index]
+        for name, value in values.items():
+            # In the memory order of the parameter, which the fused update takes for granted.
+            optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(value)
 
 
 def set_learning_rate(optimizer: torch.optim.SGD, rate: float) -> None:

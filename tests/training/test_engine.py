@@ -230,9 +230,9 @@ def test_a_run_can_continue_in_another_folder(tmp_path: Path) -> None:
 
 
 def test_another_run_is_not_resumed(finished: Path, tmp_path: Path) -> None:
-    longer = replace(TINY, train=replace(TINY.train, epochs=4))
-    with pytest.raises(InputError, match=r"train\.epochs 3 -> 4"):
-        train(longer, tmp_path / "new", resume=str(finished / "last.pt"))
+    shorter = replace(TINY, train=replace(TINY.train, epochs=2))
+    with pytest.raises(InputError, match=r"train\.epochs 3 -> 2"):
+        train(shorter, tmp_path / "new", resume=str(finished / "last.pt"))
     with pytest.raises(InputError, match=r"use the run's last\.pt"):
         train(TINY, tmp_path / "new", resume=str(finished / "best.pt"))
     with pytest.raises(InputError, match="no such file"):
