@@ -31,7 +31,7 @@ from gac.training.optim import learning_rate_at, load_optimizer, make_optimizer,
 from gac.training.progress import EpochProgress, log_epoch, log_start
 from gac.training.resumed import check_progress, check_state
 from gac.training.run_folder import RunFolder, check_same_data
-from gac.training.setup import choose_device, create_network, open_data
+from gac.training.setup import check_memory, choose_device, create_network, open_data
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
 from gac.training.totals import Readback, Totals, check_totals, check_weights
@@ -126,6 +126,7 @@ class Trainer:
         if resumed is not None:
             ranks.together(lambda: check_same_data(resumed[1], info, resumed[0]))
         self.batches = len(self.data.train)
+        ranks.together(lambda: check_memory(config, self.data, self.device, ranks))
         self.network = ranks.together(lambda: create_network(config, self.data, ranks))
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True

@@ -1,6 +1,6 @@
 """The device, the data set and the network of a training run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
@@ -11,6 +11,7 @@ from gac.errors import InputError
 from gac.execution.cuda_graph import check_capturable
 from gac.execution.device import check_precision, select_device
 from gac.execution.distributed import Ranks
+from gac.memory import check_fits
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
@@ -65,6 +66,53 @@ def create_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
     return network
 
 
+def check_memory(config: Config, data: Data, device: torch.device, ranks: Ranks) -> None:
+    """Raise InputError if the network, or what training it on the CPU has to keep, is larger than the memory.
+
+    Both are lower bounds: four bytes for each parameter, its gradient and what the optimiser and the moving average
+    keep of it, and the output of every convolution. A CUDA device says by itself when its memory is full.
+    """
+    model, train = config.model, config.train
+    with torch.device("meta"):
+        network = create_model(num_classes=data.info.num_classes, in_channels=data.info.channels, **asdict(model))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    copies = 2 + (train.momentum > 0) + (train.ema_decay > 0) if device.type == "cpu" else 1
+    check_fits(
+        f"a network of {parameters / 1e6:,.0f} M parameters (model.width {model.width}, model.T {model.T},"
+        f" model.kernel_size {model.kernel_size})",
+        4 * copies * parameters,
+        "choose smaller ones",
+    )
+    if device.type != "cpu":
+        return
+    maps = [channels * height * width for channels, height, width in _feature_maps(network, data)]
+    frames = [1 if network.coding_name in ("gac", "direct") else model.T, *[model.T] * (len(maps) - 1)]
+    outputs = [values * repeats for values, repeats in zip(maps, frames, strict=True)]
+    kept = max(outputs) if train.checkpoint_activations else sum(outputs)
+    size = f"model.T {model.T} on images of {data.info.height} x {data.info.width} pixels"
+    in_bytes = 4 if train.amp == "off" else 2
+    largest = max(_batch_sizes(data, train))
+    for name, images, values, remedy in (
+        ("batch_size", largest // (ranks.size * train.accumulate_steps), kept, " or a larger train.accumulate_steps"),
+        ("eval_batch_size", min(train.eval_batch_size, data.test.size) // ranks.size, max(outputs), ""),
+    ):
+        check_fits(
+            f"train.{name} {getattr(train, name)} with model.width {model.width} and {size}",
+            in_bytes * max(1, images) * values,
+            f"choose smaller ones{remedy}",
+        )
+
+
+def _feature_maps(network: MSResNet, data: Data) -> Iterator[tuple[int, int, int]]:
+    """Yield channels, height and width of the output of the stem and of both convolutions of each block."""
+    height, width = data.info.height, data.info.width
+    # The padded convolutions divide the sides by their strides and round up.
+    for layer in (network.stem, *(conv for stage in network.stages for b in stage for conv in (b.conv1, b.conv2))):
+        stride, _ = layer.conv.stride
+        height, width = -(-height // stride), -(-width // stride)
+        yield layer.conv.out_channels, height, width
+
+
 def _batch_sizes(data: Data, config: TrainConfig) -> set[int]:
     """Return the sizes of the training batches over all ranks: the full ones, if there are any, and the last one."""
     full, last = divmod(data.train.size, config.batch_size)
@@ -79,13 +127,7 @@ def _check_batch_norm(network: MSResNet, data: Data, config: TrainConfig, ranks:
     on_each_rank = [batch // ranks.size for batch in _batch_sizes(data, config)]
     if min(images // min(config.accumulate_steps, images) for images in on_each_rank) > 1:
         return
-    height, width = data.info.height, data.info.width
-    # The padded convolutions divide the sides by their strides and round up.
-    values = []
-    for conv_norm in (network.stem, *(stage[0].conv1 for stage in network.stages)):
-        stride, _ = conv_norm.conv.stride
-        height, width = -(-height // stride), -(-width // stride)
-        values.append(height * width * network.T)
+    values = [height * width * network.T for _, height, width in _feature_maps(network, data)]
     # The stem normalises one frame in place of T equal ones.
     if network.coding_name in ("gac", "direct"):
         values[0] //= network.T

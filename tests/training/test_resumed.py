@@ -125,7 +125,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("change, said", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize(("change", "said"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_state_is_one_line_and_leaves_no_folder(
     change: Callable[[dict], None], said: str, checkpoint: dict, tmp_path: Path
 ) -> None:
@@ -159,5 +159,5 @@ def test_a_finished_run_goes_on_by_the_schedule_of_the_new_length(
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     # Half-way through two epochs, then two thirds through three.
     assert rates == pytest.approx([0.05, 0.025, 0.0125])
-    with pytest.raises(InputError, match="train.epochs 3 -> 2"):
+    with pytest.raises(InputError, match=r"train\.epochs 3 -> 2"):
         train(plain, tmp_path / "run", resume="auto")
