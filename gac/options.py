@@ -6,6 +6,7 @@ Both spell every value as text, which means the same in either place; options an
 
 import argparse
 import difflib
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,12 +111,12 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     # Whoever wrote the file must not make this machine load anything.
     config = _make_config(replace(base, data=replace(base.data, download=False)), overrides)
     stored = base.data
-    if is_ours(payload) and not {"data.name", "data.root", "data.download"} & overrides.keys():
-        if stored.name not in ("digits", "synthetic") and not Path(stored.root).expanduser().exists():
-            raise InputError(
-                f"the data set of checkpoint {path}, {stored.name}, was in {stored.root}, which is not here: name it"
-                " with --data.root"
-            )
+    named = not is_ours(payload) or {"data.name", "data.root", "data.download"} & overrides.keys()
+    if not named and stored.name not in ("digits", "synthetic") and not os.path.exists(os.path.expanduser(stored.root)):
+        raise InputError(
+            f"the data set of checkpoint {path}, {stored.name}, was in {stored.root!r}, which is not here: name it"
+            " with --data.root"
+        )
     network = {name: getattr(config.model, name) for name in _OF_NETWORK if f"model.{name}" in overrides}
     json = check_writable(Path(given["json"]), "--json") if "json" in given else None
     return EvalArguments(path, payload, config, network, json)

@@ -15,8 +15,8 @@ from gac.coding import Coding
 from gac.config import Config
 from gac.errors import InputError, first_few
 from gac.models import create_model
-from gac.models.registry import family_of, resolve_coding
 from gac.models.ms_resnet import MSResNet
+from gac.models.registry import family_of, resolve_coding
 
 logger = logging.getLogger("gac")
 
@@ -131,7 +131,11 @@ def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is missing or damaged")
     model = read_config(payload).model
-    arguments = asdict(model) | {"coding": resolve_coding(model.name, model.coding)} | {key: payload[key] for key in ("num_classes", "in_channels")}
+    arguments = (
+        asdict(model)
+        | {"coding": resolve_coding(model.name, model.coding)}
+        | {key: payload[key] for key in ("num_classes", "in_channels")}
+    )
     if arguments["neuron"] is None:
         arguments["neuron"] = family_of(model.name).neuron
     state = _checked_state(payload["model"])
@@ -259,7 +263,7 @@ def _fitting(shapes: dict[str, torch.Size], state: dict[str, Tensor], strict: bo
 def _check_values(state: dict[str, Tensor]) -> None:
     """Raise InputError for weights of no real type and for numbers that no training leaves behind."""
     for name, value in state.items():
-        if name.endswith("num_batches_tracked"):
+        if name.endswith("num_batches_tracked") and not value.is_complex():
             continue
         if not value.is_floating_point():
             raise InputError(f"{name} is {value.dtype}, expected a floating-point type")

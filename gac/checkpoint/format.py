@@ -42,7 +42,7 @@ def read_checkpoint(path: str | os.PathLike | BinaryIO) -> dict:
     """
     if not isinstance(path, str | os.PathLike):
         return _read(path, name_of(path))
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise InputError(f"checkpoint {path}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:

@@ -160,7 +160,8 @@ def _build(payload: dict[str, Any], asked: Mapping[str, Any]) -> MSResNet:
     except InputError:
         network = build_network(payload, **others)
     if asked["T"] > network.T:
-        raise InputError(f"T={asked['T']} was asked for, but its {network.coding_name} coding is made for T={network.T}")
+        kind = "gated attention" if network.coding_name == "gac" else f"{network.coding_name} coding"
+        raise InputError(f"T={asked['T']} was asked for, but its {kind} is made for T={network.T}")
     logger.info("running all %d time steps and scoring the first %d", network.T, asked["T"])
     return network
 
