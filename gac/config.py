@@ -229,10 +229,21 @@ class TrainConfig:
     """Write last.pt within an epoch too after every so many steps; 0 turns that off."""
     keep_checkpoints: PositiveInt = 2
     """How many checkpoints to resume from are kept: last.pt, last-1.pt before it and so on; best.pt is extra."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser: SGD as the authors, or AdamW (with train.momentum as its first beta, 0.999 as its second, and a weight
+    decay that is decoupled: try 0.05 with a learning rate of 1e-3)."""
+    init: str | None = None
+    """Checkpoint whose weights the run begins with (also spelled --init): ours, the authors' or a state dict. The head
+    for another number of classes and the temporal attention for another T begin anew. Resuming does not read it."""
+    freeze: str = ""
+    """Parameters that stay as they are: patterns such as stem.* or stages.0.*, separated by commas or spaces."""
+    freeze_batch_norm: bool = False
+    """Leave BatchNorm's running statistics, weights and biases as they are."""
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
             ("momentum", self.momentum > 0 or not self.nesterov, "greater than 0 with train.nesterov"),
+            ("nesterov", self.optimizer == "sgd" or not self.nesterov, "false with train.optimizer adamw"),
             (
                 "accumulate_steps",
                 self.accumulate_steps <= self.batch_size,

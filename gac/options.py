@@ -61,7 +61,9 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
             "--config FILE": "YAML file with the options below; see configs/.",
             "--output FOLDER": "Run folder; without it runs/NAME for a file NAME.yaml.",
             "--resume auto|FILE": "auto continues the newest checkpoint of the run folder that is whole, or starts "
-            "afresh if there is none; a file continues that checkpoint.",
+            "afresh if there is none; a file continues that checkpoint. train.epochs may be more than before: from "
+            "there on the learning rate is that of a run of so many, not what such a run without the stop gives.",
+            "--init FILE": "Begin with the weights of a checkpoint; the same as --train.init.",
             "--dry-run": "Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary "
             "folder next to --output, which stays as it is.",
             "--overfit-one-batch": "Train on the first batch only, without augmentation and mixing, and say whether it "
@@ -75,6 +77,10 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
         raise InputError("--dry-run and --overfit-one-batch are for a single process: start train.py without torchrun")
     if not given.get("config"):
         raise InputError("--config is required: name a YAML file, for example --config configs/digits.yaml")
+    if "init" in given:
+        if "train.init" in overrides:
+            raise InputError("--init and --train.init are the same: give one")
+        overrides["train.init"] = given["init"], ""
     path = Path(given["config"])
     config = _make_config(Config(), _read_yaml(path) | overrides)
     output = Path(given.get("output") or Path("runs", path.stem))

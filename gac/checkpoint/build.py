@@ -125,6 +125,30 @@ def load_weights(network: MSResNet, state: object) -> None:
     network.load_state_dict(_fitting(shapes, _checked_state(state), strict=True))
 
 
+def initialise(network: MSResNet, payload: dict) -> list[str]:
+    """Give a new network the weights of a checkpoint's content, and return what begins anew, in words.
+
+    That is the head if the number of classes is another one, and the temporal attention if T is; everything else has to
+    fit. Raises InputError if it does not.
+    """
+    state = _checked_state(payload.get("model")) if is_ours(payload) else _bare_state(payload)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    anew = []
+    for prefix, what in (("head.", "the head"), ("coding.gate.temporal.", "the temporal attention")):
+        names = [name for name in shapes if name.startswith(prefix)]
+        if any(name in state and state[name].shape != shapes[name] for name in names):
+            anew.append(what)
+            state |= {name: network.state_dict()[name] for name in names}
+    network.load_state_dict(_fitting(shapes, state, strict=True))
+    return anew
+
+
+def _bare_state(payload: dict) -> dict[str, Tensor]:
+    """Return the tensors of a state dict in our names."""
+    state = _unwrapped(payload)
+    return state if "stem.conv.weight" in state else authors.convert(state)
+
+
 def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state dict and the arguments of create_model that a checkpoint of our format holds."""
     for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):

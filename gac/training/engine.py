@@ -26,12 +26,13 @@ from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
 from gac.training.ema import MovingAverage
+from gac.training.freezing import training_mode
 from gac.training.mixing import Mixing
 from gac.training.optim import learning_rate_at, load_optimizer, make_optimizer, parameter_groups, set_learning_rate
 from gac.training.progress import EpochProgress, log_epoch, log_start
 from gac.training.resumed import check_progress, check_state
 from gac.training.run_folder import RunFolder, check_same_data
-from gac.training.setup import check_memory, choose_device, create_network, open_data
+from gac.training.setup import check_memory, choose_device, create_network, load_initial_weights, open_data
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
 from gac.training.totals import Readback, Totals, check_totals, check_weights
@@ -128,6 +129,8 @@ class Trainer:
         self.batches = len(self.data.train)
         ranks.together(lambda: check_memory(config, self.data, self.device, ranks))
         self.network = ranks.together(lambda: create_network(config, self.data, ranks))
+        if config.train.init is not None and resumed is None:
+            ranks.together(lambda: load_initial_weights(self.network, config.train.init))
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         self.memory_format = memory_format(config.train, self.device)
@@ -207,7 +210,7 @@ class Trainer:
         position = self.position
         if position.mix_epoch is None:
             position.mix_epoch = self.mixing.draw_for_epoch(position.epoch)
-        self.network.train()
+        training_mode(self.network, self.config.train)
         batches = self.data.train.epoch(position.epoch, start=position.batch)
         readback = Readback(self.step.totals.tensor)
         title = f"epoch {position.epoch + 1}/{self.config.train.epochs}"

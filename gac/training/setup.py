@@ -1,10 +1,12 @@
 """The device, the data set and the network of a training run."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
 
+from gac.checkpoint import initialise, is_ours, read_checkpoint, read_config
 from gac.config import Config, TrainConfig
 from gac.data import Data, build_data
 from gac.errors import InputError
@@ -15,6 +17,10 @@ from gac.memory import check_fits
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
+from gac.models.registry import resolve_coding
+from gac.training.freezing import freeze
+
+logger = logging.getLogger("gac")
 
 
 def choose_device(config: Config, ranks: Ranks) -> torch.device:
@@ -57,13 +63,29 @@ def create_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
         **asdict(config.model),
     )
     network.set_checkpoint_activations(config.train.checkpoint_activations)
+    freeze(network, config.train)
     synchronized = config.train.sync_batch_norm and ranks.size > 1
     for module in network.modules():
         if isinstance(module, BatchNorm2d):
             module.synchronized = synchronized
-    if not synchronized:
+    if not synchronized and not config.train.freeze_batch_norm:
         _check_batch_norm(network, data, config.train, ranks)
     return network
+
+
+def load_initial_weights(network: MSResNet, path: str) -> None:
+    """Give the network the weights of the checkpoint train.init, and say what begins anew. Raises InputError."""
+    payload = read_checkpoint(path)
+    try:
+        anew = initialise(network, payload)
+        if is_ours(payload):
+            before = read_config(payload).model
+            before = resolve_coding(before.name, before.coding)
+            if before != network.coding_name:
+                logger.warning("train.init %s was trained with %s coding", path, before)
+    except InputError as error:
+        raise InputError(f"train.init {path}: {error}") from error
+    logger.info("began with the weights of %s%s", path, f"; new: {' and '.join(anew)}" if anew else "")
 
 
 def check_memory(config: Config, data: Data, device: torch.device, ranks: Ranks) -> None:
@@ -76,7 +98,8 @@ def check_memory(config: Config, data: Data, device: torch.device, ranks: Ranks)
     with torch.device("meta"):
         network = create_model(num_classes=data.info.num_classes, in_channels=data.info.channels, **asdict(model))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    copies = 2 + (train.momentum > 0) + (train.ema_decay > 0) if device.type == "cpu" else 1
+    kept_by_optimizer = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    copies = 2 + kept_by_optimizer + (train.ema_decay > 0) if device.type == "cpu" else 1
     check_fits(
         f"a network of {parameters / 1e6:,.0f} M parameters (model.width {model.width}, model.T {model.T},"
         f" model.kernel_size {model.kernel_size})",
