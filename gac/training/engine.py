@@ -371,7 +371,7 @@ class Trainer:
             for name, part in self._states().items():
                 if name not in training:
                     raise InputError(f"its entry training.{name} is missing")
-                check_state(name, training[name], part.state_dict())
+                check_state(name, training[name], part.state_dict)
                 part.load_state_dict(training[name])
             check_progress(asdict(self.position), self.history, self.config.train.epochs, self.batches)
             if self.position.step:

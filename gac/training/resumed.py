@@ -1,7 +1,7 @@
 """What a checkpoint to resume from may hold: it is input, as a configuration file is."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -80,13 +80,14 @@ class AverageEntry(Entry):
 _History = list[dict[str, int | float]]
 
 
-def check_state(name: str, state: object, fresh: Any) -> None:
+def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:
     """Raise InputError, which names the entry, unless ``state`` can be what a run saved under ``name``.
 
     Args:
         name: The entry's name in the checkpoint's "training".
         state: What it holds.
-        fresh: What a run that has just begun with the same configuration would save there.
+        fresh: Returns what a run that has just begun with the same configuration would save there. Called only for
+            what no other rank has a part in.
     """
     if name == "history":
         _validate(name, _History, state)
@@ -94,21 +95,22 @@ def check_state(name: str, state: object, fresh: Any) -> None:
         _check_totals(state)
     elif name == "scaler":
         # Without loss scaling it saves nothing.
-        _validate(name, ScalerEntry if fresh else Annotated[dict, Field(max_length=0)], state)
+        _validate(name, ScalerEntry if fresh() else Annotated[dict, Field(max_length=0)], state)
     else:
         _validate(name, _ENTRIES[name], state)
     if name == "random_state":
-        _check_tensor(f"{name}.torch", state["torch"], fresh["torch"])
+        new = fresh()
+        _check_tensor(f"{name}.torch", state["torch"], new["torch"])
         if state["python"][0] != 3 or state["python"][1][-1] > _WORDS or state["numpy"][0] != "MT19937":
             raise _damaged(name, "it is the state of other generators")
-        for tensor, expected in zip(state["cuda"], fresh["cuda"], strict=False):
+        for tensor, expected in zip(state["cuda"], new["cuda"], strict=False):
             _check_tensor(f"{name}.cuda", tensor, expected)
         try:
             torch.Generator().set_state(state["torch"])
         except RuntimeError as error:
             raise _damaged(f"{name}.torch", "it is no state of PyTorch's generator") from error
     elif name == "average":
-        _check_tensor(f"{name}.updates", state["updates"], fresh["updates"])
+        _check_tensor(f"{name}.updates", state["updates"], fresh()["updates"])
 
 
 _ENTRIES: dict[str, type] = {
