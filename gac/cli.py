@@ -82,7 +82,7 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
 def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
     """Run eval.py's command line and return its exit status."""
     parsed = ranks.together(lambda: parse_eval(arguments))
-    report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.T, ranks)
+    report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.network, ranks)
     if not ranks.is_main:
         return 0
     print(format_report(report))

@@ -27,6 +27,8 @@ from gac.neuron import Backend
 PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+# A network of more would be built for minutes.
+_MOST_BLOCKS = 1000
 # Python code may give a tuple, which becomes a list.
 Integers = Annotated[list[int], Field(strict=False)]
 
@@ -116,16 +118,16 @@ class ModelConfig:
     coding: Coding | None = None
     """How an image becomes spikes: gac (gated attention coding), direct, rate (Poisson), latency or phase
     (weighted phase). Default: gac for names that begin with gac_, direct for the others."""
-    T: PositiveInt = 6
+    T: Annotated[int, Field(ge=1, le=10_000)] = 6
     """Number of time steps."""
-    width: PositiveInt = 64
+    width: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Channels of the stem; the stages have fixed multiples of it."""
     depth: Integers | None = None
     """Blocks in each stage. Default: the network's own, for example [3, 3, 2] for gac_msresnet18_cifar."""
     neuron: Literal["cifar", "imagenet"] | None = None
     """LIF preset: cifar (decay 0.5, threshold 1, triangle) or imagenet (decay 0.25, threshold 0.5, rectangle,
     detached reset). Default: the one the authors use with this network."""
-    kernel_size: PositiveInt = 4
+    kernel_size: Annotated[int, Field(ge=1, le=1024)] = 4
     """Gated attention: side of the spatial-channel convolutions in pixels."""
     reduction: PositiveInt = 2
     """Gated attention: the temporal branch has max(1, T // reduction) hidden units."""
@@ -138,8 +140,10 @@ class ModelConfig:
     works, else torch)."""
 
     def __post_init__(self) -> None:
-        if self.depth is not None and min(self.depth, default=0) < 1:
-            allowed = "a list with at least one block in each stage, for example [3, 3, 2]"
+        if self.depth is not None and not 1 <= min(self.depth, default=0) <= sum(self.depth) <= _MOST_BLOCKS:
+            allowed = (
+                f"a list with at least one block in each stage and at most {_MOST_BLOCKS} in all, for example [3, 3, 2]"
+            )
             raise FieldError("model.depth", allowed, self.depth)
 
     @property
@@ -225,10 +229,21 @@ class TrainConfig:
     """Write last.pt within an epoch too after every so many steps; 0 turns that off."""
     keep_checkpoints: PositiveInt = 2
     """How many checkpoints to resume from are kept: last.pt, last-1.pt before it and so on; best.pt is extra."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser: SGD as the authors, or AdamW (with train.momentum as its first beta, 0.999 as its second, and a weight
+    decay that is decoupled: try 0.05 with a learning rate of 1e-3)."""
+    init: str | None = None
+    """Checkpoint whose weights the run begins with (also spelled --init): ours, the authors' or a state dict. The head
+    for another number of classes and the temporal attention for another T begin anew. Resuming does not read it."""
+    freeze: str = ""
+    """Parameters that stay as they are: patterns such as stem.* or stages.0.*, separated by commas or spaces."""
+    freeze_batch_norm: bool = False
+    """Leave BatchNorm's running statistics, weights and biases as they are."""
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
             ("momentum", self.momentum > 0 or not self.nesterov, "greater than 0 with train.nesterov"),
+            ("nesterov", self.optimizer == "sgd" or not self.nesterov, "false with train.optimizer adamw"),
             (
                 "accumulate_steps",
                 self.accumulate_steps <= self.batch_size,
@@ -374,8 +389,9 @@ FIELDS: dict[str, FieldDescription] = {
 }
 
 # What may differ from the training run when its network is evaluated.
-_EXECUTION = ("device", "train.eval_batch_size", "train.cuda_graph", "train.channels_last", "model.backend", "model.T")
-EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_EXECUTION]
+_EXECUTION = ("device", "train.eval_batch_size", "train.cuda_graph", "train.channels_last", "model.backend")
+_OF_STATE_DICTS = ("model.T", "model.coding", "model.neuron")
+EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_EXECUTION, *_OF_STATE_DICTS]
 
 
 def _known_fields(section: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:

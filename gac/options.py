@@ -6,13 +6,15 @@ Both spell every value as text, which means the same in either place; options an
 
 import argparse
 import difflib
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from gac.checkpoint import is_ours, read_checkpoint
+from gac.checkpoint import is_ours, read_checkpoint, read_config
 from gac.config import EVALUATION_FIELDS, FIELDS, SECTIONS, Config, FieldError
 from gac.errors import InputError
 from gac.files import check_writable
@@ -31,16 +33,21 @@ class TrainArguments(NamedTuple):
     overfit_one_batch: bool
 
 
+# What a bare state dict does not say.
+_OF_NETWORK = ("T", "coding", "neuron")
+
+
 class EvalArguments(NamedTuple):
     """The command line of eval.py.
 
-    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``T`` the override of model.T, if any.
+    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding and
+    neuron, which :func:`gac.checkpoint.build_network` takes.
     """
 
     checkpoint: Path
     payload: dict[str, Any]
     config: Config
-    T: int | None
+    network: dict[str, Any]
     json: Path | None
 
 
@@ -54,7 +61,9 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
             "--config FILE": "YAML file with the options below; see configs/.",
             "--output FOLDER": "Run folder; without it runs/NAME for a file NAME.yaml.",
             "--resume auto|FILE": "auto continues the newest checkpoint of the run folder that is whole, or starts "
-            "afresh if there is none; a file continues that checkpoint.",
+            "afresh if there is none; a file continues that checkpoint. train.epochs may be more than before: from "
+            "there on the learning rate is that of a run of so many, not what such a run without the stop gives.",
+            "--init FILE": "Begin with the weights of a checkpoint; the same as --train.init.",
             "--dry-run": "Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary "
             "folder next to --output, which stays as it is.",
             "--overfit-one-batch": "Train on the first batch only, without augmentation and mixing, and say whether it "
@@ -68,6 +77,10 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
         raise InputError("--dry-run and --overfit-one-batch are for a single process: start train.py without torchrun")
     if not given.get("config"):
         raise InputError("--config is required: name a YAML file, for example --config configs/digits.yaml")
+    if "init" in given:
+        if "train.init" in overrides:
+            raise InputError("--init and --train.init are the same: give one")
+        overrides["train.init"] = given["init"], ""
     path = Path(given["config"])
     config = _make_config(Config(), _read_yaml(path) | overrides)
     output = Path(given.get("output") or Path("runs", path.stem))
@@ -80,7 +93,8 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
         arguments,
         "eval.py --checkpoint FILE [--json FILE]",
         "Score the network of a checkpoint on a test set. Defaults are the values it was trained with; a checkpoint of "
-        "the authors holds none, so --data.name is required with it.",
+        "the authors holds none, so --data.name is required with it. Of what a checkpoint says, data.download is never "
+        "followed, and data.root only where it exists on this machine.",
         {
             "--checkpoint FILE": "File of train.py or of the authors.",
             "--json FILE": "Write all numbers, the configuration and the versions there.",
@@ -96,9 +110,22 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
             f"checkpoint {path} does not say what it was trained on: name it with --data.name, for example"
             " --data.name cifar100"
         )
-    config = _make_config(Config.from_dict(payload["config"]) if is_ours(payload) else Config(), overrides)
+    try:
+        base = read_config(payload) if is_ours(payload) else Config()
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from None
+    # Whoever wrote the file must not make this machine load anything.
+    config = _make_config(replace(base, data=replace(base.data, download=False)), overrides)
+    stored = base.data
+    named = not is_ours(payload) or {"data.name", "data.root", "data.download"} & overrides.keys()
+    if not named and stored.name not in ("digits", "synthetic") and not os.path.exists(os.path.expanduser(stored.root)):
+        raise InputError(
+            f"the data set of checkpoint {path}, {stored.name}, was in {stored.root!r}, which is not here: name it"
+            " with --data.root"
+        )
+    network = {name: getattr(config.model, name) for name in _OF_NETWORK if f"model.{name}" in overrides}
     json = check_writable(Path(given["json"]), "--json") if "json" in given else None
-    return EvalArguments(path, payload, config, config.model.T if "model.T" in overrides else None, json)
+    return EvalArguments(path, payload, config, network, json)
 
 
 class _Parser(argparse.ArgumentParser):

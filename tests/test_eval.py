@@ -175,6 +175,30 @@ def test_the_number_of_time_steps_is_free_without_gated_attention_only(
     )
     torch.save(create_model("msresnet18_cifar", 10, T=1, width=8).state_dict(), tmp_path / "weights.pt")
     plain = ["--checkpoint", str(tmp_path / "weights.pt"), "--data.name=synthetic", "--data.image_size=8"]
+    assert "do not show whether it is direct, rate, latency or phase" in error_of(capsys, *plain)
+    plain.append("--model.coding=direct")
     for options, T in (([], 6), (["--model.T=3"], 3)):
         assert eval_main([*plain, *options, "--device=cpu"]) == 0
         assert capsys.readouterr().out.count("t = 1..") == T
+
+
+def test_a_checkpoint_makes_eval_neither_download_nor_read_a_path_that_is_not_there(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = torch.load(run / "best.pt", weights_only=True)
+    payload["config"]["data"] |= {"name": "cifar10", "root": str(tmp_path / "elsewhere"), "download": True}
+    path = tmp_path / "theirs.pt"
+    torch.save(payload, path)
+    assert "cifar10, was in" in error_of(capsys, "--checkpoint", str(path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", None)
+    assert "data.download" in error_of(capsys, "--checkpoint", str(path))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_network_with_gated_attention_is_scored_at_fewer_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lines(*options: str) -> list[str]:
+        assert eval_main(["--checkpoint", str(run / "best.pt"), "--device=cpu", *options]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "t = 1..1" in line]
+
+    assert lines("--model.T=1") == lines() != []

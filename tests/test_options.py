@@ -91,7 +91,11 @@ def test_a_text_means_the_same_on_the_command_line_and_in_a_file(name: str, text
         ("train.accumulate_steps", "65", "at most train.batch_size (64)"),
         ("model.depth", "[1.0]", "a list of whole numbers such as [3, 3, 2] or null"),
         ("model.depth", "[true]", "a list of whole numbers such as [3, 3, 2] or null"),
-        ("model.depth", "[0]", "a list with at least one block in each stage, for example [3, 3, 2]"),
+        (
+            "model.depth",
+            "[0]",
+            "a list with at least one block in each stage and at most 1000 in all, for example [3, 3, 2]",
+        ),
         ("model.neuron", "None", "one of cifar, imagenet or null"),
     ],
 )

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor
 
-from gac.errors import InputError
+from gac.errors import InputError, first_few
 
 # The authors' CIFAR modules register a layer on its own and again inside the wrapper that runs it over time.
 _ALIASES = [
@@ -69,9 +69,9 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not torch.equal(converted[name], value):
             disagreeing.append(f"{source[name]} and {key}")
     if unknown:
-        raise InputError(f"not a checkpoint of these networks, unknown keys: {', '.join(unknown)}")
+        raise InputError(f"not a checkpoint of these networks, unknown keys: {first_few(unknown)}")
     if disagreeing:
-        raise InputError(f"names of one tensor hold different values: {'; '.join(disagreeing)}")
+        raise InputError(f"names of one tensor hold different values: {first_few(disagreeing)}")
     return converted
 
 

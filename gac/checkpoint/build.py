@@ -1,96 +1,227 @@
 """From the content of a checkpoint, ours or the authors', to the network it describes."""
 
+import logging
 import os
 import re
 from dataclasses import asdict
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from gac.checkpoint import authors
-from gac.checkpoint.format import is_ours, read_checkpoint
+from gac.checkpoint.format import is_ours, name_of, read_checkpoint
+from gac.coding import Coding
 from gac.config import Config
-from gac.errors import InputError
+from gac.errors import InputError, first_few
 from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
+from gac.models.registry import family_of, resolve_coding
+
+logger = logging.getLogger("gac")
 
 DEFAULT_T = 6
 _SQUEEZE = "coding.gate.temporal.squeeze.weight"
 _SPATIAL = "coding.gate.spatial_channel.conv1.weight"
+# Where trainers (PyTorch Lightning, timm and many scripts) put the state dict among other things, in this order.
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema", "ema")
+# What wrappers put before every name: DataParallel and DistributedDataParallel, torch.compile, BatchFirst, Lightning.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 
 
 def load_checkpoint(
-    path: str | os.PathLike, map_location: str | torch.device = "cpu", T: int | None = None
+    path: str | os.PathLike | BinaryIO,
+    map_location: str | torch.device = "cpu",
+    T: int | None = None,
+    *,
+    coding: Coding | None = None,
+    neuron: str | None = None,
+    num_classes: int | None = None,
+    strict: bool = True,
 ) -> MSResNet:
     """Return the network of a checkpoint in evaluation mode; the file may be ours or the authors'.
 
     Args:
-        path: A file of train.py, or a state dict in our or the authors' names, with or without DataParallel's prefix.
+        path: A file of train.py, or a state dict in our or the authors' names, as it is or as wrappers (DataParallel,
+            torch.compile, AveragedModel) and trainers (PyTorch Lightning, timm) save it; or a file that is open.
         map_location: Device of the network.
-        T: Number of time steps for networks without gated attention, whose weights do not fix it; by default the
-            one it was trained with, or 6 where the file does not say.
+        T: Number of time steps for networks with direct or rate coding (gated attention, latency and phase coding are
+            made for the T of training); by default the one it was trained with, or 6 where the file does not say.
+        coding: For a bare state dict in our names without gated attention, whose weights do not show whether it is
+            direct, rate, latency or phase.
+        neuron: For a bare state dict: LIF preset, by default the one the authors use with the network.
+        num_classes: Number of classes, where it is not the file's; needs ``strict=False``.
+        strict: Raise InputError unless the file's tensors are exactly the network's. If False those that are missing
+            or have other shapes keep their initial values, those that are unknown are left out, and a warning names
+            them.
 
     Raises:
-        InputError: For a file that cannot be read, for missing, unknown or wrongly shaped tensors, and for a T that
-            contradicts the weights.
+        InputError: For a file that cannot be read, for missing, unknown or wrongly shaped tensors, for values that are
+            not finite, and for arguments that contradict the file.
     """
     payload = read_checkpoint(path)
     try:
-        return build_network(payload, T).to(map_location).eval()
+        network = build_network(payload, T, coding=coding, neuron=neuron, num_classes=num_classes, strict=strict)
+        return network.to(map_location).eval()
     except InputError as error:
-        raise InputError(f"checkpoint {path}: {error}") from error
+        raise InputError(f"checkpoint {name_of(path)}: {error}") from error
 
 
-def build_network(payload: dict, T: int | None = None) -> MSResNet:
+def build_network(
+    payload: dict,
+    T: int | None = None,
+    *,
+    coding: Coding | None = None,
+    neuron: str | None = None,
+    num_classes: int | None = None,
+    strict: bool = True,
+) -> MSResNet:
     """Return the network that a checkpoint's content describes, with its weights, on the CPU.
 
     Raises InputError as :func:`load_checkpoint` does, without the file's name.
     """
+    asked = {"coding": coding, "neuron": neuron, "T": T}
+    asked = {name: value for name, value in asked.items() if value is not None}
     if is_ours(payload):
         state, arguments = _our_parts(payload)
-        if T is not None:
-            arguments["T"] = T
+        if arguments["coding"] in ("latency", "phase") and asked.get("T", arguments["T"]) != arguments["T"]:
+            raise InputError(f"T={T} was asked for, but its {arguments['coding']} coding is that of T={arguments['T']}")
+        for name in asked.keys() - {"T"}:
+            if asked[name] != arguments[name]:
+                raise InputError(f"{name}={asked[name]} was asked for, but it was trained with {arguments[name]}")
+        arguments |= asked
     else:
-        state = _bare_state(payload)
-        arguments = _infer_arguments(state)
-        arguments.setdefault("T", DEFAULT_T if T is None else T)
+        state, arguments = _bare_parts(payload, asked)
     # The backend that the network was trained with does not matter here.
     arguments["backend"] = "auto"
-    if _SQUEEZE in state and T is not None and _shape(state, _SQUEEZE, 2)[1] != T:
-        raise InputError(f"T={T} was asked for, but its gated attention is made for T={state[_SQUEEZE].shape[1]}")
-    net = create_model(**arguments)
-    _load_weights(net, state)
-    return net
+    if _SQUEEZE in state and arguments["T"] != (fixed := _shape(state, _SQUEEZE, 2)[1]):
+        raise InputError(f"T={arguments['T']} was asked for, but its gated attention is made for T={fixed}")
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    # Without memory: what the file says may be absurd, and the shapes of its tensors are not.
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in create_model(**arguments).state_dict().items()}
+    fitting = _fitting(shapes, state, strict)
+    network = create_model(**arguments)
+    network.load_state_dict(fitting, strict=False)
+    return network
 
 
-def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict]:
-    """Return the state dict and the arguments of create_model that a checkpoint of our format holds."""
-    for key, kind in (("model", dict), ("config", dict), ("num_classes", int), ("in_channels", int)):
-        if not isinstance(payload.get(key), kind):
-            raise InputError(f"its entry {key} is missing or damaged")
+def read_config(payload: dict) -> Config:
+    """Return the configuration in a checkpoint of our format. Raises InputError if it is missing or damaged."""
+    if not isinstance(payload.get("config"), dict):
+        raise InputError("its entry config is missing or damaged")
     try:
-        model = Config.from_dict(payload["config"]).model
+        return Config.from_dict(payload["config"])
+    except InputError as error:
+        raise InputError(f"its configuration: {error}") from error
     except (TypeError, AttributeError) as error:
         raise InputError("its entry config is damaged") from error
-    sizes = {key: payload[key] for key in ("num_classes", "in_channels")}
-    return _checked_state(payload["model"]), asdict(model) | sizes
+
+
+def load_weights(network: MSResNet, state: object) -> None:
+    """Load a state dict into its network. Raises InputError for one that does not fit, or is damaged."""
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    network.load_state_dict(_fitting(shapes, _checked_state(state), strict=True))
+
+
+def initialise(network: MSResNet, payload: dict) -> list[str]:
+    """Give a new network the weights of a checkpoint's content, and return what begins anew, in words.
+
+    That is the head if the number of classes is another one, and the temporal attention if T is; everything else has to
+    fit. Raises InputError if it does not.
+    """
+    state = _checked_state(payload.get("model")) if is_ours(payload) else _bare_state(payload)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    anew = []
+    for prefix, what in (("head.", "the head"), ("coding.gate.temporal.", "the temporal attention")):
+        names = [name for name in shapes if name.startswith(prefix)]
+        if any(name in state and state[name].shape != shapes[name] for name in names):
+            anew.append(what)
+            state |= {name: network.state_dict()[name] for name in names}
+    network.load_state_dict(_fitting(shapes, state, strict=True))
+    return anew
 
 
 def _bare_state(payload: dict) -> dict[str, Tensor]:
-    state = _checked_state(payload.get("state_dict", payload))
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    """Return the tensors of a state dict in our names."""
+    state = _unwrapped(payload)
     return state if "stem.conv.weight" in state else authors.convert(state)
+
+
+def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict and the arguments of create_model that a checkpoint of our format holds."""
+    for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):
+        if not isinstance(payload.get(key), kind):
+            raise InputError(f"its entry {key} is missing or damaged")
+    model = read_config(payload).model
+    arguments = (
+        asdict(model)
+        | {"coding": resolve_coding(model.name, model.coding)}
+        | {key: payload[key] for key in ("num_classes", "in_channels")}
+    )
+    if arguments["neuron"] is None:
+        arguments["neuron"] = family_of(model.name).neuron
+    state = _checked_state(payload["model"])
+    # A network of millions of blocks would be built for minutes before its shapes could be compared.
+    inferred = _infer_arguments(state)
+    for name in ("num_classes", "in_channels", "width", "depth"):
+        if arguments[name] not in (None, inferred[name]):
+            raise InputError(f"it says {name} {arguments[name]}, and its weights are of {name} {inferred[name]}")
+    return state, arguments
+
+
+def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the same for a state dict, which shows only sizes; what was ``asked`` for says the rest."""
+    state = _unwrapped(payload)
+    in_our_names = "stem.conv.weight" in state
+    state = state if in_our_names else authors.convert(state)
+    arguments = _infer_arguments(state)
+    gated = _SQUEEZE in state
+    known = {"T": arguments.get("T", DEFAULT_T), "coding": "gac" if gated else "direct", "neuron": None}
+    if in_our_names and not gated and "coding" not in asked:
+        raise InputError(
+            "its weights do not show whether it is direct, rate, latency or phase coding: say it with coding="
+            " (eval.py: --model.coding)"
+        )
+    if (gated or not in_our_names) and asked.get("coding", known["coding"]) != known["coding"]:
+        raise InputError(f"coding={asked['coding']} was asked for, but its weights are those of {known['coding']}")
+    assumed = [f"T={DEFAULT_T}"] * (not gated and "T" not in asked)
+    assumed += ["the neuron that the authors use with this network"] * (in_our_names and "neuron" not in asked)
+    if assumed:
+        logger.warning("a state dict does not say everything: assuming %s", " and ".join(assumed))
+    return state, arguments | known | asked
+
+
+def _unwrapped(payload: dict) -> dict[str, Tensor]:
+    """Return the state dict in what a trainer saved, without what wrappers add to its names."""
+    state: Any = payload
+    while found := [key for key in _CONTAINERS if isinstance(state, dict) and isinstance(state.get(key), dict)]:
+        if len(found) > 1:
+            logger.warning("the file holds %s: using %s", " and ".join(found), found[0])
+        state = state[found[0]]
+    state = _checked_state(state)
+    # torch.optim.swa_utils.AveragedModel counts its updates.
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) or k == "n_averaged" for k in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key != "n_averaged"}
+    # torch.compile of a part renames only that part.
+    return {key.replace("._orig_mod.", "."): value for key, value in state.items()}
 
 
 def _checked_state(state: object) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
-        raise InputError("holds no state dict" if state else "holds nothing")
+        raise InputError("holds nothing" if state == {} else "holds no state dict")
     others = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if others:
         raise InputError(
-            f"expected a file of train.py or a state dict of tensors, got other entries: {', '.join(others)}"
+            f"expected a file of train.py or a state dict of tensors, got other entries: {first_few(others)}"
         )
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise InputError(f"{name} is no plain tensor ({value.layout}, {value.dtype})")
+        # A stride of 0 makes any size of a few bytes.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"{name} has shape {list(value.shape)}, more than the file holds")
     return dict(state)
 
 
@@ -103,7 +234,7 @@ def _shape(state: dict[str, Tensor], key: str, dimensions: int) -> tuple[int, ..
     return shape
 
 
-def _infer_arguments(state: dict[str, Tensor]) -> dict:
+def _infer_arguments(state: dict[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of create_model that the names and shapes of our state dict imply."""
     width, in_channels, kernel, _ = _shape(state, "stem.conv.weight", 4)
     num_classes, _ = _shape(state, "head.weight", 2)
@@ -122,29 +253,45 @@ def _infer_arguments(state: dict[str, Tensor]) -> dict:
         "in_channels": in_channels,
         "width": width,
         "depth": depth,
-        "coding": "direct",
     }
     if _SQUEEZE in state:
         hidden, T = _shape(state, _SQUEEZE, 2)
         kernel_size = _shape(state, _SPATIAL, 4)[-1]
         # Any reduction above T leaves one hidden unit, just as T itself does.
-        arguments.update(coding="gac", T=T, reduction=max(1, T // hidden), kernel_size=kernel_size)
+        arguments.update(T=T, reduction=max(1, T // hidden), kernel_size=kernel_size)
         arguments["name"] = f"gac_{arguments['name']}"
     return arguments
 
 
-def _load_weights(net: MSResNet, state: dict[str, Tensor]) -> None:
-    expected = net.state_dict()
+def _fitting(shapes: dict[str, torch.Size], state: dict[str, Tensor], strict: bool) -> dict[str, Tensor]:
+    """Return the tensors that fit a network whose tensors have these shapes; raises InputError if not all do.
+
+    Without ``strict`` a warning names the others.
+    """
+    wrong = {key for key, value in state.items() if key in shapes and value.shape != shapes[key]}
     problems = {
-        "missing keys": [key for key in expected if key not in state],
-        "unknown keys": [key for key in state if key not in expected],
-        "wrong shapes": [
-            f"{key} {list(value.shape)} instead of {list(expected[key].shape)}"
-            for key, value in state.items()
-            if key in expected and value.shape != expected[key].shape
-        ],
+        "missing keys": [key for key in shapes if key not in state],
+        "unknown keys": [key for key in state if key not in shapes],
+        "wrong shapes": [f"{key} {list(state[key].shape)} instead of {list(shapes[key])}" for key in sorted(wrong)],
     }
-    found = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    found = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in problems.items() if keys)
+    if found and strict:
+        raise InputError(found)
     if found:
-        raise InputError("; ".join(found))
-    net.load_state_dict(state)
+        logger.warning("not loaded, %s", found)
+    fitting = {key: value for key, value in state.items() if key in shapes and key not in wrong}
+    _check_values(fitting)
+    return fitting
+
+
+def _check_values(state: dict[str, Tensor]) -> None:
+    """Raise InputError for weights of no real type and for numbers that no training leaves behind."""
+    for name, value in state.items():
+        if name.endswith("num_batches_tracked") and not value.is_complex():
+            continue
+        if not value.is_floating_point():
+            raise InputError(f"{name} is {value.dtype}, expected a floating-point type")
+        if not value.float().isfinite().all():
+            raise InputError(f"{name} holds values that are not finite")
+        if name.endswith("running_var") and value.min() < 0:
+            raise InputError(f"{name} holds values below 0, which no variance has")

@@ -30,8 +30,8 @@ def write_checkpoint(path: str | os.PathLike, payload: dict, before_replace: Cal
         torch.save({"format": FORMAT, **payload}, file)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Return what a checkpoint file holds, on the CPU.
+def read_checkpoint(path: str | os.PathLike | BinaryIO) -> dict:
+    """Return what a checkpoint file, named by its path or open for reading bytes, holds, on the CPU.
 
     Only tensors and plain containers are read (``weights_only=True``): a file that would run code is refused. Every
     byte is compared with the checksums in the file.
@@ -40,34 +40,47 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         DamagedCheckpoint: For a file that is cut short or has changed since it was written.
         InputError: For a file that is missing, holds other Python objects or is not a checkpoint.
     """
-    path = Path(path)
+    if not isinstance(path, str | os.PathLike):
+        return _read(path, name_of(path))
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise InputError(f"checkpoint {path}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"checkpoint {path}: cannot be opened: {error.strerror}") from error
+    with file:
+        return _read(file, str(path))
+
+
+def name_of(path: str | os.PathLike | BinaryIO) -> str:
+    """Return what to call a checkpoint in messages."""
+    return str(path if isinstance(path, str | os.PathLike) else getattr(path, "name", "in memory"))
+
+
+def _read(file: BinaryIO, name: str) -> dict:
+    start = file.tell()
     try:
-        with file:
-            _check_sums(file)
-            payload = torch.load(file, map_location="cpu", weights_only=True)
+        _check_sums(file)
+        payload = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if _holds_other_objects(path):
+        file.seek(start)
+        if _holds_other_objects(file):
             raise InputError(
-                f"checkpoint {path}: holds Python objects other than tensors, which could run code, and was not"
+                f"checkpoint {name}: holds Python objects other than tensors, which could run code, and was not"
                 " loaded; save model.state_dict() instead"
             ) from error
         raise DamagedCheckpoint(
-            f"checkpoint {path}: damaged or not a PyTorch file, or an old one with Python objects other than tensors"
+            f"checkpoint {name}: damaged or not a PyTorch file, or an old one with Python objects other than tensors"
         ) from error
     except Exception as error:
         # torch.load's unpickler raises nearly every kind of exception on damaged bytes.
-        raise DamagedCheckpoint(f"checkpoint {path}: damaged or not a PyTorch file") from error
+        raise DamagedCheckpoint(f"checkpoint {name}: damaged or not a PyTorch file") from error
     if not isinstance(payload, dict):
-        raise InputError(f"checkpoint {path}: holds a {type(payload).__name__}, expected a dict")
+        raise InputError(f"checkpoint {name}: holds a {type(payload).__name__}, expected a dict")
     if payload.get("format", FORMAT) != FORMAT:
         raise InputError(
-            f"checkpoint {path}: format {payload['format']!r} is not known to this version, which reads {FORMAT!r}"
+            f"checkpoint {name}: format {payload['format']!r} is not known to this version, which reads {FORMAT!r}"
         )
     return payload
 
@@ -75,20 +88,24 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 def _check_sums(file: BinaryIO) -> None:
     """Raise BadZipFile if a record of a file of torch.save differs from its checksum, which torch.load ignores.
 
-    Files written before PyTorch 1.6 are not archives and have no checksums.
+    Files written before PyTorch 1.6 are not archives and have no checksums. Compressed records, which torch.save does
+    not write, are refused: there is no end to what they may unpack to.
     """
+    start = file.tell()
     is_archive = file.read(4) == b"PK\x03\x04"
     if is_archive:
         with zipfile.ZipFile(file) as archive:
+            if compressed := [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]:
+                raise zipfile.BadZipFile(f"{compressed[0]} is compressed")
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
-    file.seek(0)
+    file.seek(start)
 
 
-def _holds_other_objects(path: Path) -> bool:
+def _holds_other_objects(file: BinaryIO) -> bool:
     """Return whether a file holds Python objects that weights_only refuses. Files of before PyTorch 1.6 do not tell."""
     try:
-        return bool(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        return bool(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:
         # As above, for damaged bytes.
         return False

@@ -26,7 +26,7 @@ from gac.data.interface import WHOLE, Data, DataInfo, Loader, Shard, digest
 from gac.data.normalization import Normalization
 from gac.data.npz import load_npz
 from gac.data.synthetic import load_synthetic
-from gac.errors import InputError
+from gac.errors import InputError, first_few
 
 logger = logging.getLogger("gac")
 
@@ -111,9 +111,7 @@ def _warn_of_labels(info: DataInfo, labels: Mapping[str, np.ndarray]) -> None:
         if split == "train" and missing.tolist() == [0]:
             logger.warning("no training image has the label 0: if the labels count from 1, subtract 1")
         elif len(missing):
-            named = [repr(info.class_names[k]) if info.class_names else str(k) for k in missing[:3]]
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            few = f"{', '.join(named)}{more}"
+            few = first_few([repr(info.class_names[k]) if info.class_names else str(k) for k in missing])
             logger.warning("%d of the %d classes have no %s images: %s", len(missing), info.num_classes, kind, few)
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from gac.errors import InputError
+from gac.errors import InputError, first_few
 
 logger = logging.getLogger("gac")
 
@@ -127,23 +127,21 @@ def _open_split(folder: Path) -> ClassFolders:
     new = [listing.enter(folder / name) for name in classes]
     if not all(new):
         repeated = [name for name, is_new in zip(classes, new, strict=True) if not is_new]
-        raise InputError(f"{folder}: {_first_few(repeated)} link to the folder of another class; remove them")
+        raise InputError(f"{folder}: {first_few(repeated)} link to the folder of another class; remove them")
     for name in classes:
         images = listing.images(str(folder / name))
         paths += map(os.fsencode, images)
         counts.append(len(images))
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
         raise InputError(
-            f"{folder} has no images for {_first_few(empty)}; add images ({', '.join(EXTENSIONS)}) or remove the"
+            f"{folder} has no images for {first_few(empty)}; add images ({', '.join(EXTENSIONS)}) or remove the"
             " class folder"
         )
     if listing.others:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(listing.others.items()))
         logger.warning("%s: files that are not images are not used: %s", folder, kinds)
     if listing.repeated:
-        logger.warning(
-            "%s: folders that are there already are not read again: %s", folder, _first_few(listing.repeated)
-        )
+        logger.warning("%s: folders that are there already are not read again: %s", folder, first_few(listing.repeated))
     paths = np.array(paths)
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     for path in paths[np.cumsum([0, *counts[:-1]])]:
@@ -160,7 +158,7 @@ def _check_same_classes(root: str, opened: Mapping[str, ClassFolders]) -> None:
     if len({folders.class_names for folders in opened.values()}) > 1:
         train, test = (set(opened[split].class_names) for split in ("train", "test"))
         only = [
-            f"in {name} only: {_first_few(sorted(classes))}"
+            f"in {name} only: {first_few(sorted(classes))}"
             for name, classes in (("train", train - test), ("val", test - train))
             if classes
         ]
@@ -168,8 +166,3 @@ def _check_same_classes(root: str, opened: Mapping[str, ClassFolders]) -> None:
             f"train and val in {root} must have the same class folders, as labels are their alphabetical order;"
             f" {'; '.join(only)}"
         )
-
-
-def _first_few(names: Sequence[str]) -> str:
-    few = ", ".join(names[:3])
-    return few if len(names) <= 3 else f"{few} and {len(names) - 3} more"

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from gac.errors import InputError
+from gac.errors import InputError, first_few
 
 TOLERATED_PERCENT = 1
 """Percentage of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
@@ -106,9 +106,8 @@ class DataInfo:
         """Return the number of classes and the first few names, of all or of those ``shown``."""
         if self.class_names is None:
             return f"{self.num_classes} classes without names"
-        names = [repr(name) for name in self.class_names if shown is None or name in shown]
-        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return f"{self.num_classes} classes ({few}{'' if shown is None else ' only here'})"
+        names = first_few([repr(name) for name in self.class_names if shown is None or name in shown])
+        return f"{self.num_classes} classes ({names}{'' if shown is None else ' only here'})"
 
 
 def digest(labels: np.ndarray) -> str:

@@ -43,6 +43,7 @@ class EvaluationStep:
         capture: Captures batches into CUDA graphs to be replayed; without it every batch is run. The network may be
             trained in place between two calls. While its modules have hooks (a monitor's, for example), batches are not
             replayed, as a replay calls no hook.
+        steps: Score only the first so many time steps of the outputs; None for all of them.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class EvaluationStep:
         amp: str = "off",
         channels_last: bool = True,
         capture: Capture | None = None,
+        steps: int | None = None,
     ) -> None:
+        self.steps = steps
         self.network = network
         self.device = device
         self.amp = amp
@@ -72,7 +75,7 @@ class EvaluationStep:
     def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.amp):
             logits = self.network(images.contiguous(memory_format=self._memory_format))
-        logits = logits.float()
+        logits = logits[: self.steps].float()
         # The sum over the first t steps has the same largest entry as their average.
         by_time = (logits.cumsum(0).argmax(-1) == labels).sum(-1)
         mean = logits.mean(0)

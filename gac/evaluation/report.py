@@ -1,9 +1,10 @@
 """What eval.py measures and prints."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,7 +49,11 @@ class Report:
 
 
 def evaluate_checkpoint(
-    path: Path, payload: dict[str, Any], config: Config, T: int | None = None, ranks: Ranks = SINGLE_PROCESS
+    path: Path,
+    payload: dict[str, Any],
+    config: Config,
+    asked: Mapping[str, Any] = MappingProxyType({}),
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Report:
     """Score the network of a checkpoint on a test set.
 
@@ -58,14 +63,17 @@ def evaluate_checkpoint(
         path: The checkpoint, for messages.
         payload: Its content, from ``read_checkpoint``.
         config: The data set and the device; for our checkpoints the training run's with overrides applied.
-        T: Number of time steps for networks without gated attention; by default the one they were trained with.
+        asked: coding and neuron as :func:`gac.checkpoint.build_network` takes them, where the file does not say, and
+            T, the number of time steps to score. Where the T of training is part of the network (gated attention,
+            latency, phase) these are the first of its outputs; else it runs for so many.
         ranks: The processes that share the images; each of them gets the report.
 
     Raises:
         InputError: If the network does not fit the data set, or one of them cannot be used.
     """
-    ranks.check_equal({**shared_fields(config), "model.T": T})
-    device, network, data = ranks.together(lambda: _open(path, payload, config, T, ranks), config.data.download)
+    ranks.check_equal(shared_fields(config) | {f"model.{name}": value for name, value in asked.items()})
+    device, network, data = ranks.together(lambda: _open(path, payload, config, asked, ranks), config.data.download)
+    steps = asked.get("T", network.T)
     ranks.check_equal({"test images": data.test.size})
     ours = is_ours(payload)
     batches = data.test.epoch(0)
@@ -77,14 +85,14 @@ def evaluate_checkpoint(
     # Rate coding must not draw the same numbers for the images of every rank.
     with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)
-        step = EvaluationStep(network, device, amp, config.train.channels_last, capture)
+        step = EvaluationStep(network, device, amp, config.train.channels_last, capture, steps)
         scores = evaluate(step, batches, ranks)
     ranks.together(lambda: check_readable("test", data.test.size - scores.images, data.test.size))
     return Report(
         checkpoint=str(path),
         epoch=payload.get("epoch") if ours else None,
         weights=payload.get("weights") if ours else None,
-        T=network.T,
+        T=steps,
         num_classes=network.num_classes,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         coding=network.coding_name,
@@ -92,7 +100,7 @@ def evaluate_checkpoint(
         device=str(device) if ranks.size == 1 else f"{ranks.size} x {device.type}",
         precision=describe_precision(device, amp),
         scores=scores,
-        published=find_published(network, _published_name(data.info, scores.images)),
+        published=find_published(network, _published_name(data.info, scores.images)) if steps == network.T else None,
         # The authors' files do not hold the configuration that they were trained with.
         config=config.to_dict() if ours else {"data": asdict(config.data), "device": config.device},
         versions=versions(),
@@ -100,14 +108,14 @@ def evaluate_checkpoint(
 
 
 def _open(
-    path: Path, payload: dict[str, Any], config: Config, T: int | None, ranks: Ranks
+    path: Path, payload: dict[str, Any], config: Config, asked: Mapping[str, Any], ranks: Ranks
 ) -> tuple[torch.device, MSResNet, Data]:
     """Return the device, the network on it, and the data set. Raises InputError."""
     device = select_device(config.device, ranks)
     if config.train.cuda_graph:
         check_capturable(config.model)
     try:
-        network = build_network(payload, T)
+        network = _build(payload, asked)
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from error
     network.set_backend(config.model.backend)
@@ -142,6 +150,20 @@ def _open(
         if sizes[0] != sizes[1]:
             logger.warning("the images of %s have %s pixels, those of training had %s", data.info.name, *sizes)
     return device, network.to(device, memory_format=memory_format(config.train, device)), data
+
+
+def _build(payload: dict[str, Any], asked: Mapping[str, Any]) -> MSResNet:
+    """Return the network; its T is that of training where it is part of the network. Raises InputError."""
+    others = {name: value for name, value in asked.items() if name != "T"}
+    try:
+        return build_network(payload, **asked)
+    except InputError:
+        network = build_network(payload, **others)
+    if asked["T"] > network.T:
+        kind = "gated attention" if network.coding_name == "gac" else f"{network.coding_name} coding"
+        raise InputError(f"T={asked['T']} was asked for, but its {kind} is made for T={network.T}")
+    logger.info("running all %d time steps and scoring the first %d", network.T, asked["T"])
+    return network
 
 
 def _trained_on(path: Path, payload: dict[str, Any]) -> DataInfo | None:

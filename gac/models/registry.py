@@ -64,6 +64,11 @@ def create_model(
     )
 
 
+def family_of(name: str) -> Family:
+    """Return how a network's CIFAR or ImageNet code differs. Raises InputError for an unknown name."""
+    return _lookup(name)[0]
+
+
 def describe(net: MSResNet) -> list[str]:
     """Return what a user should know about a network before training it, one line per fact."""
     parameters = sum(p.numel() for p in net.parameters())

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gac.checkpoint import load_weights
+
 
 class MovingAverage:
     """A copy of a network whose weights and buffers are exponential moving averages of the network's.
@@ -49,7 +51,7 @@ class MovingAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned, possibly on another device."""
-        self.network.load_state_dict(state["model"])
+        load_weights(self.network, state["model"])
         self._updates.copy_(state["updates"])
 
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gac.checkpoint import write_checkpoint
+from gac.checkpoint import load_weights, write_checkpoint
 from gac.config import Config
 from gac.data import Data
 from gac.data.interface import check_readable
+from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.firing import FiringRates
 from gac.execution import random_state
@@ -25,11 +26,13 @@ from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
 from gac.training.ema import MovingAverage
+from gac.training.freezing import training_mode
 from gac.training.mixing import Mixing
 from gac.training.optim import learning_rate_at, load_optimizer, make_optimizer, parameter_groups, set_learning_rate
 from gac.training.progress import EpochProgress, log_epoch, log_start
+from gac.training.resumed import check_progress, check_state
 from gac.training.run_folder import RunFolder, check_same_data
-from gac.training.setup import choose_device, create_network, open_data
+from gac.training.setup import check_memory, choose_device, create_network, load_initial_weights, open_data
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
 from gac.training.totals import Readback, Totals, check_totals, check_weights
@@ -124,7 +127,10 @@ class Trainer:
         if resumed is not None:
             ranks.together(lambda: check_same_data(resumed[1], info, resumed[0]))
         self.batches = len(self.data.train)
+        ranks.together(lambda: check_memory(config, self.data, self.device, ranks))
         self.network = ranks.together(lambda: create_network(config, self.data, ranks))
+        if config.train.init is not None and resumed is None:
+            ranks.together(lambda: load_initial_weights(self.network, config.train.init))
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         self.memory_format = memory_format(config.train, self.device)
@@ -147,10 +153,13 @@ class Trainer:
         self.position = Position()
         self.history: list[dict[str, float]] = []
 
+        # Before the folder is made: a state that cannot be resumed leaves nothing behind.
+        if resumed is not None:
+            ranks.together(lambda: self._restore(*resumed))
         ranks.on_main(lambda: folder.create(config))
         log_start(config, info, self.network, self.batches, self.device, folder.path, ranks)
         if resumed is not None:
-            self._restore(*resumed)
+            self._log_resumed(*resumed)
         elif resume is not None:
             logger.info("there is no %s: starting afresh", folder.checkpoints.newest)
         ranks.on_main(lambda: folder.begin_metrics(self.history))
@@ -201,7 +210,7 @@ class Trainer:
         position = self.position
         if position.mix_epoch is None:
             position.mix_epoch = self.mixing.draw_for_epoch(position.epoch)
-        self.network.train()
+        training_mode(self.network, self.config.train)
         batches = self.data.train.epoch(position.epoch, start=position.batch)
         readback = Readback(self.step.totals.tensor)
         title = f"epoch {position.epoch + 1}/{self.config.train.epochs}"
@@ -357,14 +366,27 @@ class Trainer:
 
     def _restore(self, checkpoint: Path, payload: dict[str, Any]) -> None:
         training = payload["training"]
-        self.network.load_state_dict(payload["model"])
-        for name, part in self._states().items():
-            part.load_state_dict(training[name])
+        try:
+            load_weights(self.network, payload.get("model"))
+            for name, part in self._states().items():
+                if name not in training:
+                    raise InputError(f"its entry training.{name} is missing")
+                check_state(name, training[name], part.state_dict)
+                part.load_state_dict(training[name])
+            check_progress(asdict(self.position), self.history, self.config.train.epochs, self.batches)
+            if self.position.step:
+                # The rate of the last step: whoever writes the state before the next one finds it there.
+                last = divmod(self.position.step - 1, self.batches)
+                set_learning_rate(self.optimizer, learning_rate_at(self.config.train, *last, self.batches))
+        except InputError as error:
+            raise InputError(f"cannot resume {checkpoint}: {error}") from error
         if checkpoint.resolve().parent != self.folder.path.resolve():
             # The best network so far is in another folder; this one keeps the best of what follows.
             self.position.best_top1 = -math.inf
-        if (before := training.get("ranks", 1)) != self.ranks.size:
-            logger.info("this run had %d processes and goes on with %d", before, self.ranks.size)
+
+    def _log_resumed(self, checkpoint: Path, payload: dict[str, Any]) -> None:
+        if (before := payload["training"].get("ranks", 1)) != self.ranks.size:
+            logger.info("this run had %s processes and goes on with %d", before, self.ranks.size)
         logger.info("resuming %s after %d epochs and %d batches", checkpoint, self.position.epoch, self.position.batch)
 
     def _position_state(self) -> dict[str, Any]:

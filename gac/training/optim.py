@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac.config import TrainConfig
+from gac.training.resumed import check_optimizer_state
 
 
 def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Return the parameters of ``network`` in groups, one for each value of weight decay."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decay = config.weight_decay
         if name.startswith("stem.") and config.stem_weight_decay is not None:
             decay = config.stem_weight_decay
@@ -27,22 +30,25 @@ def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, 
 
 def make_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: TrainConfig, device: torch.device
-) -> torch.optim.SGD:
-    """Return SGD for parameters, all with the configured weight decay, or for :func:`parameter_groups`."""
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
+) -> torch.optim.Optimizer:
+    """Return SGD or AdamW for parameters, all with the configured weight decay, or for :func:`parameter_groups`."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
         # The fused update skips overflowed half-precision steps on the device; the others ask the host.
-        fused=device.type == "cuda",
-    )
+        "fused": device.type == "cuda",
+    }
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **settings)
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters, betas=(config.momentum, 0.999), capturable=device.type == "cuda", **settings
+        )
     if device.type == "cuda":
         # Read by the fused update on the device: it can change under a captured CUDA graph.
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(config.learning_rate, device=device)
-    if config.momentum > 0:
+    if config.optimizer == "sgd" and config.momentum > 0:
         # Otherwise the fused update allocates them in the first step, does not write to them if that step overflows,
         # and reads that memory in the second step. Zeros mean the same: the first step turns them into the gradients.
         for group in optimizer.param_groups:
@@ -51,22 +57,26 @@ def make_optimizer(
     return optimizer
 
 
-def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any], device: torch.device) -> None:
-    """Load ``optimizer.state_dict()`` of a run that may have been on another kind of device."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        # The loaded state has the other device's choice and memory order, which this device's fused update ignores.
-        group["fused"] = device.type == "cuda"
-        # A tensor must stay the one that a CUDA graph reads.
-        group["lr"] = rate.fill_(group["lr"]) if isinstance(rate, Tensor) else float(group["lr"])
-        for parameter in group["params"]:
-            values = optimizer.state[parameter]
-            if "momentum_buffer" in values:
-                values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], device: torch.device) -> None:
+    """Load ``optimizer.state_dict()`` of a run that may have been on another kind of device.
+
+    Only the state of each parameter is taken: the groups' settings are the configuration's. Raises InputError for a
+    state that is not of this optimiser's parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = ["momentum_buffer"] if any(group.get("momentum", 0) > 0 for group in optimizer.param_groups) else []
+    if isinstance(optimizer, torch.optim.AdamW):
+        names = ["step", "exp_avg", "exp_avg_sq"]
+    check_optimizer_state(state["state"], [parameter.shape for parameter in parameters], names)
+    for index, values in state["state"].items():
+        parameter = parameters[index]
+        for name, value in values.items():
+            # In the memory order of the parameter, which the fused update takes for granted.
+            like = torch.zeros((), device=device) if name == "step" else torch.empty_like(parameter)
+            optimizer.state[parameter][name] = like.copy_(value)
 
 
-def set_learning_rate(optimizer: torch.optim.SGD, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of the next step, without waiting for the device."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from gac.checkpoint import DamagedCheckpoint, read_checkpoint
+from gac.checkpoint import DamagedCheckpoint, read_checkpoint, read_config
 from gac.config import Config
 from gac.data.interface import DataInfo
 from gac.errors import InputError
@@ -243,11 +243,18 @@ def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> No
     """Raise InputError unless ``payload``, read from ``checkpoint``, is the state of a run that ``now`` configures."""
     if "training" not in payload:
         raise InputError(f"{checkpoint} holds a network without the state to resume from; use the run's last.pt")
-    before, after = Config.from_dict(payload["config"]).flat(), now.flat()
+    if not isinstance(payload["training"], dict):
+        raise InputError(f"cannot resume {checkpoint}: its entry training is damaged: it is no dict")
+    try:
+        before, after = read_config(payload).flat(), now.flat()
+    except InputError as error:
+        raise InputError(f"cannot resume {checkpoint}: {error}") from error
     differing = [
         f"{name} {before[name]} -> {after[name]}"
         for name in before
-        if before[name] != after[name] and name not in FREE_WHEN_RESUMING
+        if before[name] != after[name]
+        and name not in FREE_WHEN_RESUMING
+        and not (name == "train.epochs" and before[name] < after[name])
     ]
     if differing:
         raise InputError(
@@ -255,8 +262,15 @@ def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> No
             " start a new run with another --output"
         )
     if "totals" not in payload["training"]:
-        raise InputError(
-            f"cannot resume {checkpoint}: it was written by gac {payload['versions']['gac']}, which can continue it"
+        written_by = payload.get("versions")
+        version = written_by.get("gac") if isinstance(written_by, dict) else "of another version"
+        raise InputError(f"cannot resume {checkpoint}: it was written by gac {version}, which can continue it")
+    if before["train.epochs"] < after["train.epochs"]:
+        logger.warning(
+            "%s was to have %d epochs and goes on to %d: from here on the learning rate is that of a run of %d epochs,"
+            " which is not what such a run without the stop would give",
+            checkpoint,
+            *(each["train.epochs"] for each in (before, after, after)),
         )
 
 
@@ -266,12 +280,17 @@ def check_same_data(payload: Mapping[str, Any], now: DataInfo, checkpoint: Path)
     data.root may change, but not what it holds. ``payload`` is the checkpoint's content.
     """
     sizes = {"training images": now.train_size, "test images": now.test_size, "classes": now.num_classes}
-    then = DataInfo.from_dict(payload["data"]) if "data" in payload else None
+    try:
+        then = DataInfo.from_dict(payload["data"]) if "data" in payload else None
+    except InputError as error:
+        raise InputError(f"cannot resume {checkpoint}: {error}") from error
     if then is not None:
         before = {"training images": then.train_size, "test images": then.test_size, "classes": then.num_classes}
     else:
         # Checkpoints of earlier versions hold only the sizes, or not even those.
         before = payload["training"].get("data", sizes)
+        if not isinstance(before, dict) or before.keys() != sizes.keys():
+            raise InputError(f"cannot resume {checkpoint}: its entry training.data is damaged")
     differing = [f"{before[name]} {name}, now {sizes[name]}" for name in sizes if before[name] != sizes[name]]
     if then is not None and not differing:
         for name, old in then.to_dict().items():

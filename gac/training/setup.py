@@ -1,19 +1,26 @@
 """The device, the data set and the network of a training run."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
 
+from gac.checkpoint import initialise, is_ours, read_checkpoint, read_config
 from gac.config import Config, TrainConfig
 from gac.data import Data, build_data
 from gac.errors import InputError
 from gac.execution.cuda_graph import check_capturable
 from gac.execution.device import check_precision, select_device
 from gac.execution.distributed import Ranks
+from gac.memory import check_fits
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
+from gac.models.registry import resolve_coding
+from gac.training.freezing import freeze
+
+logger = logging.getLogger("gac")
 
 
 def choose_device(config: Config, ranks: Ranks) -> torch.device:
@@ -56,13 +63,77 @@ def create_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
         **asdict(config.model),
     )
     network.set_checkpoint_activations(config.train.checkpoint_activations)
+    freeze(network, config.train)
     synchronized = config.train.sync_batch_norm and ranks.size > 1
     for module in network.modules():
         if isinstance(module, BatchNorm2d):
             module.synchronized = synchronized
-    if not synchronized:
+    if not synchronized and not config.train.freeze_batch_norm:
         _check_batch_norm(network, data, config.train, ranks)
     return network
+
+
+def load_initial_weights(network: MSResNet, path: str) -> None:
+    """Give the network the weights of the checkpoint train.init, and say what begins anew. Raises InputError."""
+    payload = read_checkpoint(path)
+    try:
+        anew = initialise(network, payload)
+        if is_ours(payload):
+            before = read_config(payload).model
+            before = resolve_coding(before.name, before.coding)
+            if before != network.coding_name:
+                logger.warning("train.init %s was trained with %s coding", path, before)
+    except InputError as error:
+        raise InputError(f"train.init {path}: {error}") from error
+    logger.info("began with the weights of %s%s", path, f"; new: {' and '.join(anew)}" if anew else "")
+
+
+def check_memory(config: Config, data: Data, device: torch.device, ranks: Ranks) -> None:
+    """Raise InputError if the network, or what training it on the CPU has to keep, is larger than the memory.
+
+    Both are lower bounds: four bytes for each parameter, its gradient and what the optimiser and the moving average
+    keep of it, and the output of every convolution. A CUDA device says by itself when its memory is full.
+    """
+    model, train = config.model, config.train
+    with torch.device("meta"):
+        network = create_model(num_classes=data.info.num_classes, in_channels=data.info.channels, **asdict(model))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    kept_by_optimizer = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    copies = 2 + kept_by_optimizer + (train.ema_decay > 0) if device.type == "cpu" else 1
+    check_fits(
+        f"a network of {parameters / 1e6:,.0f} M parameters (model.width {model.width}, model.T {model.T},"
+        f" model.kernel_size {model.kernel_size})",
+        4 * copies * parameters,
+        "choose smaller ones",
+    )
+    if device.type != "cpu":
+        return
+    maps = [channels * height * width for channels, height, width in _feature_maps(network, data)]
+    frames = [1 if network.coding_name in ("gac", "direct") else model.T, *[model.T] * (len(maps) - 1)]
+    outputs = [values * repeats for values, repeats in zip(maps, frames, strict=True)]
+    kept = max(outputs) if train.checkpoint_activations else sum(outputs)
+    size = f"model.T {model.T} on images of {data.info.height} x {data.info.width} pixels"
+    in_bytes = 4 if train.amp == "off" else 2
+    largest = max(_batch_sizes(data, train))
+    for name, images, values, remedy in (
+        ("batch_size", largest // (ranks.size * train.accumulate_steps), kept, " or a larger train.accumulate_steps"),
+        ("eval_batch_size", min(train.eval_batch_size, data.test.size) // ranks.size, max(outputs), ""),
+    ):
+        check_fits(
+            f"train.{name} {getattr(train, name)} with model.width {model.width} and {size}",
+            in_bytes * max(1, images) * values,
+            f"choose smaller ones{remedy}",
+        )
+
+
+def _feature_maps(network: MSResNet, data: Data) -> Iterator[tuple[int, int, int]]:
+    """Yield channels, height and width of the output of the stem and of both convolutions of each block."""
+    height, width = data.info.height, data.info.width
+    # The padded convolutions divide the sides by their strides and round up.
+    for layer in (network.stem, *(conv for stage in network.stages for b in stage for conv in (b.conv1, b.conv2))):
+        stride, _ = layer.conv.stride
+        height, width = -(-height // stride), -(-width // stride)
+        yield layer.conv.out_channels, height, width
 
 
 def _batch_sizes(data: Data, config: TrainConfig) -> set[int]:
@@ -79,13 +150,7 @@ def _check_batch_norm(network: MSResNet, data: Data, config: TrainConfig, ranks:
     on_each_rank = [batch // ranks.size for batch in _batch_sizes(data, config)]
     if min(images // min(config.accumulate_steps, images) for images in on_each_rank) > 1:
         return
-    height, width = data.info.height, data.info.width
-    # The padded convolutions divide the sides by their strides and round up.
-    values = []
-    for conv_norm in (network.stem, *(stage[0].conv1 for stage in network.stages)):
-        stride, _ = conv_norm.conv.stride
-        height, width = -(-height // stride), -(-width // stride)
-        values.append(height * width * network.T)
+    values = [height * width * network.T for _, height, width in _feature_maps(network, data)]
     # The stem normalises one frame in place of T equal ones.
     if network.coding_name in ("gac", "direct"):
         values[0] //= network.T

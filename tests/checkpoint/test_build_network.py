@@ -1,7 +1,13 @@
 """From the content of a checkpoint to its network."""
 
+import io
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 import gac
 from checkpoint_files import CASES, authors_file, our_file
@@ -22,7 +28,7 @@ def test_our_file_gives_the_same_network(tmp_path):
 def test_a_bare_state_dict_in_our_names_loads(tmp_path, name, T):
     net = create_model(name, 4, T, width=4, kernel_size=3, reduction=3).eval()
     torch.save(net.state_dict(), tmp_path / "weights.pt")
-    loaded = gac.load_checkpoint(tmp_path / "weights.pt", T=T)
+    loaded = gac.load_checkpoint(tmp_path / "weights.pt", T=T, coding=None if name.startswith("gac") else "direct")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), net(images))
 
@@ -65,7 +71,27 @@ def bare_but(**changes):
         (ours_but(config={"model": {"T": "six"}}), r"model\.T must be a whole number; got 'six'"),
         (ours_but(config={"model": {"colour": 3}}), "colour"),
         (ours_but(model={"stem.conv.weight": 3}), r"other entries: stem\.conv\.weight"),
-        (lambda folder: {"state_dict": 3}, "holds no state dict"),
+        (lambda folder: {"state_dict": 3}, "got other entries: state_dict"),
+        (lambda folder: {}, "holds nothing"),
+        (ours_but(num_classes=2**40), r"says num_classes 1099511627776, and its weights are of num_classes 7"),
+        (
+            ours_but(config={"model": {"width": 60_000, "depth": [1, 1, 1]}}),
+            r"says width 60000, and its weights are of",
+        ),
+        (ours_but(config={"model": {"width": 4, "depth": [300, 1, 1]}}), r"says depth \[300, 1, 1\], and its weights"),
+        (bare_but(head__bias=torch.full((4,), torch.inf)), r"head\.bias holds values that are not finite"),
+        (bare_but(head__bias=torch.zeros(4, dtype=torch.long)), r"head\.bias is torch\.int64, expected a floating"),
+        (bare_but(head__bias=torch.zeros(4, dtype=torch.cfloat)), r"head\.bias is torch\.complex64, expected"),
+        (bare_but(stem__norm__running_var=-torch.ones(4)), r"stem\.norm\.running_var holds values below 0"),
+        (
+            bare_but(head__weight=torch.zeros(1).expand(2**40, 32)),
+            r"head\.weight has shape .*, more than the file",
+        ),
+        (bare_but(head__bias=torch.zeros(4).to_sparse()), r"head\.bias is no plain tensor"),
+        (
+            bare_but(**{f"stages__0__0__{k}": torch.zeros(1) for k in "abcde"}),
+            r"unknown keys: stages\.0\.0\.a, stages\.0\.0\.b, stages\.0\.0\.c and 2 more",
+        ),
         (lambda folder: {1: torch.zeros(3)}, "other entries: 1"),
         (bare_but(stem__conv__weight=torch.zeros(3)), "expected 4 dimensions"),
         (bare_but(head__weight=torch.zeros(())), "expected 2 dimensions"),
@@ -77,3 +103,74 @@ def test_damaged_content_is_one_clear_line(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as raised:
         gac.load_checkpoint(tmp_path / "damaged.pt")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: nn.DataParallel(net).state_dict(),
+        lambda net: torch.compile(net).state_dict(),
+        lambda net: nn.DataParallel(torch.compile(nn.DataParallel(net))).state_dict(),
+        lambda net: gac.BatchFirst(net).state_dict(),
+        lambda net: torch.optim.swa_utils.AveragedModel(nn.DataParallel(net)).state_dict(),
+        lambda net: {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in net.state_dict().items()}},
+        lambda net: {"epoch": 3, "arch": "x", "state_dict_ema": nn.DataParallel(net).state_dict()},
+        lambda net: {"model_ema": {"module": net.state_dict()}["module"], "optimizer": {}},
+        lambda net: {"model": {"state_dict": {f"net.module._orig_mod.{k}": v for k, v in net.state_dict().items()}}},
+    ],
+)
+def test_what_wrappers_and_trainers_add_is_taken_off(wrap: Callable, tmp_path: Path) -> None:
+    _, net = our_file(tmp_path)
+    torch.save(wrap(net), tmp_path / "wrapped.pt")
+    images = torch.randn(2, 1, 8, 8)
+    assert gac.load_checkpoint(tmp_path / "wrapped.pt")(images).equal(net(images))
+
+
+def test_a_file_that_is_open_and_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, net = our_file(tmp_path)
+    images = torch.randn(2, 1, 8, 8)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (io.BytesIO(path.read_bytes()), "~/best.pt"):
+        assert gac.load_checkpoint(source)(images).equal(net(images))
+    with path.open("rb") as file:
+        assert gac.load_checkpoint(file)(images).equal(net(images))
+    with pytest.raises(InputError, match=r"~nosuchuser/best\.pt: no such file"):
+        gac.load_checkpoint("~nosuchuser/best.pt")
+    with pytest.raises(InputError, match="checkpoint in memory: damaged"):
+        gac.load_checkpoint(io.BytesIO(b"nothing"))
+
+
+@pytest.mark.parametrize("coding", ["direct", "rate", "latency", "phase"])
+def test_what_weights_do_not_show_has_to_be_said(coding: str, tmp_path: Path) -> None:
+    net = create_model("msresnet18_cifar", 4, 3, coding=coding, width=4, depth=[1, 1, 1], neuron="imagenet").eval()
+    path = tmp_path / "weights.pt"
+    torch.save(net.state_dict(), path)
+    with pytest.raises(InputError, match="do not show whether it is direct, rate, latency or phase"):
+        gac.load_checkpoint(path)
+    loaded = gac.load_checkpoint(path, T=3, coding=coding, neuron="imagenet")
+    images = torch.rand(2, 3, 8, 8)
+    results = []
+    for each in (net, loaded):
+        torch.manual_seed(0)
+        results.append(each(images))
+    assert results[0].equal(results[1])
+    assert (loaded.coding_name, loaded.T) == (coding, 3)
+
+
+def test_what_contradicts_the_file_is_refused(tmp_path: Path) -> None:
+    path, _ = our_file(tmp_path)
+    with pytest.raises(InputError, match="coding=rate was asked for, but it was trained with gac"):
+        gac.load_checkpoint(path, coding="rate")
+    with pytest.raises(InputError, match="neuron=imagenet was asked for, but it was trained with cifar"):
+        gac.load_checkpoint(path, neuron="imagenet")
+
+
+def test_without_strict_the_rest_is_loaded_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, net = our_file(tmp_path)
+    with pytest.raises(InputError, match=r"wrong shapes: head\.bias \[7\] instead of \[5\], head\.weight"):
+        gac.load_checkpoint(path, num_classes=5)
+    with caplog.at_level(logging.WARNING, "gac"):
+        loaded = gac.load_checkpoint(path, num_classes=5, strict=False)
+    assert loaded(torch.randn(2, 1, 8, 8)).shape == (3, 2, 5)
+    assert loaded.stem.conv.weight.equal(net.stem.conv.weight)
+    assert "not loaded, wrong shapes: head.bias" in caplog.text

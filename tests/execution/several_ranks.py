@@ -328,7 +328,7 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
         "device": replace(PLAIN, device="cuda:0"),
         "name": replace(PLAIN, model=replace(PLAIN.model, name="resnet")),
         "graph": replace(PLAIN, train=replace(PLAIN.train, cuda_graph=True)),
-        "folder": replace(PLAIN, train=replace(PLAIN.train, epochs=9)),
+        "folder": replace(PLAIN, train=replace(PLAIN.train, epochs=1)),
         "options": replace(PLAIN, train=replace(PLAIN.train, seed=10 + ranks.rank)),
         # As where one machine has an older copy of the data.
         "data": replace(PLAIN, data=replace(PLAIN.data, name="npz", root=str(folder / f"of_rank_{ranks.rank}.npz"))),

@@ -61,6 +61,12 @@ EVERYTHING = replace(
 )
 
 
+ADAMW = replace(
+    TINY,
+    train=replace(TINY.train, optimizer="adamw", learning_rate=1e-3, freeze="stages.0.*", freeze_batch_norm=True),
+)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
@@ -132,7 +138,7 @@ def test_the_seed_decides_the_run(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, BATCHES, BATCHES + 2], ids=["first epoch", "epoch's end", "second epoch"])
-@pytest.mark.parametrize("config", [TINY, RANDOM, EVERYTHING], ids=["tiny", "random", "everything"])
+@pytest.mark.parametrize("config", [TINY, RANDOM, EVERYTHING, ADAMW], ids=["tiny", "random", "everything", "adamw"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     config: Config, stop_after: int, tmp_path: Path
 ) -> None:
@@ -230,9 +236,9 @@ def test_a_run_can_continue_in_another_folder(tmp_path: Path) -> None:
 
 
 def test_another_run_is_not_resumed(finished: Path, tmp_path: Path) -> None:
-    longer = replace(TINY, train=replace(TINY.train, epochs=4))
-    with pytest.raises(InputError, match=r"train\.epochs 3 -> 4"):
-        train(longer, tmp_path / "new", resume=str(finished / "last.pt"))
+    shorter = replace(TINY, train=replace(TINY.train, epochs=2))
+    with pytest.raises(InputError, match=r"train\.epochs 3 -> 2"):
+        train(shorter, tmp_path / "new", resume=str(finished / "last.pt"))
     with pytest.raises(InputError, match=r"use the run's last\.pt"):
         train(TINY, tmp_path / "new", resume=str(finished / "best.pt"))
     with pytest.raises(InputError, match="no such file"):

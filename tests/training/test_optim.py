@@ -144,6 +144,26 @@ def test_the_step_after_an_overflowed_first_one_is_a_first_step() -> None:
     torch.testing.assert_close(weight.detach(), torch.full((1000,), 1 - 0.1 * 2.0))
 
 
+def test_adamw_is_pytorchs_and_its_state_comes_back() -> None:
+    config = TrainConfig(optimizer="adamw", learning_rate=1e-3, weight_decay=0.05)
+    weights = [nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+    plain = torch.optim.AdamW(weights[:1], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
+    ours = make_optimizer(weights[1:], config, CPU)
+    for step in range(4):
+        for weight, optimizer in zip(weights, (plain, ours), strict=True):
+            weight.grad = torch.arange(5.0) - step
+            optimizer.step()
+        assert weights[0].equal(weights[1])
+        # As if it were resumed after each step.
+        state = ours.state_dict()
+        ours = make_optimizer(weights[1:], config, CPU)
+        load_optimizer(ours, state, CPU)
+    with pytest.raises(ValueError, match=r"training\.optimizer is damaged: parameter 0 has \['exp_avg', 'exp_avg_sq'"):
+        load_optimizer(make_optimizer(weights[1:], TrainConfig(), CPU), state, CPU)
+    with pytest.raises(ValueError, match=r"train\.nesterov must be false with train\.optimizer adamw"):
+        TrainConfig(optimizer="adamw", nesterov=True)
+
+
 def test_without_momentum_there_is_no_buffer() -> None:
     optimizer = make_optimizer([nn.Parameter(torch.ones(3))], TrainConfig(momentum=0.0), CPU)
     assert not optimizer.state

@@ -9,7 +9,7 @@ from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import Data
 from gac.errors import InputError
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
-from gac.training.setup import create_network, open_data
+from gac.training.setup import check_memory, create_network, open_data
 
 CONFIG = Config(
     data=DataConfig(name="synthetic", synthetic_classes=3, image_size=4, synthetic_images=17),
@@ -69,3 +69,39 @@ def test_the_smallest_micro_batch_counts(options: dict[str, object], images: int
         return
     with pytest.raises(InputError, match="BatchNorm cannot train on a single value per channel"):
         create_network(config, data_of(config), ranks)
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "named"),
+    [
+        ({"width": 60_000}, {}, r"a network of .* \(model\.width 60000, .*\) needs .* GiB of memory, and .* are free"),
+        ({"kernel_size": 1024, "width": 512}, {}, r"model\.kernel_size 1024\) needs"),
+        (
+            {"T": 10_000, "width": 256},
+            {},
+            r"^train\.batch_size 16 with model\.width 256 and model\.T 10000 on images of 64 x",
+        ),
+        ({"T": 10_000, "width": 256}, {"batch_size": 1}, r"^train\.batch_size 1 with"),
+        (
+            {"T": 300, "width": 64},
+            {"batch_size": 1, "eval_batch_size": 10_000},
+            r"^train\.eval_batch_size 10000 with",
+        ),
+    ],
+)
+def test_memory_that_cannot_be_had_is_one_line_with_the_fields(
+    model: dict, train: dict, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gac.memory.available_memory", lambda: 8 * 2**30)
+    config = replace(
+        CONFIG,
+        data=replace(CONFIG.data, image_size=64, synthetic_images=64),
+        model=replace(CONFIG.model, **model),
+        train=replace(CONFIG.train, **train),
+    )
+    data = data_of(config)
+    before = torch.get_rng_state()
+    with pytest.raises(InputError, match=named):
+        check_memory(config, data, torch.device("cpu"), SINGLE_PROCESS)
+    check_memory(CONFIG, data_of(CONFIG), torch.device("cpu"), SINGLE_PROCESS)
+    assert torch.get_rng_state().equal(before), "the initial weights would be others"

@@ -1,0 +1,163 @@
+"""A checkpoint to resume from is input: what is wrong with it is one line, and leaves no folder behind."""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gac.checkpoint import read_checkpoint, write_checkpoint
+from gac.config import Config, DataConfig, ModelConfig, TrainConfig
+from gac.errors import InputError
+from gac.training.engine import train
+from gac.training.run_folder import read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = Config(
+    data=DataConfig(name="synthetic", image_size=8, synthetic_images=32, synthetic_classes=3, crop_padding=1),
+    model=ModelConfig(T=2, width=4, depth=[1, 1, 1]),
+    train=TrainConfig(epochs=2, batch_size=16, learning_rate=0.05, ema_decay=0.5),
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The content of last.pt after the first of two epochs."""
+    folder = tmp_path_factory.mktemp("resumed")
+    train(TINY, folder / "run")
+    return read_checkpoint(folder / "run" / "last-1.pt")
+
+
+def entry(*path: Any, value: Any) -> Callable[[dict], None]:
+    """Return a change of one entry."""
+
+    def change(payload: dict) -> None:
+        for key in path[:-1]:
+            payload = payload[key]
+        payload[path[-1]] = value
+
+    return change
+
+
+def without(*path: Any) -> Callable[[dict], None]:
+    def change(payload: dict) -> None:
+        for key in path[:-1]:
+            payload = payload[key]
+        del payload[path[-1]]
+
+    return change
+
+
+def python_state(*words: int) -> tuple:
+    return (3, (*words, *[0] * (625 - len(words))), None)
+
+
+DAMAGE = {
+    "training": (entry("training", value=[]), "its entry training is damaged"),
+    "config": (entry("config", value=[]), "its entry config is missing or damaged"),
+    "config section": (entry("config", "train", value=3), "config"),
+    "config type": (entry("config", "train", "momentum", value="x"), "train.momentum must be a number"),
+    "no model": (without("model"), "holds no state dict"),
+    "model is a list": (entry("model", value=[1]), "holds no state dict"),
+    "weight shape": (entry("model", "head.bias", value=torch.zeros(7)), "wrong shapes: head.bias"),
+    "weight is nan": (entry("model", "head.bias", value=torch.full((3,), torch.nan)), "head.bias"),
+    "weight is complex": (entry("model", "head.bias", value=torch.zeros(3, dtype=torch.cfloat)), "head.bias"),
+    "no position": (without("training", "position"), "training.position is missing"),
+    "position is a list": (entry("training", "position", value=[]), "training.position is damaged"),
+    "negative": (entry("training", "position", "batch", value=-1), "training.position.batch is damaged"),
+    "text": (entry("training", "position", "epoch", value="1"), "training.position.epoch is damaged"),
+    "extra": (entry("training", "position", "other", value=1), "training.position.other is damaged"),
+    "too far": (entry("training", "position", "epoch", value=10**6), "training.position is damaged: epoch 1000000"),
+    "seconds": (entry("training", "position", "seconds", value=float("nan")), "training.position.seconds is damaged"),
+    "history": (entry("training", "history", value={"epoch": 1}), "training.history is damaged"),
+    "history is short": (entry("training", "history", value=[]), "training.history is damaged: 0 lines after 1"),
+    "history of texts": (entry("training", "history", value=["x"]), "training.history.0 is damaged"),
+    "totals": (entry("training", "totals", value=torch.zeros(3)), "training.totals is damaged"),
+    "totals are nan": (entry("training", "totals", value=torch.full((8,), torch.nan).double()), "training.totals is"),
+    "scaler": (entry("training", "scaler", value={"scale": 1.0}), "training.scaler is damaged"),
+    "optimizer": (entry("training", "optimizer", value=3), "training.optimizer is damaged"),
+    "optimizer lacks": (
+        without("training", "optimizer", "state", 0),
+        "training.optimizer is damaged: it has the state",
+    ),
+    "buffer shape": (
+        entry("training", "optimizer", "state", 0, "momentum_buffer", value=torch.zeros(2)),
+        "training.optimizer is damaged: momentum_buffer of parameter 0",
+    ),
+    "buffer name": (
+        entry("training", "optimizer", "state", 0, value={"exp_avg": torch.zeros(2)}),
+        "training.optimizer is damaged: parameter 0 has",
+    ),
+    "python": (entry("training", "random_state", "python", value=(2, (), None)), "training.random_state.python"),
+    "python words": (
+        entry("training", "random_state", "python", value=python_state(-1)),
+        "training.random_state.python.1.0 is damaged",
+    ),
+    "numpy": (
+        entry("training", "random_state", "numpy", value=("PCG64", [0] * 624, 0, 0, 0.0)),
+        "training.random_state is damaged: it is the state of other generators",
+    ),
+    "numpy place": (
+        entry("training", "random_state", "numpy", value=("MT19937", [0] * 624, 625, 0, 0.0)),
+        "training.random_state.numpy.2 is damaged",
+    ),
+    "torch": (
+        entry("training", "random_state", "torch", value=torch.zeros(16, dtype=torch.uint8)),
+        "training.random_state.torch is damaged",
+    ),
+    "torch content": (
+        entry("training", "random_state", "torch", value=torch.full((5056,), 255, dtype=torch.uint8)),
+        "training.random_state.torch is damaged",
+    ),
+    "average": (entry("training", "average", value={"model": {}}), "training.average.updates is damaged"),
+    "average model": (without("training", "average", "model", "head.bias"), "missing keys: head.bias"),
+    "updates": (
+        entry("training", "average", "updates", value=torch.tensor(-1.0).double()),
+        "training.average.updates is damaged",
+    ),
+    "data": (entry("data", value=[]), "its entry data"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_state_is_one_line_and_leaves_no_folder(
+    change: Callable[[dict], None], said: str, checkpoint: dict, tmp_path: Path
+) -> None:
+    payload = copy.deepcopy(checkpoint)
+    change(payload)
+    write_checkpoint(tmp_path / "last.pt", payload)
+    with pytest.raises(InputError) as error:
+        train(TINY, tmp_path / "new", resume=str(tmp_path / "last.pt"))
+    message = str(error.value)
+    assert message.startswith(f"cannot resume {tmp_path}/last.pt: ")
+    assert said in message
+    assert "\n" not in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_checkpoint_itself_is_resumed(checkpoint: dict, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "last.pt", checkpoint)
+    train(TINY, tmp_path / "new", resume=str(tmp_path / "last.pt"))
+    assert [line["epoch"] for line in read_metrics(tmp_path / "new" / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_finished_run_goes_on_by_the_schedule_of_the_new_length(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = replace(TINY, train=replace(TINY.train, ema_decay=0.0))
+    longer = replace(plain, train=replace(plain.train, epochs=3))
+    train(plain, tmp_path / "run")
+    with caplog.at_level(logging.WARNING, "gac"):
+        train(longer, tmp_path / "run", resume="auto")
+    assert "was to have 2 epochs and goes on to 3: from here on the learning rate is that of a run of 3" in caplog.text
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    # Half-way through two epochs, then two thirds through three.
+    assert rates == pytest.approx([0.05, 0.025, 0.0125])
+    with pytest.raises(InputError, match=r"train\.epochs 3 -> 2"):
+        train(plain, tmp_path / "run", resume="auto")
