@@ -1,9 +1,9 @@
 """The leaky integrate-and-fire neuron of the networks and the paper's two presets."""
 
-import math
 from copy import deepcopy
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from gac.errors import InputError
 from gac.ops import backend, lif, lif_cpu
 from gac.ops.neuron import LIFParameters, unsupported_reason
+from gac.ops.watchers import watched
 
 Backend = Literal["auto", "cupy", "torch"]
 
@@ -25,6 +26,12 @@ _FUSED_IN_SPIKINGJELLY = (
     surrogate.SuperSpike,
     surrogate.Erf,
 )
+
+
+# Under torch.compile a constant of the graph, which reading a tensor on the host would break in two.
+@torch.compiler.assume_constant_result
+def _next_float32(number: float) -> float:
+    return float(np.nextafter(np.float32(number), np.float32(np.inf)))
 
 
 PRESETS = {
@@ -153,7 +160,12 @@ class LIFNode(neuron.LIFNode):
         )
 
     def runs_kernels(self, x_seq: Tensor) -> bool:
-        """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable."""
+        """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable.
+
+        They do not for backend "auto" where something but torch.compile watches or rewrites operations.
+        """
+        if self.backend == "auto" and watched(x_seq):
+            return False
         unsupported = unsupported_reason(self.surrogate_function)
         return backend.choose_backend(self.backend, x_seq, unsupported) == "cupy"
 
@@ -200,6 +212,8 @@ class LIFNode(neuron.LIFNode):
         return (spikes,), (v,)
 
     def _multi_step_torch(self, x_seq: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if watched(x_seq):
+            return lif.reference(x_seq, v, self.lif_parameters())
         # A compiler sees more in the operations of a plain loop than in a function that writes into given memory.
         in_place = x_seq.device.type == "cpu" and not torch.compiler.is_compiling()
         if in_place and unsupported_reason(self.surrogate_function) is None:
@@ -210,7 +224,7 @@ class LIFNode(neuron.LIFNode):
             and x_seq.dtype != torch.float64
         ):
             # SpikingJelly fires on h >= threshold; the next float32 above the threshold makes that h > threshold.
-            above = torch.nextafter(torch.tensor(self.v_threshold), torch.tensor(math.inf)).item()
+            above = _next_float32(self.v_threshold)
             spikes, v, _ = functional.lif_multi_step(
                 x_seq,
                 v,
