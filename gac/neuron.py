@@ -11,7 +11,7 @@ from torch import Tensor
 from gac.errors import InputError
 from gac.ops import backend, lif, lif_cpu
 from gac.ops.neuron import LIFParameters, unsupported_reason
-from gac.ops.watchers import watched
+from gac.ops.watchers import refuse_symbolic, watched
 
 Backend = Literal["auto", "cupy", "torch"]
 
@@ -186,6 +186,7 @@ class LIFNode(neuron.LIFNode):
 
     def multi_step_forward(self, x_seq: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the spikes [T, ...] of a sequence; see the class for what remains of it."""
+        refuse_symbolic(x_seq)
         if self.keeps_state:
             return super().multi_step_forward(x_seq, *args, **kwargs)
         start = self.get_reset_value("v")

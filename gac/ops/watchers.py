@@ -1,9 +1,17 @@
 """Whether something watches or rewrites operations: a tracer, an exporter, a counter, a transform."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
+
+from gac.errors import InputError
+
+_as_before: ContextVar[bool | None] = ContextVar("_as_before", default=None)
 
 
 def watched(x: Tensor) -> bool:
@@ -16,6 +24,9 @@ def watched(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
+    before = _as_before.get()
+    if before is not None:
+        return before
     return (
         type(x) not in (Tensor, nn.Parameter)
         or torch.jit.is_tracing()
@@ -27,3 +38,22 @@ def watched(x: Tensor) -> bool:
             for i in range(torch._C._len_torch_function_stack())
         )
     )
+
+
+@contextmanager
+def watched_as_before(value: bool) -> Iterator[None]:
+    """Let :func:`watched` return what it did when a computation that is being repeated ran first."""
+    token = _as_before.set(value)
+    try:
+        yield
+    finally:
+        _as_before.reset(token)
+
+
+def refuse_symbolic(x: object) -> None:
+    """Raise InputError for what torch.fx.symbolic_trace passes in place of a tensor: it has neither shape nor dtype."""
+    if isinstance(x, torch.fx.Proxy):
+        raise InputError(
+            "torch.fx.symbolic_trace cannot follow this module, whose operations depend on its input's shape and dtype: "
+            "use torch.export.export or make_fx, which take an example input, or a Tracer that keeps the module whole"
+        )
