@@ -54,6 +54,6 @@ def refuse_symbolic(x: object) -> None:
     """Raise InputError for what torch.fx.symbolic_trace passes in place of a tensor: it has neither shape nor dtype."""
     if isinstance(x, torch.fx.Proxy):
         raise InputError(
-            "torch.fx.symbolic_trace cannot follow this module, whose operations depend on its input's shape and dtype: "
+            "torch.fx.symbolic_trace cannot follow this module, as its input's shape and dtype decide what it does: "
             "use torch.export.export or make_fx, which take an example input, or a Tracer that keeps the module whole"
         )
