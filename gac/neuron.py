@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import backend, lif, lif_cpu
-from gac.ops.neuron import LIFParameters, unsupported_reason
+from gac.ops.neuron import LIFParameters, compiled_constant, unsupported_reason
 from gac.ops.watchers import refuse_symbolic, watched
 
 Backend = Literal["auto", "cupy", "torch"]
@@ -155,9 +155,8 @@ class LIFNode(neuron.LIFNode):
     def lif_parameters(self) -> LIFParameters:
         """Return the neuron's constants as they are now."""
         # Read at every call: SpikingJelly users change tau and v_threshold on a live module.
-        return LIFParameters(
-            self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset, self.surrogate_function
-        )
+        tau, v_threshold, v_reset = map(compiled_constant, (self.tau, self.v_threshold, self.v_reset))
+        return LIFParameters(tau, self.decay_input, v_threshold, v_reset, self.detach_reset, self.surrogate_function)
 
     def runs_kernels(self, x_seq: Tensor) -> bool:
         """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable.
@@ -225,16 +224,17 @@ class LIFNode(neuron.LIFNode):
             and x_seq.dtype != torch.float64
         ):
             # SpikingJelly fires on h >= threshold; the next float32 above the threshold makes that h > threshold.
-            above = _next_float32(self.v_threshold)
+            neuron = self.lif_parameters()
+            above = _next_float32(neuron.v_threshold)
             spikes, v, _ = functional.lif_multi_step(
                 x_seq,
                 v,
-                self.tau,
-                self.decay_input,
+                neuron.tau,
+                neuron.decay_input,
                 above,
-                self.v_reset,
-                self.surrogate_function,
-                self.detach_reset,
+                neuron.v_reset,
+                neuron.surrogate,
+                neuron.detach_reset,
             )
             return spikes, v
         # SpikingJelly has no fused operation for the other surrogates and for float64 and would go step by step too;

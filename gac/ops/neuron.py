@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 import torch
 from spikingjelly.activation_based import surrogate
 from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from gac.errors import InputError
 from gac.ops.cuda.compiler import ELEMENTS
@@ -14,6 +15,14 @@ from gac.ops.cuda.compiler import ELEMENTS
 _KERNEL_SURROGATES = {
     kind.__name__: kind for kind in (surrogate.PiecewiseQuadratic, surrogate.Rect, surrogate.Sigmoid, surrogate.ATan)
 }
+
+
+def compiled_constant(number: float | None) -> float | None:
+    """Return ``number`` as it is; torch.compile takes it as a constant, and compiles again when it has changed.
+
+    Left to itself the compiler makes a variable of each attribute that differs between two neurons of a process.
+    """
+    return guard_scalar(number) if torch.compiler.is_compiling() and number is not None else number
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class LIFParameters:
 
     def flatten(self) -> tuple[float | bool | str | None, ...]:
         """Return the arguments that ``SCHEMA`` names."""
-        kind, alpha = type(self.surrogate).__name__, float(self.surrogate.alpha)
+        kind, alpha = type(self.surrogate).__name__, float(compiled_constant(self.surrogate.alpha))
         return self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset, kind, alpha
 
     @staticmethod
@@ -130,7 +139,7 @@ def unsupported_reason(function: SurrogateFunctionBase) -> str | None:
         return f"the LIF kernels have the surrogates {names}, not {type(function).__name__}"
     if not function.spiking:
         return "the LIF kernels need a surrogate with spiking=True"
-    alpha = function.alpha
+    alpha = compiled_constant(function.alpha)
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
         return f"the LIF kernels need a surrogate whose alpha is a positive number, got {alpha!r}"
     return None

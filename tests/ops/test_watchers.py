@@ -16,7 +16,6 @@ from gac.neuron import PRESETS, LIFNode
 from gac.ops import lif, lif_cpu
 from gac.ops.watchers import watched, watched_as_before
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
 
@@ -124,3 +123,18 @@ def test_a_traced_neuron_has_the_surrogate_gradient(kind: type, v_reset: float |
         results.append((spikes.detach(), leaf.grad))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_neurons_with_other_constants_compile_in_one_process() -> None:
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 1.5
+    torch._dynamo.reset()
+    kinds = (surrogate.PiecewiseQuadratic(1.0), surrogate.Rect(2.0), surrogate.PiecewiseQuadratic(0.5))
+    for kind, tau, v_threshold, v_reset in zip(
+        kinds, (2.0, 4 / 3, 3.0), (1.0, 0.5, 0.75), (0.0, 0.25, 0.5), strict=True
+    ):
+        node = LIFNode(tau, False, v_threshold, v_reset, kind)
+        node.keeps_state = False
+        compiled = torch.compile(node, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), node(x))
+        node.v_threshold *= 2
+        assert torch.equal(compiled(x), node(x))
