@@ -7,7 +7,6 @@ from functools import cached_property, lru_cache
 import torch
 from spikingjelly.activation_based import surrogate
 from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
-from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from gac.errors import InputError
 from gac.ops.cuda.compiler import ELEMENTS
@@ -22,7 +21,10 @@ def compiled_constant(number: float | None) -> float | None:
 
     Left to itself the compiler makes a variable of each attribute that differs between two neurons of a process.
     """
-    return guard_scalar(number) if torch.compiler.is_compiling() and number is not None else number
+    if number is None or not torch.compiler.is_compiling():
+        return number
+    # Not imported above: it takes a fifth of a second, and a compiler has loaded it.
+    return torch.fx.experimental.symbolic_shapes.guard_scalar(number)
 
 
 @dataclass(frozen=True)
