@@ -1,16 +1,17 @@
 """The leaky integrate-and-fire neuron of the networks and the paper's two presets."""
 
-import math
 from copy import deepcopy
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
 from gac.errors import InputError
 from gac.ops import backend, lif, lif_cpu
-from gac.ops.neuron import LIFParameters, unsupported_reason
+from gac.ops.neuron import LIFParameters, compiled_constant, unsupported_reason
+from gac.ops.watchers import refuse_symbolic, watched
 
 Backend = Literal["auto", "cupy", "torch"]
 
@@ -25,6 +26,12 @@ _FUSED_IN_SPIKINGJELLY = (
     surrogate.SuperSpike,
     surrogate.Erf,
 )
+
+
+# Under torch.compile a constant of the graph, which reading a tensor on the host would break in two.
+@torch.compiler.assume_constant_result
+def _next_float32(number: float) -> float:
+    return float(np.nextafter(np.float32(number), np.float32(np.inf)))
 
 
 PRESETS = {
@@ -148,12 +155,16 @@ class LIFNode(neuron.LIFNode):
     def lif_parameters(self) -> LIFParameters:
         """Return the neuron's constants as they are now."""
         # Read at every call: SpikingJelly users change tau and v_threshold on a live module.
-        return LIFParameters(
-            self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset, self.surrogate_function
-        )
+        tau, v_threshold, v_reset = map(compiled_constant, (self.tau, self.v_threshold, self.v_reset))
+        return LIFParameters(tau, self.decay_input, v_threshold, v_reset, self.detach_reset, self.surrogate_function)
 
     def runs_kernels(self, x_seq: Tensor) -> bool:
-        """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable."""
+        """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable.
+
+        They do not for backend "auto" where something but torch.compile watches or rewrites operations.
+        """
+        if self.backend == "auto" and watched(x_seq):
+            return False
         unsupported = unsupported_reason(self.surrogate_function)
         return backend.choose_backend(self.backend, x_seq, unsupported) == "cupy"
 
@@ -174,6 +185,7 @@ class LIFNode(neuron.LIFNode):
 
     def multi_step_forward(self, x_seq: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the spikes [T, ...] of a sequence; see the class for what remains of it."""
+        refuse_symbolic(x_seq)
         if self.keeps_state:
             return super().multi_step_forward(x_seq, *args, **kwargs)
         start = self.get_reset_value("v")
@@ -200,6 +212,8 @@ class LIFNode(neuron.LIFNode):
         return (spikes,), (v,)
 
     def _multi_step_torch(self, x_seq: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if watched(x_seq):
+            return lif.reference(x_seq, v, self.lif_parameters())
         # A compiler sees more in the operations of a plain loop than in a function that writes into given memory.
         in_place = x_seq.device.type == "cpu" and not torch.compiler.is_compiling()
         if in_place and unsupported_reason(self.surrogate_function) is None:
@@ -210,16 +224,17 @@ class LIFNode(neuron.LIFNode):
             and x_seq.dtype != torch.float64
         ):
             # SpikingJelly fires on h >= threshold; the next float32 above the threshold makes that h > threshold.
-            above = torch.nextafter(torch.tensor(self.v_threshold), torch.tensor(math.inf)).item()
+            neuron = self.lif_parameters()
+            above = _next_float32(neuron.v_threshold)
             spikes, v, _ = functional.lif_multi_step(
                 x_seq,
                 v,
-                self.tau,
-                self.decay_input,
+                neuron.tau,
+                neuron.decay_input,
                 above,
-                self.v_reset,
-                self.surrogate_function,
-                self.detach_reset,
+                neuron.v_reset,
+                neuron.surrogate,
+                neuron.detach_reset,
             )
             return spikes, v
         # SpikingJelly has no fused operation for the other surrogates and for float64 and would go step by step too;

@@ -1,10 +1,13 @@
 """The codings that the paper compares its own with, from SpikingJelly's encoders."""
 
+import warnings
+
 import torch
 from spikingjelly.activation_based import base, encoding
 from torch import Tensor, nn
 
 from gac.errors import InputError
+from gac.ops.watchers import refuse_symbolic, watched
 
 _ENCODERS = {
     "rate": lambda T, step_mode: encoding.PoissonEncoder(step_mode),
@@ -32,17 +35,37 @@ class BaselineCoding(nn.Module, base.MultiStepModule):
         self.step_mode = "m"
         if coding not in _ENCODERS:
             raise InputError(f"coding must be one of {', '.join(_ENCODERS)}, got {coding!r}")
-        if coding == "latency" and T < 2:
-            raise InputError("latency coding needs T >= 2: in one time step every pixel would spike")
         self.coding = coding
         self.T = T
+
+    @property
+    def T(self) -> int:
+        """Number of time steps, at least 2 for latency coding."""
+        return self.__dict__["T"]
+
+    @T.setter
+    def T(self, value: int) -> None:
+        if self.coding == "latency" and value < 2:
+            raise InputError("latency coding needs T >= 2: in one time step every pixel would spike")
+        self.__dict__["T"] = value
 
     def extra_repr(self) -> str:
         return f"coding={self.coding}, T={self.T}"
 
     def forward(self, images: Tensor) -> Tensor:
+        refuse_symbolic(images)
+        if self.coding == "phase" and torch.compiler.is_exporting():
+            raise InputError(
+                "phase coding cannot be exported: SpikingJelly's encoder reads values on the host; use torch.jit.trace"
+            )
         low, high = torch.aminmax(images)
-        if low < 0 or high > 1:
+        outside = (low < 0) | (high > 1)
+        if torch.compiler.is_compiling() or watched(images):
+            # As an operation: what a recording is run on later has to be checked too.
+            if torch.jit.is_tracing():
+                warnings.warn("torch.jit.trace drops the check that intensities lie in [0, 1]", stacklevel=2)
+            torch._assert_async(~outside, f"{self.coding} coding takes intensities in [0, 1]")
+        elif outside:
             raise InputError(
                 f"{self.coding} coding takes intensities in [0, 1], got [{low.item():.3g}, {high.item():.3g}]: "
                 "give it images that are not standardised"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gac.errors import InputError
 from gac.neuron import LIFNode
+from gac.ops.watchers import refuse_symbolic
 
 TemporalInit = Literal["default", "alive"]
 
@@ -142,17 +143,30 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
         if temporal_init not in get_args(TemporalInit):
             raise InputError(f"temporal_init must be one of {', '.join(get_args(TemporalInit))}, got {temporal_init!r}")
         self.step_mode = "m"
-        self.T = T
         self.channels = channels
         self.lif = neuron if neuron is not None else LIFNode()
         if isinstance(self.lif, LIFNode):
             self.lif.keeps_state = False
         self.gate = GatedAttentionUnit(T, channels, kernel_size, reduction, temporal_init)
 
+    @property
+    def T(self) -> int:
+        """Number of time steps, for which the temporal attention has weights: another one is refused."""
+        return self.gate.temporal.squeeze.in_features
+
+    @T.setter
+    def T(self, value: int) -> None:
+        if value != self.T:
+            raise InputError(
+                f"T of gated attention coding is fixed, as its temporal attention has weights for {self.T} time steps: "
+                f"make a network with T={value!r} instead"
+            )
+
     def extra_repr(self) -> str:
         return f"T={self.T}, channels={self.channels}"
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_symbolic(x)
         frame_ok = x.dim() == 4 and x.shape[1] == self.channels
         sequence_ok = x.dim() == 5 and x.shape[0] == self.T and x.shape[2] == self.channels
         if not (frame_ok or sequence_ok):

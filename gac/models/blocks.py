@@ -3,6 +3,7 @@
 import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.recompute import recomputed
@@ -12,7 +13,7 @@ from gac.neuron import PRESETS, Backend, LIFNode
 class ConvNorm(nn.Module):
     """Convolution without bias, then BatchNorm over batch and time jointly: [T, B, C, H, W] or [B, C, H, W].
 
-    A single frame may stand for ``repeats`` equal ones.
+    A single frame may stand for ``repeats`` equal ones. ``norm`` may be replaced by any layer for [B, C, H, W].
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
@@ -23,7 +24,13 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor, repeats: int = 1) -> Tensor:
         if x.dim() == 5:
             return functional.seq_to_ann_forward(x, (self.conv, self.norm))
-        return self.norm(self.conv(x), repeats)
+        y = self.conv(x)
+        if isinstance(self.norm, BatchNorm2d):
+            return self.norm(y, repeats)
+        if repeats > 1 and self.norm.training and isinstance(self.norm, _NormBase):
+            # Its running variance has to count all frames.
+            return self.norm(torch.cat([y] * repeats))[: len(y)]
+        return self.norm(y)
 
 
 class MSBlock(nn.Module):

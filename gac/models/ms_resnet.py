@@ -16,6 +16,7 @@ from gac.errors import InputError
 from gac.models import fused
 from gac.models.blocks import ConvNorm, MSBlock
 from gac.neuron import PRESETS, Backend, LIFNode
+from gac.ops.watchers import refuse_symbolic
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,20 @@ class MSResNet(nn.Module, base.StepModule):
             if isinstance(module, MSBlock):
                 nn.init.zeros_(module.conv2.norm.weight)
 
+    @property
+    def T(self) -> int:
+        """Number of time steps; may be set, but not with gated attention coding, which has weights for each step."""
+        return self.__dict__["T"]
+
+    @T.setter
+    def T(self, value: int) -> None:
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"T must be an integer >= 1, got {value!r}")
+        coding = self._modules.get("coding")
+        if isinstance(coding, (GatedAttentionCoding, BaselineCoding)):
+            coding.T = value
+        self.__dict__["T"] = value
+
     def supported_step_mode(self) -> tuple[str, ...]:
         """Return "m", and "s" too for direct coding: the other codings make or see the whole sequence."""
         return ("s", "m") if self.coding_name == "direct" else ("m",)
@@ -193,6 +208,7 @@ class MSResNet(nn.Module, base.StepModule):
         return frame if frame.dim() == 5 else torch.cat([frame] * self.T).unflatten(0, (self.T, -1))
 
     def _check_input(self, x: Tensor) -> None:
+        refuse_symbolic(x)
         if not x.is_floating_point():
             raise InputError(f"expected floating-point images, got {x.dtype}: divide bytes by 255 and normalise them")
         if x.dim() == 4 and x.shape[1] == self.in_channels:

@@ -10,6 +10,8 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gac.ops.watchers import watched, watched_as_before
+
 
 def recomputed(function: Callable[..., Any], modules: Sequence[nn.Module], *inputs: Tensor) -> Any:
     """Return ``function(*inputs)``, which runs ``modules``, and keep only the inputs for the backward pass.
@@ -18,7 +20,9 @@ def recomputed(function: Callable[..., Any], modules: Sequence[nn.Module], *inpu
     one began with, and restores the states and buffers (BatchNorm's running statistics) that the first one left. Hooks
     on inner modules are called both times. The function must not draw random numbers.
     """
-    again = _WithoutTrace(modules)
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    again = _WithoutTrace(modules, watched(inputs[0]))
     return checkpoint(
         function,
         *inputs,
@@ -32,7 +36,8 @@ def recomputed(function: Callable[..., Any], modules: Sequence[nn.Module], *inpu
 class _WithoutTrace:
     """A context that repeats the modules' computation from the states they had when it was made, without a trace."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], is_watched: bool) -> None:
+        self._is_watched = is_watched
         self._modules = nn.ModuleList(modules)
         self._buffers = list(self._modules.buffers())
         self._states_before = base.extract_memories(self._modules)
@@ -41,10 +46,13 @@ class _WithoutTrace:
         self._kept_buffers = [buffer.clone() for buffer in self._buffers]
         self._kept_states = base.extract_memories(self._modules)
         base.load_memories(self._modules, self._states_before)
+        self._as_before = watched_as_before(self._is_watched)
+        self._as_before.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._as_before.__exit__(kind, error, traceback)
         base.load_memories(self._modules, self._kept_states)
         with torch.no_grad():
             for buffer, kept in zip(self._buffers, self._kept_buffers, strict=True):

@@ -11,7 +11,7 @@ from gac.errors import InputError
 from gac.ops import operators
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
-from gac.ops.neuron import LIFParameters
+from gac.ops.neuron import LIFParameters, unsupported_reason
 
 
 def step(x: Tensor, v: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
@@ -26,12 +26,27 @@ def step(x: Tensor, v: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
         Spikes [...] in the dtype of ``x``, and the next membrane potential [...] in that of ``v``.
     """
     h = neuron.decay * v + neuron.gain * x.to(v.dtype) + neuron.bias
-    # SpikingJelly fires on >=; taking the ties away again leaves its gradient as it is.
-    s = neuron.surrogate(h - neuron.v_threshold) - (h == neuron.v_threshold).to(h.dtype)
+    if torch.jit.is_tracing() and unsupported_reason(neuron.surrogate) is None:
+        s = _traced_spikes(h, neuron)
+    else:
+        # SpikingJelly fires on >=; taking the ties away again leaves its gradient as it is.
+        s = neuron.surrogate(h - neuron.v_threshold) - (h == neuron.v_threshold).to(h.dtype)
     s_reset = s.detach() if neuron.detach_reset else s
     if neuron.v_reset is None:
         return s.to(x.dtype), h - s_reset * neuron.v_threshold
     return s.to(x.dtype), (1.0 - s_reset) * h + s_reset * neuron.v_reset
+
+
+def _traced_spikes(h: Tensor, neuron: LIFParameters) -> Tensor:
+    """Return the spikes for potentials ``h``, with the surrogate gradient, in operations that TorchScript can save."""
+    s = (h > neuron.v_threshold).to(h.dtype)
+    # Not decided by the grad mode: the tracer's own check repeats the recording without it.
+    if torch.onnx.is_in_onnx_export():
+        return s
+    x = h - neuron.v_threshold
+    derivative = neuron.surrogate.backward(torch.ones_like(x), x.detach(), neuron.surrogate.alpha)
+    # Zero, with the derivative of the surrogate.
+    return s + derivative * (x - x.detach())
 
 
 def reference(x_seq: Tensor, v: Tensor | float, neuron: LIFParameters) -> tuple[Tensor, Tensor]:

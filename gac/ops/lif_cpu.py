@@ -40,7 +40,7 @@ def lif_cpu(
 
 def _run(x_seq: Tensor, v: Tensor, neuron: LIFParameters, h_seq: Tensor) -> tuple[Tensor, Tensor]:
     """Return spikes and final potential; leave the potentials before the resets in ``h_seq``."""
-    spikes, v_next, one = torch.empty_like(x_seq), torch.empty_like(v), torch.ones((), dtype=v.dtype)
+    spikes, v_next, one = torch.empty_like(x_seq), torch.empty_like(v), torch.ones((), dtype=v.dtype, device=v.device)
     for x, h, s in zip(x_seq, h_seq, spikes, strict=True):
         # Each of the reference's roundings, and no other.
         torch.mul(v, neuron.decay, out=h)

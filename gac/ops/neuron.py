@@ -16,6 +16,17 @@ _KERNEL_SURROGATES = {
 }
 
 
+def compiled_constant(number: float | None) -> float | None:
+    """Return ``number`` as it is; torch.compile takes it as a constant, and compiles again when it has changed.
+
+    Left to itself the compiler makes a variable of each attribute that differs between two neurons of a process.
+    """
+    if number is None or not torch.compiler.is_compiling():
+        return number
+    # Not imported above: it takes a fifth of a second, and a compiler has loaded it.
+    return torch.fx.experimental.symbolic_shapes.guard_scalar(number)
+
+
 @dataclass(frozen=True)
 class LIFParameters:
     """The neuron's constants, under SpikingJelly's names; the charge is h_t = decay v_{t-1} + gain x_t + bias.
@@ -74,7 +85,7 @@ class LIFParameters:
 
     def flatten(self) -> tuple[float | bool | str | None, ...]:
         """Return the arguments that ``SCHEMA`` names."""
-        kind, alpha = type(self.surrogate).__name__, float(self.surrogate.alpha)
+        kind, alpha = type(self.surrogate).__name__, float(compiled_constant(self.surrogate.alpha))
         return self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset, kind, alpha
 
     @staticmethod
@@ -130,7 +141,7 @@ def unsupported_reason(function: SurrogateFunctionBase) -> str | None:
         return f"the LIF kernels have the surrogates {names}, not {type(function).__name__}"
     if not function.spiking:
         return "the LIF kernels need a surrogate with spiking=True"
-    alpha = function.alpha
+    alpha = compiled_constant(function.alpha)
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
         return f"the LIF kernels need a surrogate whose alpha is a positive number, got {alpha!r}"
     return None

@@ -158,6 +158,8 @@ def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "fake tensors run nowhere"))
     with FakeTensorMode():
         net, x = network(), torch.randn(4, 3, 16, 16)
+        assert not fused.possible(net, x)
+        net.set_backend("cupy")
         assert fused.possible(net, x)
         loss = net(x).logsumexp(-1).sum()
         loss.backward()

@@ -10,6 +10,7 @@ from torch import nn
 from gac.models import create_model, list_models
 from gac.models.batch_norm import BatchNorm2d
 from gac.neuron import LIFNode
+from lively import lively
 
 CODINGS = ("gac", "direct", "rate", "latency", "phase")
 
@@ -17,6 +18,12 @@ CODINGS = ("gac", "direct", "rate", "latency", "phase")
 def small(name="gac_msresnet18_cifar", T=3, **options):
     torch.manual_seed(0)
     return create_model(name, 5, T, **{"width": 8, "temporal_init": "alive", "backend": "torch"} | options)
+
+
+def alive(**options):
+    net = lively(small(**options), torch.rand(16, 3, 16, 16))
+    assert not torch.equal(*(net(images)[:, 0] for images in torch.rand(2, 1, 3, 16, 16)))
+    return net
 
 
 def depth_of_one(name):
@@ -65,7 +72,8 @@ def test_an_image_equals_the_sequence_that_repeats_it(name, coding):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-10, rtol=1e-9, msg=key)
     for (key, p), q in zip(once.named_buffers(), repeated.buffers(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-12, rtol=1e-12, msg=key)
-    once.eval(), repeated.eval()
+    lively(once, images), repeated.load_state_dict(once.state_dict()), repeated.eval()
+    assert not torch.equal(once(images)[:, 0], once(images)[:, 1])
     torch.testing.assert_close(once(images), repeated(images.repeat(3, 1, 1, 1, 1)), atol=1e-12, rtol=0)
 
 
@@ -79,7 +87,7 @@ def test_static_batch_norm_is_that_of_all_frames():
 
 
 def test_every_call_is_a_fresh_sequence():
-    net = small().eval()
+    net = alive()
     images = torch.randn(2, 3, 16, 16)
     first = net(images)
     net(torch.randn(2, 3, 16, 16))
@@ -102,7 +110,7 @@ def test_a_neuron_that_replaces_another_is_reset_too():
 
 
 def test_a_compiled_network_does_not_depend_on_the_others():
-    net, images = small().eval(), torch.randn(2, 3, 16, 16)
+    net, images = alive(), torch.randn(2, 3, 16, 16)
     others = [small().eval() for _ in range(3)]
     for each in (*others, net):
         each(images)
@@ -138,7 +146,7 @@ def test_reset_net_clears_every_neuron():
 
 
 def test_single_steps_of_a_directly_coded_network_equal_the_sequence():
-    net = small(coding="direct").double().eval()
+    net = alive(coding="direct").double()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     together = net(images)
     functional.reset_net(net)
@@ -263,3 +271,35 @@ def test_channels_last_reaches_every_convolution(name, coding, as_sequence):
 def test_bytes_are_refused():
     with pytest.raises(ValueError, match=r"expected floating-point images, got torch\.uint8"):
         small()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("coding", ["direct", "rate", "latency", "phase"])
+def test_another_number_of_steps_is_set_everywhere(coding):
+    net, longer = alive(coding=coding), alive(coding=coding, T=5)
+    longer.load_state_dict(net.state_dict())
+    net.T = 5
+    results = []
+    for each in (net, longer):
+        torch.manual_seed(1)
+        results.append(each(torch.rand(2, 3, 16, 16)))
+    assert torch.equal(*results)
+    assert results[0].shape[0] == net.T == 5
+    assert "T=5" in repr(net)
+
+
+@pytest.mark.parametrize(
+    ("coding", "T", "message"),
+    [
+        ("gac", 5, "T of gated attention coding is fixed, as its temporal attention has weights for"),
+        ("latency", 1, "latency coding needs T >= 2"),
+        ("direct", 0, "T must be an integer >= 1, got 0"),
+        ("rate", 2.5, r"T must be an integer >= 1, got 2\.5"),
+    ],
+)
+def test_a_number_of_steps_that_cannot_be_is_refused(coding, T, message):
+    net = small(coding=coding)
+    before = net.T
+    with pytest.raises(ValueError, match=message):
+        net.T = T
+    assert before == net.T
+    assert net(torch.rand(2, 3, 16, 16)).shape[0] == before

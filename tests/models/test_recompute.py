@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
 
 from gac.models import create_model
 from gac.models.ms_resnet import MSBlock, MSResNet
@@ -151,3 +152,31 @@ def test_a_block_begins_again_from_the_state_it_began_with() -> None:
     assert torch.equal(output, other)
     assert torch.equal(gradient, other_gradient)
     assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+
+
+def test_a_counter_round_the_forward_pass_only() -> None:
+    net, checkpointed = networks()
+    x = torch.randn(4, 3, 8, 8)
+    with FlopCounterMode(display=False) as counter:
+        loss = checkpointed(x).logsumexp(-1).sum()
+    loss.backward()
+    net(x).logsumexp(-1).sum().backward()
+    assert counter.get_total_flops() > 0
+    for (key, a), b in zip(checkpointed.named_parameters(), net.parameters(), strict=True):
+        scale = b.grad.abs().max().item()
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5 * scale, msg=key)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    net, checkpointed = networks(T=2, depth=[1, 1, 1], coding="direct")
+    compiled = torch.compile(checkpointed, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 8, 8)
+    logits, expected = compiled(x), net(x)
+    assert torch.equal(logits, expected)
+    for each in (logits, expected):
+        each.logsumexp(-1).sum().backward()
+    for (key, a), b in zip(checkpointed.named_parameters(), net.parameters(), strict=True):
+        scale = b.grad.abs().max().item()
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5 * scale, msg=key)
+    for (key, a), b in zip(checkpointed.named_buffers(), net.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=key)

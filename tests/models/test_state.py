@@ -18,6 +18,7 @@ from gac.coding.gated import GatedAttentionCoding
 from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import LIFNode
+from lively import lively
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 THREADS = 4
@@ -34,7 +35,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 def network(backend: str = "torch", coding: str = "gac", **options: object) -> MSResNet:
     torch.manual_seed(0)
     sizes = {"width": 8, "depth": [1, 1, 1], "temporal_init": "alive"}
-    return create_model("gac_msresnet18_cifar", 5, 3, coding=coding, backend=backend, **sizes | options)
+    net = create_model("gac_msresnet18_cifar", 5, 3, coding=coding, backend="torch", **sizes | options)
+    lively(net, torch.rand(16, 3, 8, 8)).set_backend(backend)
+    assert not torch.equal(net(images(0)), net(images(1)))
+    return net.train()
 
 
 def images(seed: int = 0) -> Tensor:
@@ -51,7 +55,9 @@ def tensors_kept_by(module: nn.Module) -> list[str]:
 
 def living_tensors() -> int:
     """Return how many tensors Python holds; those of an autograd graph belong to what the graph belongs to."""
-    gc.collect()
+    # What one collection frees may have been all that held on to more.
+    while gc.collect():
+        pass
     return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
 
