@@ -6,6 +6,7 @@ Both spell every value as text, which means the same in either place; options an
 
 import argparse
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -14,8 +15,8 @@ import yaml
 
 from gac.checkpoint import is_ours, read_checkpoint
 from gac.config import EVALUATION_FIELDS, FIELDS, SECTIONS, Config, FieldError
-from gac.errors import InputError
-from gac.files import check_writable
+from gac.errors import InputError, abridged
+from gac.files import check_writable, user_path
 
 # A value as it is written, None for YAML's null, and where it stands in a file.
 _Written = tuple[str | None, str]
@@ -101,6 +102,10 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     return EvalArguments(path, payload, config, config.model.T if "model.T" in overrides else None, json)
 
 
+# What the options that are no fields call a value that names a file or a folder.
+_NAMES_A_PATH = re.compile("FILE|FOLDER|CHECKPOINT")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -124,6 +129,11 @@ def _read_command_line(
         parser.parse_args(["--help"])
     options = [each[2:].partition("=")[0] for each in arguments if each.startswith("--")]
     for name in options:
+        if name in ("local-rank", "local_rank"):
+            raise InputError(
+                f"--{name} comes from python -m torch.distributed.launch: start the processes with torchrun and the"
+                " same arguments"
+            )
         if name not in known and name in FIELDS:
             raise InputError(f"--{name} is fixed by the checkpoint; eval.py takes {', '.join(known)}")
         if name not in known:
@@ -131,6 +141,11 @@ def _read_command_line(
         if name in ("config", "checkpoint") and options.count(name) > 1:
             raise InputError(f"--{name} was given twice; give one")
     given = vars(parser.parse_args(arguments))
+    for spelling in own:
+        option, _, metavar = spelling.partition(" ")
+        name = option.removeprefix("--")
+        if given.get(name) and _NAMES_A_PATH.search(metavar) and not (given[name] == "auto" and "auto" in metavar):
+            given[name] = str(user_path(given[name], option))
     return given, {name: (given[name], "") for name in given.keys() & FIELDS}
 
 
@@ -162,6 +177,8 @@ def _read_yaml(path: Path) -> dict[str, _Written]:
         raise InputError(f"{path} line {error.problem_mark.line + 1} is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply: sections hold fields, and fields values or lists") from None
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path} must hold the sections {', '.join(SECTIONS)} with their fields")
     return dict(_fields(root, path))
@@ -201,5 +218,5 @@ def _make_config(base: Config, written: Mapping[str, _Written]) -> Config:
         if error.field not in written:
             raise
         text, place = written[error.field]
-        got = "null" if text is None else text or "nothing"
+        got = "null" if text is None else abridged(text) or "nothing"
         raise InputError(f"{place}{error.field} must be {error.allowed}; got {got}") from None
