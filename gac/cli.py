@@ -53,7 +53,7 @@ def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[s
             return 1
         except Interrupted as interrupted:
             return interrupted.exit_status
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if (limit := explain(error)) is not None:
                 print(f"{who}error: {limit}", file=sys.stderr)
                 return 1

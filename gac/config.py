@@ -261,7 +261,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimiser, schedule, loss and numerics."""
     device: str = "auto"
-    """Device to run on: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N."""
+    """Device to run on: auto (the first CUDA device, else the CPU), cpu, cuda, cuda:N or another accelerator of PyTorch
+    such as mps or xpu, on which nothing has been tried."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries of plain values, as in YAML and checkpoints."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gac.execution.device import float_for_sums
+
 
 class MovingAverage:
     """A copy of a network whose weights and buffers are exponential moving averages of the network's.
@@ -28,8 +30,8 @@ class MovingAverage:
         self._floating = _columns([pair for pair in pairs if pair[0].is_floating_point()])
         self._counts = _columns([pair for pair in pairs if not pair[0].is_floating_point()])
         device = pairs[0][0].device
-        self._updates = torch.zeros((), dtype=torch.float64, device=device)
-        self._decay = torch.tensor(decay, dtype=torch.float64, device=device)
+        self._updates = torch.zeros((), dtype=float_for_sums(device), device=device)
+        self._decay = torch.tensor(decay, dtype=float_for_sums(device), device=device)
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
@@ -37,7 +39,7 @@ class MovingAverage:
 
         Reads no value on the host.
         """
-        done = (~skipped).double()
+        done = (~skipped).to(self._decay.dtype)
         kept = torch.minimum(self._decay, (1 + self._updates) / (10 + self._updates))
         _move(*self._floating, ((1 - kept) * done).float())
         _move(*self._counts, done.long())
