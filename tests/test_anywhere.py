@@ -55,7 +55,7 @@ def test_training_in_a_thread_says_that_signals_are_not_handled(tmp_path: Path, 
     thread.start()
     thread.join()
     assert (tmp_path / "run" / "last.pt").exists()
-    (said,) = [each for each in caplog.messages if "thread" in each]
+    (said,) = [each for each in caplog.messages if "runs in a thread" in each]
     assert said.startswith("training runs in a thread, so Ctrl-C and SIGTERM do not save it")
 
 
