@@ -16,6 +16,7 @@ import torch
 from gac.errors import InputError
 from gac.evaluation.report import evaluate_checkpoint, format_report
 from gac.execution.distributed import Ranks, is_lost_connection, process_group
+from gac.execution.resources import explain
 from gac.files import ResultsNotWritten, atomic_write, writing
 from gac.options import parse_eval, parse_train
 from gac.training.dry_run import dry_run, overfit_one_batch
@@ -52,7 +53,10 @@ def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[s
             return 1
         except Interrupted as interrupted:
             return interrupted.exit_status
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
+            if (limit := explain(error)) is not None:
+                print(f"{who}error: {limit}", file=sys.stderr)
+                return 1
             if not is_lost_connection(error):
                 raise
             # Gloo's error cannot be told from one of this process's own, whose traceback must not be lost.

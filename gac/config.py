@@ -25,12 +25,17 @@ from gac.errors import InputError
 from gac.neuron import Backend
 
 PositiveInt = Annotated[int, Field(ge=1)]
+# The time left to the end of a run has to be a time that can be written.
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 # A network of more would be built for minutes.
 _MOST_BLOCKS = 1000
 # Python code may give a tuple, which becomes a list.
 Integers = Annotated[list[int], Field(strict=False)]
+
+# PyTorch computes with these numbers in float32, which holds no others.
+_SMALLEST, _LARGEST = 1e-37, 1e38
 
 # A whole number is not taken for a truth value or the other way round.
 _SETTINGS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -59,6 +64,10 @@ def _configuration(prefix: str) -> Callable[[type], type]:
                 check(self, **given)
             except ValidationError as error:
                 raise _field_error(error, prefix, given) from None
+            for name in given:
+                value = getattr(self, name)
+                if isinstance(value, float) and value != 0 and not _SMALLEST <= abs(value) <= _LARGEST:
+                    raise FieldError(f"{prefix}{name}", f"0 or between {_SMALLEST} and {_LARGEST} in size", value)
 
         cls.__init__ = __init__
         return cls
@@ -159,7 +168,7 @@ class ModelConfig:
 class TrainConfig:
     """Optimiser, schedule, loss and numerics."""
 
-    epochs: PositiveInt = 250
+    epochs: Epochs = 250
     """Number of passes over the training set."""
     batch_size: PositiveInt = 64
     """Images per optimiser step."""
@@ -267,7 +276,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimiser, schedule, loss and numerics."""
     device: str = "auto"
-    """Device to run on: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N."""
+    """Device to run on: auto (the first CUDA device, else the CPU), cpu, cuda, cuda:N or another accelerator of PyTorch
+    such as mps or xpu, on which nothing has been tried."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries of plain values, as in YAML and checkpoints."""
@@ -338,7 +348,7 @@ class FieldDescription(NamedTuple):
         try:
             value = yaml.safe_load(decimal)
             return float(value) if value == decimal else value
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             return text
 
 

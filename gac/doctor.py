@@ -53,6 +53,9 @@ def backends() -> Iterator[Check]:
     yield Check(True, "cpu: neurons run in torch")
     if not torch.cuda.is_available():
         yield Check(True, "no CUDA device")
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None and other.type != "cuda":
+        yield Check(True, f"{other.type}: neurons run in torch, which has not been tried there")
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         status = backend.cupy_status(device)

@@ -2,15 +2,30 @@
 
 from collections.abc import Sequence
 
+_LONGEST_VALUE = 120
+_LONGEST_MESSAGE = 2000
+
 
 class InputError(ValueError):
     """Bad input or configuration; the message is one line that says what was wrong, what is allowed, what to do.
 
-    The command-line tools print the message without a traceback and exit with status 2.
+    The command-line tools print the message without a traceback and exit with status 2. What no terminal shows as it
+    is, such as a line break in a file's name or bytes that are not UTF-8, is escaped in the message.
     """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            # What was wrong stands at the beginning, what to do at the end.
+            message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 def first_few(names: Sequence[str]) -> str:
     """Return up to three names and how many more there are, for a message of one line."""
     few = ", ".join(names[:3])
     return few if len(names) <= 3 else f"{few} and {len(names) - 3} more"
+
+
+def abridged(value: str) -> str:
+    """Return a value as a message quotes it: what is too long to read ends in three dots."""
+    return value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."

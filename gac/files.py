@@ -1,5 +1,6 @@
-"""Atomic writes, and a one-line error for results that cannot be written."""
+"""Paths as users write them, atomic writes, and a one-line error for results that cannot be written."""
 
+import errno
 import glob
 import os
 import tempfile
@@ -8,7 +9,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from gac.errors import InputError
+from gac.errors import InputError, abridged
+
+# Only where folders can be opened, which Windows does not allow, does the system have the flag.
+_OPEN_FOLDER: int | None = getattr(os, "O_DIRECTORY", None)
+
+
+def user_path(text: str, option: str) -> Path:
+    """Return the path that the value of ``option`` names, with a leading ``~`` or ``~user`` replaced.
+
+    Raises InputError for a home directory that is not known and for a name that no file can have.
+    """
+    try:
+        text.encode()
+        path = Path(text).expanduser()
+        path.stat()
+    except UnicodeEncodeError:
+        reason = "its name is not UTF-8; rename it"
+    except RuntimeError:
+        reason = f"the home directory of {text.partition('/')[0]} is not known; write the path in full"
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            # Whether it must exist and what may be done with it is for those to say who open it.
+            return path
+        reason = "the system allows no name as long as this; choose a shorter one"
+    except ValueError:
+        reason = "a name has no null bytes"
+    else:
+        return path
+    raise InputError(f"{option} {abridged(text)}: {reason}")
 
 
 @contextmanager
@@ -24,7 +53,7 @@ def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = l
     try:
         with os.fdopen(handle, "wb") as file:
             # Only the owner can read what mkstemp makes; results get the permissions of any other new file.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~_umask())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -33,7 +62,9 @@ def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = l
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    if _OPEN_FOLDER is None:
+        return
+    folder = os.open(path.parent, os.O_RDONLY | _OPEN_FOLDER)
     try:
         os.fsync(folder)
     finally:

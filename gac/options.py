@@ -7,6 +7,7 @@ Both spell every value as text, which means the same in either place; options an
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ import yaml
 
 from gac.checkpoint import is_ours, read_checkpoint, read_config
 from gac.config import EVALUATION_FIELDS, FIELDS, SECTIONS, Config, FieldError
-from gac.errors import InputError
-from gac.files import check_writable
+from gac.errors import InputError, abridged
+from gac.files import check_writable, user_path
 
 # A value as it is written, None for YAML's null, and where it stands in a file.
 _Written = tuple[str | None, str]
@@ -128,6 +129,10 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     return EvalArguments(path, payload, config, network, json)
 
 
+# What the options that are no fields call a value that names a file or a folder.
+_NAMES_A_PATH = re.compile("FILE|FOLDER|CHECKPOINT")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -151,6 +156,11 @@ def _read_command_line(
         parser.parse_args(["--help"])
     options = [each[2:].partition("=")[0] for each in arguments if each.startswith("--")]
     for name in options:
+        if name in ("local-rank", "local_rank"):
+            raise InputError(
+                f"--{name} comes from python -m torch.distributed.launch: start the processes with torchrun and the"
+                " same arguments"
+            )
         if name not in known and name in FIELDS:
             raise InputError(f"--{name} is fixed by the checkpoint; eval.py takes {', '.join(known)}")
         if name not in known:
@@ -158,6 +168,11 @@ def _read_command_line(
         if name in ("config", "checkpoint") and options.count(name) > 1:
             raise InputError(f"--{name} was given twice; give one")
     given = vars(parser.parse_args(arguments))
+    for spelling in own:
+        option, _, metavar = spelling.partition(" ")
+        name = option.removeprefix("--")
+        if given.get(name) and _NAMES_A_PATH.search(metavar) and not (given[name] == "auto" and "auto" in metavar):
+            given[name] = str(user_path(given[name], option))
     return given, {name: (given[name], "") for name in given.keys() & FIELDS}
 
 
@@ -189,6 +204,8 @@ def _read_yaml(path: Path) -> dict[str, _Written]:
         raise InputError(f"{path} line {error.problem_mark.line + 1} is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply: sections hold fields, and fields values or lists") from None
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path} must hold the sections {', '.join(SECTIONS)} with their fields")
     return dict(_fields(root, path))
@@ -228,5 +245,5 @@ def _make_config(base: Config, written: Mapping[str, _Written]) -> Config:
         if error.field not in written:
             raise
         text, place = written[error.field]
-        got = "null" if text is None else text or "nothing"
+        got = "null" if text is None else abridged(text) or "nothing"
         raise InputError(f"{place}{error.field} must be {error.allowed}; got {got}") from None

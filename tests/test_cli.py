@@ -153,7 +153,7 @@ def test_config_is_required() -> None:
         ("--model.depth=3", "model.depth must be a list of whole numbers such as [3, 3, 2] or null; got 3"),
         ("--model.depth=[1.5]", "model.depth must be a list of whole numbers such as [3, 3, 2] or null; got [1.5]"),
         ("--model.depth=[]", "model.depth must be a list with at least one block in each stage"),
-        ("--train.epochs=0", "train.epochs must be at least 1; got 0"),
+        ("--train.epochs=0", "train.epochs must be at least 1 and at most 1000000; got 0"),
         ("--config=other.yaml", "--config was given twice"),
         ("--train.epochs", "argument --train.epochs: expected one argument"),
         ("stray", "unrecognized arguments: stray"),

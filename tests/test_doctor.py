@@ -94,3 +94,8 @@ def test_comparison_finds_wrong_outputs_and_gradients(
     check = doctor.compare(operation, "cifar", torch.float32, torch.device("cpu"))
     assert not check.ok
     assert (" 0 of " in check.text) == (factor != 1.0)
+
+
+def test_another_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert "mps: neurons run in torch, which has not been tried there" in [check.text for check in doctor.backends()]

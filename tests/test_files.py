@@ -1,9 +1,13 @@
 import os
+import pwd
 import stat
+from pathlib import Path
 
 import pytest
 
-from gac.files import atomic_write, remove_leftovers
+from gac import files
+from gac.errors import InputError
+from gac.files import atomic_write, remove_leftovers, user_path
 
 
 def test_the_file_appears_whole(tmp_path):
@@ -73,3 +77,51 @@ def test_only_the_leftovers_of_that_file_are_removed(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path / "a[1].pt")
     assert sorted(os.listdir(tmp_path)) == [".a1.pt.x.tmp", ".b.pt.x.tmp", "a[1].pt"]
+
+
+@pytest.mark.parametrize("text", ["~/a b/x", "~", f"~{pwd.getpwuid(os.getuid()).pw_name}/x", "a b/Ω", "./-x"])
+def test_a_leading_tilde_is_a_home_directory_and_anything_else_is_as_it_was_written(text, monkeypatch):
+    monkeypatch.setenv("HOME", "/some where")
+    assert user_path(text, "--output") == Path(os.path.expanduser(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("~nosuchuser/x", "the home directory of ~nosuchuser is not known; write the path in full"),
+        ("x" * 300, "the system allows no name as long as this; choose a shorter one"),
+        ("x/" * 2500, "the system allows no name as long as this; choose a shorter one"),
+        (os.fsdecode(b"caf\xe9"), "its name is not UTF-8; rename it"),
+        ("a\0b", "a name has no null bytes"),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused_in_one_short_line(text, reason):
+    with pytest.raises(InputError) as error:
+        user_path(text, "--output")
+    assert str(error.value).startswith("--output ")
+    assert str(error.value).endswith(f": {reason}")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 250
+
+
+def test_an_unknown_home_directory_is_refused(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(InputError, match="the home directory of ~ is not known"):
+        user_path("~/x", "data.root")
+
+
+def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    def opening(path, *rest, **more):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, *rest, **more)
+
+    # As on Windows.
+    open_ = os.open
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.delattr(os, "fchmod")
+    monkeypatch.setattr(files, "_OPEN_FOLDER", None)
+    with atomic_write(tmp_path / "result") as file:
+        file.write(b"new")
+    assert (tmp_path / "result").read_bytes() == b"new"

@@ -1,5 +1,6 @@
 """What a value's text means, and where a refused one stands."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_a_text_means_the_same_on_the_command_line_and_in_a_file(name: str, text
         ("train.epochs", "1e3", "a whole number"),
         ("train.epochs", "true", "a whole number"),
         ("train.epochs", "2024-13-01", "a whole number"),
-        ("train.epochs", "-1", "at least 1"),
+        ("train.epochs", "-1", "at least 1 and at most 1000000"),
         ("train.nesterov", "0", "true or false"),
         ("train.nesterov", "maybe", "true or false"),
         ("train.learning_rate", "true", "a number"),
@@ -129,3 +130,58 @@ def test_a_trial_is_for_one_process(tmp_path: Path) -> None:
 def test_an_empty_path_is_no_path() -> None:
     with pytest.raises(InputError, match=r"^--config is required"):
         parse_train(["--config="])
+
+
+@pytest.mark.parametrize("option", ["--config", "--output", "--resume"])
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 5000, os.fsdecode(b"caf\xe9")])
+def test_every_option_refuses_a_path_that_cannot_be(option: str, path: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{}")
+    with pytest.raises(InputError, match=rf"^{option} .*: (the home directory|the system allows|its name)"):
+        parse_train([*(["--config", str(tmp_path / "run.yaml")] if option != "--config" else []), option, path])
+
+
+def test_every_option_knows_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a run.yaml").write_text("{}")
+    parsed = parse_train(["--config=~/a run.yaml", "--output=~/a b", "--resume=~/last.pt"])
+    assert (parsed.output, parsed.resume) == (tmp_path / "a b", str(tmp_path / "last.pt"))
+    assert parse_train(["--config=~/a run.yaml", "--resume", "auto"]).resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("train.cutmix_beta", "1e-300", "0 or between 1e-37 and 1e+38 in size"),
+        ("train.mixup_alpha", "1e-300", "0 or between 1e-37 and 1e+38 in size"),
+        ("train.weight_decay", "1e308", "0 or between 1e-37 and 1e+38 in size"),
+        ("train.learning_rate", "1e39", "0 or between 1e-37 and 1e+38 in size"),
+        ("train.epochs", "1000000000", "at least 1 and at most 1000000"),
+    ],
+)
+def test_a_number_that_no_run_can_compute_with_is_refused(name: str, text: str, allowed: str, parse) -> None:
+    assert parse(name, text) == f"{name} must be {allowed}; got {text}"
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "{a: " * 10_000])
+def test_a_file_that_is_nested_too_deeply_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match="is nested too deeply"):
+        parse_train(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_value_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{}")
+    with pytest.raises(InputError, match=r"^model\.depth must be a list .*; got \[{120}\.\.\.$"):
+        parse_train(["--config", str(tmp_path / "run.yaml"), f"--model.depth={'[' * 10_000}"])
+
+
+def test_a_message_is_one_line_whatever_it_quotes(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text('model:\n  neuron: "a\\nb\\e[31m"\n')
+    with pytest.raises(InputError, match=r"got a\\nb\\x1b\[31m$"):
+        parse_train(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_the_option_of_the_older_launcher_names_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{}")
+    with pytest.raises(InputError, match="start the processes with torchrun"):
+        parse_train(["--local-rank=0", "--config", str(tmp_path / "run.yaml")])

@@ -1,13 +1,13 @@
 """CIFAR-10 and CIFAR-100 through torchvision."""
 
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from gac.data.arrays import ArraySet, Split
 from gac.errors import InputError
+from gac.files import user_path
 
 # The values in common use. For CIFAR-10 the second triple is the mean of the images' own standard deviations;
 # over all pixels of the training set it is (0.2470, 0.2435, 0.2616).
@@ -40,7 +40,7 @@ def load_cifar(dataset: type[CIFAR10], root: str, *, download: bool, splits: Col
 
 
 def _open(dataset: type[CIFAR10], root: str, train: bool, download: bool) -> CIFAR10:
-    folder = Path(root).expanduser()
+    folder = user_path(root, "data.root")
     try:
         return dataset(folder, train=train, download=download)
     # torchvision's own checks raise the first; the network and the file system the second.

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from gac.errors import InputError, first_few
+from gac.files import user_path
 
 logger = logging.getLogger("gac")
 
@@ -48,7 +49,7 @@ def open_folders(root: str, splits: Collection[str]) -> dict[str, ClassFolders]:
     InputError if a folder is missing, if a folder or such an image is not readable, if a class has no images, and if
     train and val have different classes.
     """
-    folder = Path(root).expanduser()
+    folder = user_path(root, "data.root")
     try:
         _check_folder(folder)
         opened = {split: _open_split(folder / _FOLDERS[split]) for split in splits}

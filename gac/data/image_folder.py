@@ -172,9 +172,12 @@ def _outlive_signals(worker: int) -> None:
     """Let a worker survive a Ctrl-C or SIGTERM that is sent to the whole process group.
 
     The training process needs it to finish the current batch. A SIGTERM from that process itself still ends the
-    worker: DataLoader and multiprocessing fall back on it, and multiprocessing would wait forever at exit.
+    worker: DataLoader and multiprocessing fall back on it, and multiprocessing would wait forever at exit. Where the
+    system does not tell who sent a signal, as on macOS and Windows, every SIGTERM ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
 

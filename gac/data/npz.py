@@ -16,6 +16,7 @@ from gac.data.arrays import ArraySet, Split
 from gac.data.interface import DataInfo
 from gac.data.normalization import pixel_statistics
 from gac.errors import InputError
+from gac.files import user_path
 from gac.memory import check_fits
 
 _MAX_CHANNELS = 4
@@ -45,7 +46,7 @@ def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = N
     number of classes is the largest label of y_train and y_test plus one. What a file with only test images does not
     say, statistics and classes, is that of the data ``trained_on``. Raises InputError for any other file.
     """
-    with _Archive(Path(path).expanduser()) as archive:
+    with _Archive(user_path(path, "data.root")) as archive:
         arrays = {split: _read_split(archive, split) for split in splits}
         shapes = {split: tuple(part.images.shape[1:]) for split, part in arrays.items()}
         if len(set(shapes.values())) > 1:

@@ -16,8 +16,12 @@ def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
     memory, on a separate stream, without blocking the host. So two batches are on the device at a time, and each is
     taken from ``batches`` before the previous one is yielded.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         yield from batches
+        return
+    if device.type != "cuda":
+        for batch in batches:
+            yield _on(device, batch)
         return
     stream = torch.cuda.Stream(device)
     present = None
@@ -54,15 +58,19 @@ def make_beside(batches: Iterable[Batch], device: torch.device) -> Iterator[Batc
         yield batch
 
 
+def _on(device: torch.device, batch: Batch, non_blocking: bool = False) -> Batch:
+    return batch._make(
+        item.to(device, non_blocking=non_blocking) if isinstance(item, Tensor) else item for item in batch
+    )
+
+
 class _Copy:
     """A batch that is being copied to the device of ``stream``."""
 
     def __init__(self, batch: tuple, stream: torch.cuda.Stream) -> None:
         self._device = stream.device
         with torch.cuda.stream(stream):
-            self._batch = batch._make(
-                item.to(self._device, non_blocking=True) if isinstance(item, Tensor) else item for item in batch
-            )
+            self._batch = _on(self._device, batch, non_blocking=True)
             self._done = stream.record_event()
 
     def take(self) -> tuple:

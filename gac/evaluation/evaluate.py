@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gac.errors import InputError
 from gac.execution.cuda_graph import Capture, Replayed
-from gac.execution.device import autocast
+from gac.execution.device import autocast, float_for_sums
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
 
@@ -80,7 +80,7 @@ class EvaluationStep:
         by_time = (logits.cumsum(0).argmax(-1) == labels).sum(-1)
         mean = logits.mean(0)
         top5 = (mean.topk(min(5, mean.shape[-1])).indices == labels.unsqueeze(-1)).sum()
-        loss = F.cross_entropy(mean, labels, reduction="sum").double()
+        loss = F.cross_entropy(mean, labels, reduction="sum").to(float_for_sums(mean.device))
         return torch.cat([by_time, top5.unsqueeze(0)]), loss
 
 

@@ -1,6 +1,6 @@
 """The device of a run and the precision it computes in."""
 
-import re
+import logging
 
 import torch
 
@@ -8,23 +8,34 @@ from gac.config import TrainConfig
 from gac.errors import InputError
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
+logger = logging.getLogger("gac")
+
 
 def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
-    """Return the device that a ``device`` setting means: auto, cpu, cuda or cuda:N. A CUDA device becomes current.
+    """Return the device that a ``device`` setting means: auto, cpu, cuda, cuda:N or PyTorch's name of another one.
 
-    Each of several ranks gets its own CUDA device, in their order on the machine. Raises InputError for any other name,
-    for a CUDA device that does not exist and for one that several ranks would share.
+    A CUDA device becomes current. Each of several ranks gets its own CUDA device, in their order on the machine. Raises
+    InputError for any other name, for a device that is not there and for one that several ranks would share.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", name)
-    if match is None:
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}")
-    index = int(match[1] or 0)
+    kind, _, number = name.partition(":")
+    try:
+        named = torch.device(name)
+    except RuntimeError:
+        named = None
+    if named is None or kind == "cpu":
+        raise InputError(
+            "device must be auto, cpu, cuda, cuda:N or another accelerator of PyTorch, such as mps or xpu;"
+            f" got {name!r}"
+        )
+    if kind != "cuda":
+        return _other_accelerator(named, ranks)
+    index = named.index or 0
     if ranks.size > 1:
-        if match[1] is not None:
+        if number:
             raise InputError(
                 f"device {name} is a single one, and there are {ranks.size} processes: use --device cuda, which gives"
                 " each its own, or auto or cpu"
@@ -44,6 +55,26 @@ def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
     # Libraries that use the current device would otherwise open a context and allocate on device 0.
     torch.cuda.set_device(device)
     return device
+
+
+def _other_accelerator(device: torch.device, ranks: Ranks) -> torch.device:
+    """Return a device that is neither the CPU nor a CUDA device; see :func:`select_device`."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count()
+    if found is None or device.type != found.type or (device.index or 0) >= count:
+        there = "no accelerator" if found is None else f"{count} x {found.type}"
+        raise InputError(f"device {device} is not there, PyTorch sees {there}: use --device auto or cpu")
+    if ranks.size > 1:
+        raise InputError(
+            f"several processes need CUDA devices or the CPU, not {device}: use --device cpu, or one process"
+        )
+    logger.warning("this package has been tried on the CPU and written for CUDA devices, not tried on %s", device)
+    return device
+
+
+def float_for_sums(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point type that ``device`` computes in: float64, except on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:

@@ -193,6 +193,11 @@ def process_group() -> Iterator[Ranks]:
     torch.distributed.destroy_process_group()
 
 
+# Where other launchers tell each process their number. Slurm's SLURM_NTASKS is in the environment of a batch script as
+# well, which is a single process.
+_OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+
+
 def _from_environment() -> Ranks:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if missing := [name for name in names if name not in os.environ]:
@@ -201,6 +206,13 @@ def _from_environment() -> Ranks:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} missing in the environment:"
                 " start several processes with torchrun, which sets all of them, or a single one without WORLD_SIZE"
             )
+        for launcher, tasks in _OTHER_LAUNCHERS.items():
+            if "WORLD_SIZE" not in os.environ and int(os.environ.get(tasks, 1)) > 1:
+                raise InputError(
+                    f"{launcher} started {os.environ[tasks]} processes that do not know each other ({tasks}, and no"
+                    " RANK in the environment): let it start one torchrun on each machine, which starts the processes"
+                    " there (docs/training.md), or set WORLD_SIZE=1 if each is to run by itself"
+                )
         return SINGLE_PROCESS
     return Ranks(*(int(os.environ[name]) for name in names), launched=True)
 

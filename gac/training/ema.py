@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.checkpoint import load_weights
+from gac.execution.device import float_for_sums
 
 
 class MovingAverage:
@@ -30,8 +31,8 @@ class MovingAverage:
         self._floating = _columns([pair for pair in pairs if pair[0].is_floating_point()])
         self._counts = _columns([pair for pair in pairs if not pair[0].is_floating_point()])
         device = pairs[0][0].device
-        self._updates = torch.zeros((), dtype=torch.float64, device=device)
-        self._decay = torch.tensor(decay, dtype=torch.float64, device=device)
+        self._updates = torch.zeros((), dtype=float_for_sums(device), device=device)
+        self._decay = torch.tensor(decay, dtype=float_for_sums(device), device=device)
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
@@ -39,7 +40,7 @@ class MovingAverage:
 
         Reads no value on the host.
         """
-        done = (~skipped).double()
+        done = (~skipped).to(self._decay.dtype)
         kept = torch.minimum(self._decay, (1 + self._updates) / (10 + self._updates))
         _move(*self._floating, ((1 - kept) * done).float())
         _move(*self._counts, done.long())

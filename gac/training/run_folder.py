@@ -1,7 +1,6 @@
 """The folder that holds everything a run writes, and whether a run may use it."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, TextIO
 
+import filelock
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
@@ -22,6 +22,11 @@ from gac.data.interface import DataInfo
 from gac.errors import InputError
 from gac.files import atomic_write, remove_leftovers, writing
 from gac.training.checkpoints import Checkpoints
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger("gac")
 
@@ -181,7 +186,9 @@ class FolderLock:
 
     The system releases the lock when the process ends, however it ends, so a killed run never blocks the next one. It
     is a POSIX record lock, because the processes that decode images would inherit that of flock, and they outlive a
-    killed run by seconds. Closing the file anywhere in the process releases it, so nothing else may open it.
+    killed run by seconds. Closing the file anywhere in the process releases it, so nothing else may open it. Windows
+    has no such locks, and no processes that inherit them: there it is filelock's lock on the file run.held, as nobody
+    could read the holder in a file that is locked itself.
 
     The file stays. It means nothing without its lock, and if it were removed, one process could lock the removed file
     and another one the file that replaced it.
@@ -190,6 +197,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "run.lock"
         self._file: TextIO | None = None
+        self._without_fcntl = filelock.FileLock(folder / "run.held") if fcntl is None else None
 
     @property
     def held(self) -> bool:
@@ -212,19 +220,22 @@ class FolderLock:
             # Other machines that share the folder see it only now.
             os.fsync(file.fileno())
         except BaseException:
-            file.close()
+            self._release(file)
             raise
         self._file = file
 
     def _lock(self, file: TextIO) -> None:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._without_fcntl is not None:
+                self._without_fcntl.acquire(timeout=0)
+            else:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in WITHOUT_LOCKS:
                 folder, reason = self.path.parent, error.strerror
                 logger.warning("%s cannot be locked (%s): see to it that no other run writes there", folder, reason)
                 return
-            if not isinstance(error, BlockingIOError | PermissionError):
+            if not isinstance(error, BlockingIOError | PermissionError | filelock.Timeout):
                 raise
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -235,8 +246,13 @@ class FolderLock:
     def close(self) -> None:
         """Release the lock, if it is held."""
         if self._file is not None:
-            self._file.close()
+            self._release(self._file)
             self._file = None
+
+    def _release(self, file: TextIO) -> None:
+        file.close()
+        if self._without_fcntl is not None:
+            self._without_fcntl.release()
 
 
 def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> None:

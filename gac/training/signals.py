@@ -1,9 +1,13 @@
 """Ctrl-C and SIGTERM end a run between two batches, so that it can be resumed."""
 
+import logging
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
+
+logger = logging.getLogger("gac")
 
 Batch = TypeVar("Batch")
 
@@ -29,7 +33,8 @@ class Interruption:
     A second SIGINT is Ctrl-C from somebody who does not want to wait. A second SIGTERM changes nothing: it arrives when
     a scheduler signals all processes of a job and a script among them passes the signal on.
 
-    Only for the main thread, where Python handles signals.
+    Python handles signals in the main thread only. In any other one (a notebook's, Ray's) a warning says so, and
+    signals do what they did before.
 
     Args:
         largest: Returns the largest of each of its arguments over the processes of the run, all of which call it.
@@ -45,6 +50,12 @@ class Interruption:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "training runs in a thread, so Ctrl-C and SIGTERM do not save it: after them --resume auto continues"
+                " from the last checkpoint that train.checkpoint_minutes or train.checkpoint_steps wrote"
+            )
+            return self
         self._previous = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         return self
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.config import TrainConfig
+from gac.execution.device import float_for_sums
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
 from gac.training.optim import learning_rate_at
 
@@ -74,7 +75,7 @@ class DeviceTotals:
 
     def __init__(self, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.ranks = ranks
-        self.tensor = torch.tensor(Totals(), dtype=torch.float64, device=device)
+        self.tensor = torch.tensor(Totals(), dtype=float_for_sums(device), device=device)
         self._views = Totals(*self.tensor.unbind())
 
     def add(
@@ -93,7 +94,7 @@ class DeviceTotals:
         totals = self._views
         totals.step.add_(1)
         totals.images.add_(images)
-        totals.loss.add_(loss.double() * images)
+        totals.loss.add_(loss.to(self.tensor.dtype) * images)
         totals.correct.add_(correct)
         totals.skipped.add_(skipped)
         for first, bad in (
@@ -125,7 +126,7 @@ class DeviceTotals:
         totals = Totals(*state.tolist())
         if not self.ranks.is_main:
             totals = totals._replace(images=0.0, loss=0.0, correct=0.0)
-        self.tensor.copy_(torch.tensor(totals, dtype=torch.float64))
+        self.tensor.copy_(torch.tensor(totals, dtype=self.tensor.dtype))
 
 
 class Readback:

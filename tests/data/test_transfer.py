@@ -19,6 +19,11 @@ def test_on_the_cpu_batches_pass_one_by_one():
     assert next(batches).number == 1
 
 
+def test_batches_go_to_other_devices_as_well():
+    (batch,) = copy_ahead([Numbered(torch.zeros(2), 7)], torch.device("meta"))
+    assert (batch.pixels.device.type, batch.number) == ("meta", 7)
+
+
 @pytest.mark.gpu
 def test_cuda_batches_are_whole_in_order_and_one_ahead():
     # Large enough that reading, or reusing, memory before its time shows.

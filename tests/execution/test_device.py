@@ -5,6 +5,7 @@ import torch
 
 from gac.errors import InputError
 from gac.execution.device import autocast, check_precision, describe_precision, select_device
+from gac.execution.distributed import Ranks
 
 
 def test_cpu() -> None:
@@ -15,9 +16,9 @@ def test_auto_is_cuda_where_there_is_one() -> None:
     assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "cpu:0"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "cpu:0", "mps:x", "vulkan!"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="device must be auto, cpu, cuda or cuda:N"):
+    with pytest.raises(InputError, match="device must be auto, cpu, cuda, cuda:N or another accelerator of PyTorch"):
         select_device(name)
 
 
@@ -61,3 +62,21 @@ def test_tf32_is_named(monkeypatch, allowed, capability, expected):
     assert describe_precision(CUDA, "off") == expected
     assert describe_precision(CPU, "off") == "float32"
     assert describe_precision(CUDA, "fp16") == "fp16"
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "xpu:1", "hpu", "meta"])
+def test_an_accelerator_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"^device {name} is not there, PyTorch sees .*: use --device auto or cpu$"):
+        select_device(name)
+
+
+@pytest.mark.parametrize("name", ["xpu", "xpu:1"])
+def test_another_accelerator_is_taken_with_a_warning(name: str, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert select_device(name) == torch.device(name)
+    assert f"not tried on {name}" in caplog.text
+    with pytest.raises(InputError, match="device xpu:2 is not there, PyTorch sees 2 x xpu"):
+        select_device("xpu:2")
+    with pytest.raises(InputError, match="several processes need CUDA devices or the CPU"):
+        select_device(name, Ranks(0, 2))

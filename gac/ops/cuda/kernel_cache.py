@@ -51,7 +51,8 @@ def _folder() -> Path | None:
         return Path(chosen) if chosen else None
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gac" / "kernels"
-    except RuntimeError:  # no home directory
+    except RuntimeError:
+        _log_unwritable(Path("~", ".cache"), "the home directory is not known")
         return None
 
 

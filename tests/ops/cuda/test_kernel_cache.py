@@ -1,6 +1,7 @@
 """Compiled kernels are compiled once a machine, and a bad cache never matters."""
 
 import logging
+import pwd
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,17 @@ def test_a_kernel_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compiler, "source_text", lambda file: "extern __global__ void probe(float*) {}\n")
     assert compiler.compile_once(KERNEL, 90)[0] != compiled.binary
     assert len(list(folder.iterdir())) == 3
+
+
+def test_without_a_home_directory_kernels_are_not_kept_which_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("GAC_KERNEL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    kernel_cache._log_unwritable.cache_clear()
+    for _ in range(2):
+        kernel_cache.store("key", b"content")
+        assert kernel_cache.load("key") is None
+    (message,) = caplog.messages
+    assert "the home directory is not known" in message
