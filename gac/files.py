@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,13 +96,15 @@ def writing(path: Path, what_is_left: str = "") -> Iterator[None]:
     The OSError itself often does not name the file. ``what_is_left`` is added to the message.
     """
     ending = f"; {what_is_left}" if what_is_left else ""
+    # An error that is being handled while the block cleans up has nothing to do with what the block writes.
+    before = sys.exception()
     try:
         yield
     except OSError as error:
         raise ResultsNotWritten(f"cannot write {path}: {error.strerror or error}{ending}") from error
     except RuntimeError as error:
         # torch.save raises this in place of the OSError that caused it.
-        if not isinstance(error.__context__, OSError):
+        if not isinstance(error.__context__, OSError) or error.__context__ is before:
             raise
         raise ResultsNotWritten(f"cannot write {path}: {error.__context__.strerror}{ending}") from error
 

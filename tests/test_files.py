@@ -7,7 +7,7 @@ import pytest
 
 from gac import files
 from gac.errors import InputError
-from gac.files import atomic_write, remove_leftovers, user_path
+from gac.files import atomic_write, remove_leftovers, user_path, writing
 
 
 def test_the_file_appears_whole(tmp_path):
@@ -125,3 +125,18 @@ def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch)
     with atomic_write(tmp_path / "result") as file:
         file.write(b"new")
     assert (tmp_path / "result").read_bytes() == b"new"
+
+
+def test_an_error_that_was_there_before_is_not_one_of_writing(tmp_path):
+    def clean_up() -> None:
+        with writing(tmp_path / "results"):
+            raise RuntimeError("worker died")
+
+    def fail() -> None:
+        try:
+            raise ConnectionResetError("another process is gone")
+        finally:
+            clean_up()
+
+    with pytest.raises(RuntimeError, match="^worker died$"):
+        fail()

@@ -83,7 +83,7 @@ def test_half_precision_runs(tmp_path, capsys):
         (["--json", "absent/result.json"], "in a folder that exists"),
         (["--plot", "result.pdf"], "expected a file *.png"),
         (["--implementations", "authors"], "invalid choice: 'authors'"),
-        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda, cuda:N or another accelerator"),
         (["--speed"], "unrecognized arguments: --speed"),
         (["--network", "msresnet104"], "invalid choice: 'msresnet104'"),
         (["--network", "gac_msresnet18"], "--depth: gac_msresnet18 has 4 stages, got 3 numbers"),
