@@ -138,5 +138,5 @@ def test_an_error_that_was_there_before_is_not_one_of_writing(tmp_path):
         finally:
             clean_up()
 
-    with pytest.raises(RuntimeError, match="^worker died$"):
+    with pytest.raises(RuntimeError, match=r"^worker died$"):
         fail()
