@@ -6,6 +6,7 @@ Whatever is wrong with a command line or a configuration file becomes one line o
 import functools
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[s
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:
         who = ""
+        for stream in (sys.stdout, sys.stderr):
+            # What a terminal cannot show, such as a class's name in ASCII, must not cost a result.
+            stream.reconfigure(errors="backslashreplace")
         try:
             with process_group() as ranks:
                 who = "" if ranks.is_main else f"rank {ranks.rank}: "
@@ -72,10 +76,10 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
     """Run train.py's command line and return its exit status."""
     parsed = ranks.together(lambda: parse_train(arguments, ranks.size))
     if parsed.dry_run:
-        print(dry_run(parsed.config, parsed.output))
+        _show(dry_run(parsed.config, parsed.output))
     elif parsed.overfit_one_batch:
         learnt, verdict = overfit_one_batch(parsed.config, parsed.output)
-        print(verdict)
+        _show(verdict)
         return 0 if learnt else 1
     else:
         train(parsed.config, parsed.output, parsed.resume, ranks=ranks)
@@ -89,8 +93,17 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
     report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.network, ranks)
     if not ranks.is_main:
         return 0
-    print(format_report(report))
     if parsed.json is not None:
         with writing(parsed.json), atomic_write(parsed.json) as file:
             file.write(f"{json.dumps(asdict(report), indent=2)}\n".encode())
+    _show(format_report(report))
     return 0
+
+
+def _show(text: str) -> None:
+    """Print a result; whoever was to read it may be gone, as in ``eval.py ... | head -1``."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would try again at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

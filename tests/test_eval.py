@@ -202,3 +202,21 @@ def test_a_network_with_gated_attention_is_scored_at_fewer_steps(run: Path, caps
         return [line for line in capsys.readouterr().out.splitlines() if "t = 1..1" in line]
 
     assert lines("--model.T=1") == lines() != []
+
+
+def test_what_the_terminal_cannot_show_costs_no_result(run: Path, tmp_path: Path) -> None:
+    checkpoint, scores = tmp_path / "长城.pt", tmp_path / "scores.json"
+    checkpoint.write_bytes((run / "best.pt").read_bytes())
+    # One reader that knows only ASCII, and one that is gone.
+    command = [sys.executable, "eval.py", "--checkpoint", str(checkpoint), "--json", str(scores)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert r"\u957f\u57ce.pt" in process.stdout
+    scores.unlink()
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert json.loads(scores.read_text())["scores"]["images"] == 10
