@@ -1,8 +1,5 @@
 """What the system refuses or ends is one line with the remedy: real workers that fail, and PyTorch's messages."""
 
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +10,9 @@ import yaml
 
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.execution.resources import explain
-from gac.training.engine import Trainer, train
 from image_tree import write_split
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,43 +29,48 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def test_a_decoding_process_that_is_killed(config: Config, tmp_path: Path) -> None:
-    def kill(trainer: Trainer) -> None:
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGKILL)
-
-    with pytest.raises((RuntimeError, OSError, EOFError)) as error:
-        train(config, tmp_path / "run", after_step=kill)
-    assert explain(error.value).startswith("a process that decodes images was ended from outside")
-
-
-FEW_FILES = """
-import os, resource, sys
+PROGRAM = """
+import multiprocessing, os, resource, signal, sys
 from gac.cli import train_main
 from gac.training import engine
 
 train_step = engine.Trainer.train_step
 
-def lower(trainer, *batch):
+def then(trainer, *batch):
     train_step(trainer, *batch)
-    # Enough for what is open and the evaluation's first few processes.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, hard))
+    {then}
 
-engine.Trainer.train_step = lower
+engine.Trainer.train_step = then
 sys.exit(train_main(sys.argv[1:]))
 """
+
+
+def error_of_run(config: Config, folder: Path, then: str) -> str:
+    """Return what a run prints that does ``then`` after every step and must end with status 1.
+
+    It has a process of its own: what fails there would fail at any moment in the process that runs the tests.
+    """
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-c", PROGRAM.format(then=then), "--config", str(folder / "config.yaml")]
+    process = subprocess.run(
+        [*command, "--output", str(folder / "run")], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 1, process.stderr
+    return process.stderr
+
+
+def test_a_decoding_process_that_is_killed(config: Config, tmp_path: Path) -> None:
+    kill = "[os.kill(each.pid, signal.SIGKILL) for each in multiprocessing.active_children()]"
+    assert "error: a process that decodes images was ended from outside" in error_of_run(config, tmp_path, kill)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
 def test_too_many_open_files(config: Config, tmp_path: Path) -> None:
     short = replace(config, data=replace(config.data, workers=8), train=replace(config.train, epochs=1, batch_size=20))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(short.to_dict()))
-    # In a process of its own: what runs the tests needs files too.
-    arguments = ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
-    process = subprocess.run([sys.executable, "-c", FEW_FILES, *arguments], capture_output=True, text=True, timeout=120)
-    assert process.returncode == 1, process.stderr
-    assert "error: too many open files: raise their number" in process.stderr
+    # Enough for what is open and the evaluation's first few processes.
+    files = "(len(os.listdir('/proc/self/fd')) + 4, resource.getrlimit(resource.RLIMIT_NOFILE)[1])"
+    lower = f"resource.setrlimit(resource.RLIMIT_NOFILE, {files})"
+    assert "error: too many open files: raise their number" in error_of_run(short, tmp_path, lower)
 
 
 @pytest.mark.parametrize(
