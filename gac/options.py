@@ -6,7 +6,6 @@ Both spell every value as text, which means the same in either place; options an
 
 import argparse
 import difflib
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -119,7 +118,7 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     config = _make_config(replace(base, data=replace(base.data, download=False)), overrides)
     stored = base.data
     named = not is_ours(payload) or {"data.name", "data.root", "data.download"} & overrides.keys()
-    if not named and stored.name not in ("digits", "synthetic") and not os.path.exists(os.path.expanduser(stored.root)):
+    if not named and stored.name not in ("digits", "synthetic") and not user_path(stored.root, "data.root").exists():
         raise InputError(
             f"the data set of checkpoint {path}, {stored.name}, was in {stored.root!r}, which is not here: name it"
             " with --data.root"

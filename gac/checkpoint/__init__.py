@@ -3,12 +3,13 @@
 Ours are written atomically, the authors' are read as they are; neither can run code.
 """
 
-from gac.checkpoint.build import build_network, initialise, load_checkpoint, load_weights, read_config
+from gac.checkpoint.build import FixedT, build_network, initialise, load_checkpoint, load_weights, read_config
 from gac.checkpoint.format import FORMAT, DamagedCheckpoint, is_ours, read_checkpoint, write_checkpoint
 
 __all__ = [
     "FORMAT",
     "DamagedCheckpoint",
+    "FixedT",
     "build_network",
     "initialise",
     "is_ours",

@@ -29,6 +29,14 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 
 
+class FixedT(InputError):
+    """Another number of time steps was asked for than ``T``, which is part of the network."""
+
+    def __init__(self, asked: int, kind: str, T: int) -> None:
+        super().__init__(f"T={asked} was asked for, but its {kind} is made for T={T}")
+        self.T = T
+
+
 def load_checkpoint(
     path: str | os.PathLike | BinaryIO,
     map_location: str | torch.device = "cpu",
@@ -85,7 +93,7 @@ def build_network(
     if is_ours(payload):
         state, arguments = _our_parts(payload)
         if arguments["coding"] in ("latency", "phase") and asked.get("T", arguments["T"]) != arguments["T"]:
-            raise InputError(f"T={T} was asked for, but its {arguments['coding']} coding is that of T={arguments['T']}")
+            raise FixedT(T, f"{arguments['coding']} coding", arguments["T"])
         for name in asked.keys() - {"T"}:
             if asked[name] != arguments[name]:
                 raise InputError(f"{name}={asked[name]} was asked for, but it was trained with {arguments[name]}")
@@ -95,7 +103,7 @@ def build_network(
     # The backend that the network was trained with does not matter here.
     arguments["backend"] = "auto"
     if _SQUEEZE in state and arguments["T"] != (fixed := _shape(state, _SQUEEZE, 2)[1]):
-        raise InputError(f"T={arguments['T']} was asked for, but its gated attention is made for T={fixed}")
+        raise FixedT(arguments["T"], "gated attention", fixed)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     # Without memory: what the file says may be absurd, and the shapes of its tensors are not.

@@ -5,7 +5,8 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
@@ -74,10 +75,11 @@ def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = N
     )
 
 
-# Which of these damaged bytes raise depends on where they are.
-_UNREADABLE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_UNREADABLE += (KeyError, TypeError, SyntaxError, OverflowError, UnicodeError, struct.error, lzma.LZMAError)
-_read_header_2_0 = np.lib.format.read_array_header_2_0
+# What zipfile, its decompressors and numpy's reader of headers raise for damaged bytes depends on where those are.
+_UNREADABLE = (
+    *(ValueError, TypeError, SyntaxError, KeyError, OverflowError, UnicodeError, struct.error),
+    *(OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 
 
 class _Archive:
@@ -116,24 +118,32 @@ class _Archive:
         if name not in self:
             held = shorten(", ".join(self._file.files) or "nothing", 200)
             raise InputError(f"{self.path} has no array {name}; it holds {held} ({_LAYOUT})")
-        try:
-            self._check_size(name)
+        with self._reporting(name):
+            size = self._size(name)
+        # The array, and once more what is made of it.
+        check_fits(f"{self.path}: array {name}", 2 * size, "use fewer or smaller images, or image files in folders")
+        with self._reporting(name):
             return self._file[self._name(name)]
+
+    @contextmanager
+    def _reporting(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except _UNREADABLE as error:
             raise InputError(f"{self.path}: array {name} cannot be read ({error}); write the file again") from error
 
-    def _check_size(self, name: str) -> None:
-        """Raise ValueError if an array is larger than its bytes in the file, InputError if it is than the memory."""
+    def _size(self, name: str) -> int:
+        """Return the bytes of an array. Raises ValueError if they are more than the file holds."""
         member = f"{self._name(name)}.npy"
         with self._file.zip.open(member) as file:
             version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+            old = version == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
         needed, held = math.prod(shape) * dtype.itemsize, self._file.zip.getinfo(member).file_size
         if needed > held:
             raise ValueError(f"its header says {needed} bytes, and the file holds {held}")
-        # The array, and once more what is made of it.
-        check_fits(f"{self.path}: array {name}", 2 * needed, "use fewer or smaller images, or image files in folders")
+        return needed
 
 
 def _read_split(archive: _Archive, split: str) -> Split:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac.checkpoint import build_network, is_ours
+from gac.checkpoint import FixedT, build_network, is_ours
 from gac.config import Config
 from gac.data import Data, DataInfo, build_data
 from gac.data.interface import check_readable
@@ -72,13 +72,14 @@ def evaluate_checkpoint(
         InputError: If the network does not fit the data set, or one of them cannot be used.
     """
     ranks.check_equal(shared_fields(config) | {f"model.{name}": value for name, value in asked.items()})
-    device, network, data = ranks.together(lambda: _open(path, payload, config, asked, ranks), config.data.download)
+    opened = ranks.together(lambda: _open(path, payload, config, asked, ranks), config.data.download)
+    device, network, data, labels = opened
     steps = asked.get("T", network.T)
     ranks.check_equal({"test images": data.test.size})
     ours = is_ours(payload)
     batches = data.test.epoch(0)
-    if (trained_on := _trained_on(path, payload)) is not None:
-        batches = _as_trained(batches, trained_on.labels_of(data.info), device)
+    if labels is not None:
+        batches = _as_trained(batches, torch.tensor(labels, device=device))
     amp = config.train.amp if ours else "off"
     if amp == "fp16" and device.type != "cuda":
         amp = "off"
@@ -109,8 +110,11 @@ def evaluate_checkpoint(
 
 def _open(
     path: Path, payload: dict[str, Any], config: Config, asked: Mapping[str, Any], ranks: Ranks
-) -> tuple[torch.device, MSResNet, Data]:
-    """Return the device, the network on it, and the data set. Raises InputError."""
+) -> tuple[torch.device, MSResNet, Data, list[int] | None]:
+    """Return the device, the network on it, the data set, and the network's label for each of its labels.
+
+    The labels are None where they mean the same. Raises InputError.
+    """
     device = select_device(config.device, ranks)
     if config.train.cuda_graph:
         check_capturable(config.model)
@@ -136,32 +140,31 @@ def _open(
         trained_on=trained_on,
     )
     _check_fit(path, network, data.info)
+    labels = None
     if trained_on is not None:
         try:
-            order = trained_on.labels_of(data.info)
+            labels = trained_on.labels_of(data.info)
         except InputError as error:
             raise InputError(
                 f"checkpoint {path} is for other classes than data set {data.info.name} has: {error}; name the data set"
                 " it was trained on with --data.name and --data.root"
             ) from None
-        if order is not None:
+        if labels is not None:
             logger.warning("the classes of %s are in another order than in training: taken by name", data.info.name)
         sizes = [f"{info.height} x {info.width}" for info in (data.info, trained_on)]
         if sizes[0] != sizes[1]:
             logger.warning("the images of %s have %s pixels, those of training had %s", data.info.name, *sizes)
-    return device, network.to(device, memory_format=memory_format(config.train, device)), data
+    return device, network.to(device, memory_format=memory_format(config.train, device)), data, labels
 
 
 def _build(payload: dict[str, Any], asked: Mapping[str, Any]) -> MSResNet:
     """Return the network; its T is that of training where it is part of the network. Raises InputError."""
-    others = {name: value for name, value in asked.items() if name != "T"}
     try:
         return build_network(payload, **asked)
-    except InputError:
-        network = build_network(payload, **others)
-    if asked["T"] > network.T:
-        kind = "gated attention" if network.coding_name == "gac" else f"{network.coding_name} coding"
-        raise InputError(f"T={asked['T']} was asked for, but its {kind} is made for T={network.T}")
+    except FixedT as fixed:
+        if asked["T"] > fixed.T:
+            raise
+    network = build_network(payload, **{name: value for name, value in asked.items() if name != "T"})
     logger.info("running all %d time steps and scoring the first %d", network.T, asked["T"])
     return network
 
@@ -176,13 +179,10 @@ def _trained_on(path: Path, payload: dict[str, Any]) -> DataInfo | None:
         raise InputError(f"checkpoint {path}: {error}") from error
 
 
-def _as_trained(
-    batches: Iterable[tuple[Tensor, Tensor]], labels: list[int] | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches with the labels of training in place of the data set's: ``labels[k]`` for k."""
-    order = None if labels is None else torch.tensor(labels, device=device)
+def _as_trained(batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of images [B, C, H, W] with ``labels[k]`` in place of each label k of [B]."""
     for images, found in batches:
-        yield images, found if order is None else order[found]
+        yield images, labels[found]
 
 
 def format_report(report: Report) -> str:

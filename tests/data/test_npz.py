@@ -288,7 +288,9 @@ def test_an_array_that_unpacks_to_more_than_the_memory_is_refused_at_once(tmp_pa
     monkeypatch.setattr(memory, "available_memory", lambda: 2**20)
     write_header(tmp_path / "bomb.npz", (1024, 32, 32, 1), content=bytes(2**20))
     assert (tmp_path / "bomb.npz").stat().st_size < 5000
-    with pytest.raises(InputError, match=r"array x_train needs 0\.0 GiB of memory, and 0\.0 GiB are free: use fewer"):
+    with pytest.raises(
+        InputError, match=r"npz: array x_train needs 0\.0 GiB of memory, and 0\.0 GiB are free: use \D*$"
+    ):
         load_npz(str(tmp_path / "bomb.npz"), ("train",))
 
 
