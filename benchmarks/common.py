@@ -1,122 +1,62 @@
-"""What all benchmarks share: command line, report, timing, and the comparison of an operation with its reference."""
+"""What all benchmarks share: command line, report and timing."""
 
 import argparse
 import json
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from spikingjelly.activation_based import functional
-from torch import Tensor
 
 from gac import create_model
+from gac.command_line import Parser, at_least, new_file
 from gac.errors import InputError
-from gac.execution.device import select_device
+from gac.execution.device import ask, select_device
+from gac.execution.environment import describe_environment
 from gac.files import atomic_write
-from gac.ops.backend import toolchain_status
-from gac.version import __version__
 
 ROOT = Path(__file__).parents[1]
+OUT_OF_MEMORY = "out of memory"
+"""What stands for a measurement that did not fit, in tables and in JSON files."""
 Result = TypeVar("Result")
+Timing = dict[str, Any] | str
+"""Median, quartiles and samples in milliseconds, as :func:`timing` makes it, or OUT_OF_MEMORY."""
 
 
 class MeasurementError(Exception):
     """A measurement that must not be reported; the message is one line that says why."""
 
 
-@dataclass(frozen=True)
-class Precision:
-    """A precision of activations, and the rounding of results in it as a relative root mean square."""
+class Precision(NamedTuple):
+    """What a precision is called in figures, and the type of its activations."""
 
     title: str
     dtype: torch.dtype
-    rounding: float
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype without "torch."."""
-        return str(self.dtype).removeprefix("torch.")
-
-    def missing(self, device: torch.device) -> str | None:
-        """Return why a device cannot train in it, None if it can."""
-        if self.dtype == torch.float16 and device.type != "cuda":
-            return "needs a CUDA device"
-        if self.dtype == torch.bfloat16 and device.type == "cuda":
-            with torch.cuda.device(device):
-                if not torch.cuda.is_bf16_supported(including_emulation=False):
-                    return "the GPU has no bfloat16 arithmetic"
-        return None
 
 
 PRECISIONS = {
-    "fp32": Precision("float32", torch.float32, 1e-4),
-    "fp16": Precision("float16 autocast", torch.float16, 2e-3),
-    "bf16": Precision("bfloat16 autocast", torch.bfloat16, 1.6e-2),
+    "fp32": Precision("float32", torch.float32),
+    "fp16": Precision("float16 autocast", torch.float16),
+    "bf16": Precision("bfloat16 autocast", torch.bfloat16),
 }
-BY_DTYPE = {precision.dtype: precision for precision in PRECISIONS.values()} | {
-    torch.float64: Precision("float64", torch.float64, 1e-10)
-}
+DTYPES = {str(each.dtype).removeprefix("torch."): each.dtype for each in PRECISIONS.values()}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are InputError, and whose help shows the defaults."""
-
-    def __init__(self, module: str, purpose: str, method: str) -> None:
-        super().__init__(
-            prog=f"python -m {module}",
-            description=f"{purpose} {method}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.module, self.method = module, method
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists all options")
-
-    def add_common_options(self, written: str, drawn: str | None = None) -> None:
-        """Add --device, --json and, if there is a figure, --plot."""
-        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU where there is one")
-        self.add_argument("--json", type=new_file(".json"), metavar="FILE", help=f"write {written} there")
-        if drawn is not None:
-            self.add_argument("--plot", type=new_file(".png"), metavar="FILE", help=f"draw {drawn} there")
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Return an argument type: a whole number that is ``minimum`` or more."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {minimum}, got {text!r}")
-        return value
-
-    return parse
-
-
-def new_file(suffix: str) -> Callable[[str], Path]:
-    """Return an argument type: a file that can be written and whose name ends in ``suffix``."""
-
-    def parse(text: str) -> Path:
-        path = Path(text)
-        if path.suffix != suffix or path.is_dir() or not path.absolute().parent.is_dir():
-            raise argparse.ArgumentTypeError(f"expected a file *{suffix} in a folder that exists, got {text!r}")
-        return path
-
-    return parse
+def make_parser(module: str, purpose: str, written: str, drawn: str | None = None) -> Parser:
+    """Return a parser with --device, --json and, if there is a figure, --plot."""
+    parser = Parser(module, purpose)
+    parser.add("--device", "cpu, cuda, cuda:N, or auto: a GPU where there is one", default="auto")
+    parser.add("--json", f"write {written} there", type=new_file(".json"), metavar="FILE")
+    if drawn is not None:
+        parser.add("--plot", f"draw {drawn} there", type=new_file(".png"), metavar="FILE")
+    return parser
 
 
 # Family, image size and number of classes of each network.
@@ -152,15 +92,12 @@ class NetworkSize:
     @staticmethod
     def add_options(parser: Parser) -> None:
         """Add the options that :meth:`from_options` reads."""
-        add, positive = parser.add_argument, at_least(1)
-        add("--network", choices=NETWORKS, default="gac_msresnet18_cifar", help="what is measured")
-        add("--width", type=positive, default=64, metavar="C", help="channels of the stem")
-        add(
-            "--depth", nargs="+", type=positive, metavar="N", help="blocks in each stage; None: the published network's"
-        )
-        sizes, classes = "None: 32 for CIFAR, else 224", "None: 100 for CIFAR, else 1000"
-        add("--image-size", type=at_least(8), metavar="PIXELS", help=f"side of the images; {sizes}")
-        add("--num-classes", type=positive, metavar="K", help=f"number of classes; {classes}")
+        add, positive = parser.add, at_least(1)
+        add("--network", "what is measured", choices=NETWORKS, default="gac_msresnet18_cifar")
+        add("--width", "channels of the stem", type=positive, default=64, metavar="C")
+        add("--depth", "blocks in each stage; None: the published network's", nargs="+", type=positive, metavar="N")
+        add("--image-size", "side of the images; None: 32 for CIFAR, else 224", type=at_least(8), metavar="PIXELS")
+        add("--num-classes", "number of classes; None: 100 for CIFAR, else 1000", type=positive, metavar="K")
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> "NetworkSize":
@@ -170,17 +107,13 @@ class NetworkSize:
         depth = published if options.depth is None else tuple(options.depth)
         if len(depth) != len(published):
             raise InputError(f"--depth: {options.network} has {len(published)} stages, got {len(depth)} numbers")
-        _, image_size, num_classes = NETWORKS[options.network]
-        return cls(
-            options.network, options.width, depth, options.image_size or image_size, options.num_classes or num_classes
-        )
+        _, pixels, classes = NETWORKS[options.network]
+        sizes = options.image_size or pixels, options.num_classes or classes
+        return cls(options.network, options.width, depth, *sizes)
 
 
 class Table:
-    """A table whose rows can be printed one by one: columns have a title and a least width, the first is left-aligned.
-
-    A cell that is too wide shifts those after it.
-    """
+    """A table printed row by row: columns have a title and a least width, the first is left-aligned."""
 
     def __init__(self, *columns: tuple[str, int]) -> None:
         self._titles = [title for title, _ in columns]
@@ -191,19 +124,23 @@ class Table:
         self.row(*self._titles)
         self.row(*("-" * width for width in self._widths))
 
-    def row(self, *cells: str) -> None:
-        """Print one row."""
-        first, *others = zip(cells, self._widths, strict=True)
-        aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        print("  ".join(aligned).rstrip(), flush=True)
+    def row(self, first: str, *others: object) -> None:
+        """Print one row; a cell that is too wide shifts those after it."""
+        aligned = (f"{cell:>{width}}" for cell, width in zip(others, self._widths[1:], strict=True))
+        print("  ".join((first.ljust(self._widths[0]), *aligned)).rstrip(), flush=True)
 
 
 class Report:
     """The results of a run: a header that says what was measured where, and a JSON file."""
 
     def __init__(self, parser: Parser, arguments: Sequence[str], device: torch.device, path: Path | None) -> None:
-        self.environment = describe_environment(parser.module, arguments, device)
-        self._method, self._path = parser.method, path
+        self.environment = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **describe_environment(device)}
+        if (ROOT / ".git").exists():
+            describe = ("describe", "--always", "--abbrev=12", "--dirty")
+            self.environment["commit"] = ask("git", "--no-optional-locks", "-C", str(ROOT), *describe)
+        self.environment["command"] = f"{parser.prog} {shlex.join(arguments)}".rstrip()
+        self.device = device
+        self._method, self._path = " ".join(parser.description.split()), path
 
     def begin(self, **entries: Any) -> None:
         """Print the header; ``entries`` go into the JSON file."""
@@ -215,10 +152,6 @@ class Report:
         """Print a line of the header."""
         print(f"{title:<14}{text}", flush=True)
 
-    def update(self, **entries: Any) -> None:
-        """Set entries of the JSON file."""
-        self.data.update(entries)
-
     def add(self, key: str, results: Iterable[Any]) -> None:
         """Extend a list in the JSON file and write it: what is measured stays, whatever happens next."""
         self.data.setdefault(key, []).extend(results)
@@ -227,95 +160,33 @@ class Report:
                 file.write(f"{json.dumps(self.data, indent=2, allow_nan=False)}\n".encode())
 
 
-def run(
-    parser: Parser, measure: Callable[[argparse.Namespace, torch.device, Report], None], arguments: Sequence[str] | None
-) -> int:
-    """Run a command and return its exit status: 0, 1 for a MeasurementError, 2 for bad input, 130 for an interrupt."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        options = parser.parse_args(arguments)
-        device = select_device(options.device)
-        torch.backends.cudnn.benchmark = True
-        measure(options, device, Report(parser, arguments, device, options.json))
-    except (MeasurementError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, MeasurementError) else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+def program(parser: Parser, measure: Callable[[argparse.Namespace, Report], None]) -> Callable[..., int]:
+    """Return a command line as a function that takes sys.argv by default and returns the exit status.
+
+    That is 0, 1 for a MeasurementError, 2 for bad input, 130 for an interrupt.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        try:
+            options = parser.parse_args(arguments)
+            torch.backends.cudnn.benchmark = True
+            measure(options, Report(parser, arguments, select_device(options.device), options.json))
+        except (MeasurementError, InputError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1 if isinstance(error, MeasurementError) else 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+    return main
 
 
-def describe_environment(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, str]:
-    """Return what a measurement depends on, machine, software and source, as pairs of a title and a text."""
-    lif = functional.neuron_implementation("lif", device)["implementation"]
-    torch_version = torch.__version__
-    if device.type == "cuda":
-        convolutions = torch.backends.cudnn.conv.fp32_precision
-        torch_version += f", cuDNN {torch.backends.cudnn.version()}, float32 convolutions: {convolutions}"
-    lines = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": "CPU" if device.type == "cpu" else _describe_gpu(device),
-        "CPU": f"{_cpu_model()}, threads: {torch.get_num_threads()}",
-        "torch": torch_version,
-        "CuPy": toolchain_status().reason.removeprefix("CuPy "),
-        "SpikingJelly": f"{version('spikingjelly')}, float32 LIF: {lif}",
-        "gac": __version__,
-        "Python": platform.python_version(),
-    }
-    if (ROOT / ".git").exists():
-        describe = ("describe", "--always", "--abbrev=12", "--dirty")
-        lines["commit"] = _ask("git", "--no-optional-locks", "-C", str(ROOT), *describe)
-    return lines | {"command": f"python -m {module} {shlex.join(arguments)}".rstrip()}
-
-
-def _describe_gpu(device: torch.device) -> str:
-    properties = torch.cuda.get_device_properties(device)
-    # Clock and power limits decide what a card reaches.
-    query = "--query-gpu=driver_version,power.limit,clocks.max.sm"
-    answer = _ask("nvidia-smi", f"--id=GPU-{properties.uuid}", query, "--format=csv,noheader").split(", ")
-    limits = f"driver {answer[0]}"
-    if len(answer) == 3:
-        limits += f", power limit {answer[1]}, SM clock up to {answer[2]}"
-    memory = properties.total_memory / 2**30
-    return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.1f} GiB, {limits}"
-
-
-def _ask(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({error})"
-
-
-def _cpu_model() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Durations of single calls in milliseconds, in the order in which they were measured."""
-
-    samples_ms: tuple[float, ...]
-
-    @property
-    def median_ms(self) -> float:
-        """The median."""
-        return float(np.median(self.samples_ms))
-
-    @property
-    def quartiles_ms(self) -> tuple[float, float]:
-        """The lower and the upper quartile."""
-        lower, upper = np.percentile(self.samples_ms, (25, 75))
-        return float(lower), float(upper)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return median, quartiles and samples."""
-        return {"median_ms": self.median_ms, "quartiles_ms": self.quartiles_ms, "samples_ms": self.samples_ms}
+def timing(samples_ms: Sequence[float]) -> Timing:
+    """Return median, quartiles and the samples themselves, in the order in which they were measured."""
+    lower, median, upper = np.percentile(samples_ms, (25, 50, 75)).tolist()
+    return {"median_ms": median, "quartiles_ms": (lower, upper), "samples_ms": tuple(samples_ms)}
 
 
 def time_in_turns(
@@ -324,12 +195,14 @@ def time_in_turns(
     rounds: int,
     repeats: int,
     after_turn: Callable[[str], object] = lambda name: None,
-) -> dict[str, Timing | None]:
+    each: int = 1,
+) -> dict[str, Timing]:
     """Time calls in turns A B C, A B C, ..., so that a drift of clocks or temperature meets all of them.
 
-    A turn is one untimed call and ``repeats`` timed ones that follow without a pause, on a GPU timed by events. It
-    starts with an empty memory cache: blocks that the previous call left behind would else be returned to the driver
-    during the timing. After it ``after_turn`` frees what the call of this name left. Out of memory gives None.
+    A turn is one untimed call and ``repeats`` timed ones that follow without a pause, on a GPU timed by events; a
+    sample is one of them, divided by ``each``. It starts with an empty memory cache: blocks that the previous call left
+    behind would else be returned to the driver during the timing. After it ``after_turn`` frees what the call of this
+    name left. Out of memory gives OUT_OF_MEMORY.
     """
     samples: dict[str, list[float] | None] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -339,8 +212,16 @@ def time_in_turns(
             release_cached_memory(device)
             turn = or_out_of_memory(lambda call=call: _take_turn(call, device, repeats))
             after_turn(name)
-            samples[name] = None if turn is None else samples[name] + turn
-    return {name: None if taken is None else Timing(tuple(taken)) for name, taken in samples.items()}
+            samples[name] = None if turn is None else samples[name] + [ms / each for ms in turn]
+    return {name: OUT_OF_MEMORY if taken is None else timing(taken) for name, taken in samples.items()}
+
+
+def grouped(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
+    """Return rows by their values of these keys, in the order in which they come first."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def release_cached_memory(device: torch.device) -> None:
@@ -379,78 +260,3 @@ def _take_turn(call: Callable[[], object], device: torch.device, repeats: int) -
         call()
         moments.append(time.perf_counter())
     return [1000 * (after - before) for before, after in pairwise(moments)]
-
-
-Operation = Callable[..., Mapping[str, Tensor]]
-"""Takes tensors and returns outputs by name; "spikes" are compared by the share that differs, others by rounding."""
-
-# Membranes so close to the threshold that the precision of what comes before it decides about the spike.
-CHANGED_SPIKES_LIMIT = 1e-6
-# Entries that may be off by more than rounding: a changed spike changes its neuron's gradient at up to 16 time steps,
-# and so does rounding across a jump of the surrogate gradient (Rect has two).
-EXEMPT = 16 * CHANGED_SPIKES_LIMIT
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far something is from its reference in one quantity, and how far it may be."""
-
-    quantity: str
-    difference: float
-    limit: float
-
-    @property
-    def within(self) -> bool:
-        """Whether the limit holds; it never does for NaN."""
-        return self.difference <= self.limit
-
-
-def compare(operation: Operation, reference: Operation, inputs: Mapping[str, Tensor]) -> list[Difference]:
-    """Compare an operation with its reference, which gets the same inputs in float64; inputs may require gradients.
-
-    A neuron that has a changed spike is left out of the other comparisons, in which its later times and its gradient
-    differ as well: no gradient comes into it, or it would be in the sums over a channel. The limits are those of the
-    first input's dtype.
-    """
-    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items()}
-    wanted, got = dict(reference(*exact.values())), dict(operation(*inputs.values()))
-    differences, kept = [], None
-    if "spikes" in wanted:
-        differs = got["spikes"].double() != wanted["spikes"]
-        kept = ~differs.any(0)
-        # A single unlucky neuron of a small tensor proves nothing; one changed spike may change all that follow.
-        limit = max(CHANGED_SPIKES_LIMIT, 1 / kept.numel())
-        differences.append(Difference("share of changed spikes", differs.double().mean().item(), limit))
-
-    def masked(x: Tensor) -> Tensor:
-        return x if kept is None or x.shape[-kept.ndim :] != kept.shape else x * kept
-
-    grads = {name: masked(torch.randn_like(output)) for name, output in got.items() if output.requires_grad}
-    for outputs, leaves in ((wanted, exact), (got, inputs)):
-        leaves = {name: x for name, x in leaves.items() if grads and x.requires_grad}
-        if leaves:
-            incoming = [grad.to(outputs[name].dtype) for name, grad in grads.items()]
-            found = torch.autograd.grad([outputs[name] for name in grads], list(leaves.values()), incoming)
-            outputs |= {f"gradient of {name}": grad for name, grad in zip(leaves, found, strict=True)}
-    rounding = BY_DTYPE[next(iter(inputs.values())).dtype].rounding
-    for name in wanted:
-        if name != "spikes":
-            error = relative_rms(masked(got[name].detach().double()), masked(wanted[name].detach()))
-            differences.append(Difference(name, error, rounding))
-    return differences
-
-
-def relative_rms(got: Tensor, wanted: Tensor) -> float:
-    """Return the root mean square of the difference relative to that of ``wanted``; 0 where both are zero.
-
-    The largest differences do not count, as many as EXEMPT has of all entries.
-    """
-    error, size = (got - wanted).square(), wanted.square().sum()
-    exempt = error.flatten().topk(int(EXEMPT * error.numel())).values.sum()
-    error = (error.sum() - exempt).clamp(min=0)
-    return 0.0 if error == size == 0 else (error / size).sqrt().item()
-
-
-def worst(differences: Iterable[float]) -> float:
-    """Return the largest, NaN if there is one, which ``max`` would lose."""
-    return torch.tensor(list(differences)).max().item()

@@ -1,149 +1,167 @@
-"""The gate before networks are timed: only networks that compute the same may be compared.
+"""The gate before anything is timed: only what computes the same may be compared.
 
-A small network of the timed family and T runs in float64, where rounding decides no spike, and in float32 on a case
-whose membranes stay away from the threshold; logits, loss gradients and running statistics must be the reference's.
-What the kernels compute in the timed precisions is checked operation by operation (``kernels.check_operations``).
+The kernels are proven by the test suite, run on the GPU that is measured: each operation, whole networks, and networks
+in half precision layer by layer. Networks that others would write are compared here with ours, at a small size of the
+timed family and T, in float64, where rounding decides no spike.
 """
 
+import os
+import subprocess
+import sys
+import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import monitor
 from torch import Tensor, nn
 
-from benchmarks import kernels
-from benchmarks.candidates import REFERENCE, Implementation, Setting, make_candidate, neurons, record_inputs, what_runs
-from benchmarks.common import (
-    BY_DTYPE,
-    PRECISIONS,
-    Difference,
-    MeasurementError,
-    NetworkSize,
-    Report,
-    compare,
-    relative_rms,
-    worst,
-)
-from gac.execution.cuda_graph import WARM_UP_CALLS
-from gac.models.ms_resnet import MSResNet
+from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, load
+from benchmarks.common import ROOT, MeasurementError, NetworkSize, Report
+from gac import LIFNode
+from gac.errors import InputError
 
-# Of the largest entry of the reference's tensor.
-LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4}
-BATCH, SEEDS = 4, 10
+Outcome = Mapping[str, Sequence[Tensor]]
+"""Tensors of each quantity, in an order that all implementations have."""
+OPERATION_TESTS = ("tests/ops",)
+NETWORK_TESTS = (
+    *OPERATION_TESTS,
+    *("tests/models/test_fused.py", "tests/models/test_teacher_forcing.py", "tests/benchmarks/test_candidates.py"),
+)
+VERDICTS = ("failure", "error", "skipped")
+BATCH, LIMIT = 4, 1e-8
 # Of the gate, before the sigmoid. Higher, it is 1 after rounding: the membrane is then on the threshold, where
 # SpikingJelly fires and the original does not.
 LARGEST_SCORE = 6.0
-# Of replayed steps: fewer images have larger gradients, which fp16's own first scale would let overflow.
-LOSS_SCALE = 128.0
 
 
-@dataclass
-class Case:
-    """A float64 reference with all spiking layers active, and how close to the threshold a membrane of it comes."""
+def run_tests(paths: Sequence[str], report: Report, marker: str = "gpu") -> None:
+    """Run tests of the kernels on a GPU, in a process of their own, and report how many have passed.
 
-    reference: nn.Module
-    state: dict[str, Tensor]
-    images: Tensor
-    labels: Tensor
-    margin: float
+    Raises MeasurementError if one fails or is skipped, or if there is none.
+    """
+    environment = dict(os.environ)
+    if report.device.type == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{torch.cuda.get_device_properties(report.device).uuid}"
+    command = ["-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", *paths]
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "results.xml")
+        arguments = [sys.executable, *command, f"--junitxml={results}"]
+        ran = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if not results.exists():
+            raise MeasurementError(f"the tests of the kernels did not run: {(ran.stderr or ran.stdout).strip()[-500:]}")
+        cases = list(ElementTree.parse(results).iter("testcase"))
+    bad = [f"{case.get('name')} ({verdict.tag})" for case in cases for verdict in case if verdict.tag in VERDICTS]
+    if bad or not cases:
+        what = f"{len(bad)} of {len(cases)} tests of the kernels did not pass: {', '.join(bad[:3])}"
+        raise MeasurementError(f"{what}; nothing was timed, see python {' '.join(command)}")
+    report.line("equality", f"{len(cases)} tests of the kernels passed on this device")
+    report.data["kernel_tests"] = len(cases)
+
+
+def compare(what: str, got: Outcome, wanted: Outcome, limit: float) -> list[dict[str, Any]]:
+    """Return, for each quantity, the largest root mean square of a tensor's difference relative to the tensor's own.
+
+    Raises MeasurementError if one is larger than the limit or NaN.
+    """
+    found = []
+    for quantity, tensors in wanted.items():
+        errors = [relative_rms(mine, tensor) for mine, tensor in zip(got[quantity], tensors, strict=True)]
+        # max would lose a NaN.
+        worst = torch.tensor(errors).max().item()
+        if not worst <= limit:
+            raise MeasurementError(f"{what}: {quantity} differ by {worst:.1e}, limit {limit:.0e}; nothing was timed")
+        found.append({"quantity": quantity, "difference": worst, "limit": limit})
+    return found
+
+
+def relative_rms(got: Tensor, wanted: Tensor) -> float:
+    """Return the root mean square of the difference relative to that of ``wanted``; 0 where both are zero."""
+    error, size = (got.double() - wanted.double()).norm(), wanted.double().norm()
+    return 0.0 if error == size == 0 else (error / size).item()
 
 
 def begin(
-    options: Namespace,
-    names: Sequence[str],
-    precisions: Sequence[str],
-    device: torch.device,
-    report: Report,
-    **more: Any,
+    options: Namespace, precisions: Sequence[str], report: Report, **more: Any
 ) -> tuple[NetworkSize, list[Implementation], list[str]]:
-    """Begin the report of a benchmark of networks; return their size and what of names and precisions can run."""
+    """Begin the report of a benchmark of networks; return their size and what of those asked for can run.
+
+    Raises InputError if the device can run none of the implementations or precisions, MeasurementError if they differ.
+    """
     size = NetworkSize.from_options(options)
-    implementations, precisions, skipped = what_runs(names, precisions, device)
+    missing = {name: IMPLEMENTATIONS[name].missing(report.device) for name in dict.fromkeys(options.implementations)}
+    lacking = {name: _lack(name, report.device) for name in dict.fromkeys(precisions)}
+    for option, reasons in (("--implementations", missing), ("--precision", lacking)):
+        if all(reasons.values()):
+            raise InputError(f"{option}: nothing can run, {'; '.join(f'{k}: {v}' for k, v in reasons.items())}")
+    skipped = {name: reason for name, reason in (missing | lacking).items() if reason is not None}
     report.begin(**more, network=asdict(size), skipped=skipped)
     report.line("network", size)
     for name, reason in skipped.items():
         report.line("skipped", f"{name}: {reason}")
-    return size, implementations, precisions
+    implementations = [IMPLEMENTATIONS[name] for name in missing if name not in skipped]
+    time_steps = options.time_steps if isinstance(options.time_steps, list) else [options.time_steps]
+    check_networks(implementations, size, time_steps, report)
+    return size, implementations, [name for name in lacking if name not in skipped]
+
+
+def _lack(precision: str, device: torch.device) -> str | None:
+    """Return why a device cannot train in a precision, None if it can."""
+    if precision == "fp16" and device.type != "cuda":
+        return "needs a CUDA device"
+    if precision == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                return "the GPU has no bfloat16 arithmetic"
+    return None
 
 
 def check_networks(
-    implementations: Sequence[Implementation],
-    size: NetworkSize,
-    time_steps: Sequence[int],
-    precisions: Sequence[str],
-    device: torch.device,
-    report: Report,
+    implementations: Sequence[Implementation], size: NetworkSize, time_steps: Sequence[int], report: Report
 ) -> None:
-    """Check and report the equality of all implementations.
+    """Check and report that networks are the reference's.
 
-    Raises MeasurementError if something differs by more than its limit, or if a layer of the reference never fires.
+    Raises MeasurementError if one is not, or if a layer of the reference never fires.
     """
-    found: list[dict[str, Any]] = []
-    # Large enough for every kind of block and BatchNorm, small enough for a quiet case.
+    if any(each.kernels for each in implementations):
+        run_tests(NETWORK_TESTS, report)
+    # Large enough for every kind of block and BatchNorm.
     depth, image_size = tuple(min(2, blocks) for blocks in size.depth), 8 if size.family == "cifar" else 32
     small = replace(size, width=8, depth=depth, image_size=image_size, num_classes=min(10, size.num_classes))
+    found = []
     for T in dict.fromkeys(time_steps):
-        case = max((_make_case(small, T, seed, device) for seed in range(SEEDS)), key=lambda case: case.margin)
-        if case.margin == 0:
-            raise MeasurementError(f"a spiking layer never or always fires at T={T}, which leaves nothing to compare")
+        torch.manual_seed(0)
+        reference = REFERENCE.build(small, T).double()
+        images = torch.randn(BATCH, 3, image_size, image_size, dtype=torch.float64)
+        labels = torch.randint(small.num_classes, (BATCH,), device=report.device)
+        perturb(reference, images)
+        _check_firing(reference, images)
+        weights, images = list(reference.state_dict().values()), images.to(report.device)
+        wanted = _run(REFERENCE, small, T, weights, images, labels)
         for each in implementations:
-            dtypes = [torch.float32] if each.kernels or each is REFERENCE else [torch.float64, torch.float32]
-            compared = [(BY_DTYPE[dtype], _compare(each, case, small, T, dtype)) for dtype in dtypes]
-            for name in precisions:
-                precision = PRECISIONS[name]
-                if each.replayed:
-                    setting = Setting(small, T, BATCH, name, "auto", device)
-                    compared.append((precision, _compare_replayed(each, setting, case.state)))
-                if each.kernels:
-                    names = list(kernels.OPERATIONS)
-                    checked = kernels.check_operations(names, size, T, [precision.dtype], device, peers=False)
-                    compared.append((precision, [replace(d, quantity=f"{what}: {d.quantity}") for what, d in checked]))
-                elif not each.names:
-                    compared.append((precision, _compare_neuron(each.build(small, T).to(device), precision.dtype)))
-            for precision, difference in ((precision, one) for precision, many in compared for one in many):
-                if not difference.within:
-                    raise MeasurementError(
-                        f"{each.name} is not the network of {REFERENCE.name}: {difference.quantity} in"
-                        f" {precision.dtype_name} at T={T} differ by {difference.difference:.1e}, limit"
-                        f" {difference.limit:.0e}; nothing was timed"
-                    )
-                place = {"implementation": each.name, "T": T, "dtype": precision.dtype_name}
-                found.append({**place, **asdict(difference)})
-    for dtype in dict.fromkeys(each["dtype"] for each in found):
-        of_dtype = [each for each in found if each["dtype"] == dtype]
-        most = max(of_dtype, key=lambda each: each["difference"] / each["limit"])
-        what = f"{most['quantity']} {most['difference']:.0e} (limit {most['limit']:.0e}) of {most['implementation']}"
-        report.line("equality", f"{dtype}: {len(of_dtype)} comparisons, closest to its limit {what}")
-    report.update(agreement=found)
+            if each.build is not REFERENCE.build and not each.kernels:
+                what = f"{each.name} is not the network of {REFERENCE.name} at T={T}"
+                got = _run(each, small, T, weights, images, labels)
+                place = {"implementation": each.name, "T": T, "dtype": "float64"}
+                found += [place | one for one in compare(what, got, wanted, LIMIT)]
+    report.line("equality", f"float64: {len(found)} comparisons within their limits")
+    report.data["agreement"] = found
 
 
-def _make_case(size: NetworkSize, T: int, seed: int, device: torch.device) -> Case:
-    torch.manual_seed(seed)
-    reference = REFERENCE.build(size, T).double()
-    images = torch.randn(BATCH, 3, size.image_size, size.image_size, dtype=torch.float64)
-    labels = torch.randint(size.num_classes, (BATCH,))
-    perturb(reference, images)
-    reference.to(device)
-    state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
-    layers, margin = neurons(reference), torch.inf
-    for i, (neuron, x) in enumerate(zip(layers, record_inputs(reference, layers, images.to(device)), strict=True)):
-        v, spikes = torch.zeros_like(x[0]), 0
-        for t in range(T):
-            h = v + (x[t] - v / neuron.tau)
-            distance = (h - neuron.v_threshold).abs()
-            # To the jumps of ImageNet's surrogate gradient too; on a jump itself both precisions agree.
-            jump = (distance - 0.5).abs()
-            margin = min(margin, distance.min().item(), jump[jump > 0].min().item())
-            v, spikes = h * (h <= neuron.v_threshold), spikes + (h > neuron.v_threshold).sum().item()
-        # The gate's output is below 1, CIFAR's threshold: one step of it leaves the first block silent.
-        if not (0 < spikes < x.numel() or (T == 1 and i in (1, 2))):
-            margin = 0.0
-    return Case(reference, state, images.to(device), labels.to(device), margin)
+def _check_firing(network: nn.Module, images: Tensor) -> None:
+    firing = monitor.OutputMonitor(network, LIFNode, lambda spikes: spikes.mean().item())
+    with torch.no_grad():
+        network(images)
+    firing.remove_hooks()
+    # The gate's output is below 1, CIFAR's threshold: one step of it leaves the first block silent.
+    rates = [rate for i, rate in enumerate(firing.records) if not (network.T == 1 and i in (1, 2))]
+    if not all(0 < rate < 1 for rate in rates):
+        raise MeasurementError(f"a layer never or always fires at T={network.T}, which leaves nothing to compare")
 
 
 @torch.no_grad()
@@ -161,97 +179,19 @@ def perturb(network: nn.Module, images: Tensor) -> None:
     gate.spatial_channel.conv2.weight *= LARGEST_SCORE / scores.abs().max()
 
 
-def _compare(each: Implementation, case: Case, size: NetworkSize, T: int, dtype: torch.dtype) -> list[Difference]:
-    case.reference.load_state_dict(case.state)
-    network = each.build(size, T).to(case.images.device, dtype)
-    network.load_state_dict(each.translate(case.state))
-    if each.kernels:
-        network.to(memory_format=torch.channels_last)
-    with _exact_convolutions():
-        wanted = _outcome(REFERENCE, case.reference, case.images, case.labels)
-        got = _outcome(each, network, case.images.to(dtype), case.labels)
-    differences = []
-    for quantity, tensors in wanted.items():
-        tensors = tensors if quantity.endswith("logits") else each.translate(tensors)
-        if unmatched := tensors.keys() ^ got[quantity].keys():
-            raise MeasurementError(f"{each.name}: tensors without a counterpart: {', '.join(sorted(unmatched))}")
-        errors = []
-        for name, x in tensors.items():
-            error, largest = (got[quantity][name].double() - x).abs().max(), x.abs().max()
-            # Gradients of convolutions that no spike reaches are zero.
-            errors.append(0.0 if error == largest == 0 else error / largest)
-        differences.append(Difference(quantity, worst(errors), LIMITS[dtype]))
-    return differences
-
-
-def _compare_neuron(network: MSResNet, dtype: torch.dtype) -> list[Difference]:
-    """Compare our neuron without kernels on noise in some dtype with itself in float64."""
-    neuron = neurons(network)[0]
-
-    def fire(x: Tensor) -> dict[str, Tensor]:
-        functional.reset_net(neuron)
-        return {"spikes": neuron(x)}
-
-    noise = torch.randn(network.T, BATCH, 8, 8, 8, device=network.head.weight.device)
-    return compare(fire, fire, {"x of a neuron": noise.to(dtype).requires_grad_()})
-
-
-def _outcome(each: Implementation, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
-    time = 1 if each.batch_first else 0
-    logits = network.train()(images)
-    network.zero_grad()
-    F.cross_entropy(logits.mean(time), labels).backward()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.named_parameters()}
-    statistics = {name: buffer.double().clone() for name, buffer in network.named_buffers()}
+def _run(
+    each: Implementation, size: NetworkSize, T: int, weights: Sequence[Tensor], images: Tensor, labels: Tensor
+) -> Outcome:
+    network, time = load(each.build(size, T), weights).to(images), 1 if each.batch_first else 0
+    logits = network.train()(images).movedim(time, 0)
+    F.cross_entropy(logits.mean(0), labels).backward()
+    statistics = [buffer.clone() for buffer in network.buffers()]
     with torch.no_grad():
-        evaluated = network.eval()(images)
+        evaluated = network.eval()(images).movedim(time, 0)
     return {
-        "training logits": {"logits": logits.detach().movedim(time, 0)},
-        "loss gradients": gradients,
+        "training logits": [logits.detach()],
+        # Where no spike arrives there is none.
+        "loss gradients": [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()],
         "running statistics": statistics,
-        "evaluation logits": {"logits": evaluated.movedim(time, 0)},
+        "evaluation logits": [evaluated],
     }
-
-
-def _compare_replayed(each: Implementation, setting: Setting, weights: Mapping[str, Tensor]) -> list[Difference]:
-    """Compare replayed steps with as many called ones; they should be equal to the bit.
-
-    The limits are those of rounding all the same, in case a library chooses another algorithm while it is captured.
-    """
-    results = []
-    with _exact_convolutions():
-        for implementation in (each, replace(each, replayed=False)):
-            torch.manual_seed(0)
-            candidate = make_candidate(implementation, setting, weights)
-            fp16, device = setting.precision == "fp16", setting.device.type
-            candidate.scaler = torch.amp.GradScaler(device, LOSS_SCALE, enabled=fp16)
-            parameters = list(candidate.network.parameters())
-            # The first replayed step makes the steps of its warm-up too.
-            for _ in range(1 if implementation.replayed else 1 + WARM_UP_CALLS):
-                candidate.train_step()
-            before = [parameter.detach().clone() for parameter in parameters]
-            result = {"loss": [candidate.train_step().clone()]}
-            result["gradients"] = [parameter.grad.clone() for parameter in parameters]
-            result["weights' change"] = [now.detach() - then for now, then in zip(parameters, before, strict=True)]
-            result["running statistics"] = [buffer.clone() for buffer in candidate.network.buffers()]
-            candidate.rest()
-            candidate.start_evaluation()
-            candidate.eval_step()
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter *= 1.1
-            results.append(result | {"logits": [candidate.eval_step().clone()]})
-    got, wanted = results
-    limit = PRECISIONS[setting.precision].rounding
-    errors = {
-        name: worst(relative_rms(a.double(), b.double()) for a, b in zip(got[name], wanted[name], strict=True))
-        for name in wanted
-    }
-    return [Difference(f"replayed: {name}", error, limit) for name, error in errors.items()]
-
-
-@contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    # Rounding, and a sum in another order, may change a spike, and a changed spike the rest of the network.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield

@@ -1,86 +1,45 @@
-"""python -m benchmarks.loader: images/s of the input pipeline only (--help lists all options)."""
+"""Measure how many images/s the input pipeline delivers: python -m benchmarks.loader (--help lists all options).
 
-import argparse
+The loader of train.py yields normalised batches on the device, and nothing is done with them. A round is one batch
+from each worker (one batch without workers); the rate is that of the median round, in brackets that of the quartiles,
+after three untimed rounds: starting the workers and the batches that they prepare ahead. A file that was read before
+comes from memory, so a cold disk shows in a first run on a whole data set only.
+"""
+
 import io
 import math
 import os
 import sys
 import tempfile
-import time
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.common import Parser, Report, Table, Timing, at_least, run
+from benchmarks.common import Report, Table, make_parser, program, time_in_turns
+from gac.command_line import at_least
 from gac.config import DataConfig
 from gac.data import image_folder
 from gac.data.class_folders import ClassFolders, open_folders
 from gac.data.normalization import Normalization
 from gac.errors import InputError
 
-METHOD = (
-    "The loader of train.py yields normalised batches on the device, and nothing is done with them. A round is one"
-    " batch from each worker (one batch without workers); the rate is that of the median round, in brackets that of"
-    " the quartiles, after three untimed rounds: starting the workers and the batches that they prepare ahead. A file"
-    " that was read before comes from memory, so a cold disk shows in a first run on a whole data set only."
-)
 WARM_UP_ROUNDS = 3
 SAMPLED_FILES = 1000
-TABLE = Table(
-    *(("split", 5), ("workers", 7), ("images/s", 9), ("[quartiles]", 16), ("per worker", 10), ("of the need", 11))
-)
+COLUMNS = ("split", 5), ("workers", 7), ("images/s", 9), ("[quartiles]", 16), ("per worker", 10), ("of the need", 11)
+TABLE = Table(*COLUMNS)
 # The commonest size in ImageNet, in pixels, and a quality that gives about 100 kB, as its files have.
 SIZE, QUALITY, CROPS = (500, 375), 98, 8
 
 
-def make_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser("benchmarks.loader", "Measure how many images/s the input pipeline delivers.", METHOD)
-    add, positive = parser.add_argument, at_least(1)
-    source = parser.add_mutually_exclusive_group(required=True)
-    help = "folder with train/ and val/, each with a folder per class"
-    source.add_argument("--data.root", dest="root", metavar="FOLDER", help=help)
-    help = "make N JPEG files of 500 x 375 pixels and about 100 kB in a temporary folder"
-    source.add_argument("--make-images", type=at_least(2), metavar="N", help=help)
-    help = "training images, augmented, or test"
-    add("--splits", nargs="+", choices=("train", "test"), default=["train"], help=help)
-    cores = len(os.sched_getaffinity(0))
-    workers = [*(2**power for power in range(cores.bit_length())), cores]
-    help = "numbers of processes that decode; 0 decodes in the process that takes the batches"
-    add("--workers", nargs="+", type=at_least(0), default=workers, metavar="W", help=help)
-    add("--need", type=_rate, metavar="IMAGES/S", help="what the network takes, to compare with")
-    add("--batch", type=positive, default=256, metavar="B", help="images per batch")
-    add("--image-size", type=positive, default=224, metavar="PIXELS", help="side of the images")
-    add("--resize", type=positive, default=256, metavar="PIXELS", help="short side before a test crop")
-    help = "AutoAugment on training images"
-    add("--auto-augment", action=argparse.BooleanOptionalAction, default=True, help=help)
-    add("--rounds", type=positive, default=7, help="timed rounds")
-    parser.add_common_options("all measurements")
-    return parser
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
-    return value
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    return run(make_parser(), _measure_and_report, arguments)
-
-
-def _measure_and_report(options: argparse.Namespace, device: torch.device, report: Report) -> None:
+def _measure_and_report(options: Namespace, report: Report) -> None:
     config = DataConfig(
         name="imagefolder",
         image_size=options.image_size,
@@ -88,14 +47,14 @@ def _measure_and_report(options: argparse.Namespace, device: torch.device, repor
         augment="autoaugment_imagenet" if options.auto_augment else "off",
         horizontal_flip=False,
     )
-    splits, counts, batch = list(dict.fromkeys(options.splits)), list(dict.fromkeys(options.workers)), options.batch
+    splits, counts, batch = dict.fromkeys(options.splits), dict.fromkeys(options.workers), options.batch
     with ExitStack() as stack:
         root = options.root
         if root is None:
             root = stack.enter_context(tempfile.TemporaryDirectory(prefix="gac-loader-"))
             for name in ("train", "val"):
                 write_photographs(Path(root) / name, options.make_images)
-        folders = open_folders(root, splits)
+        folders = open_folders(root, list(splits))
         most = max(1, *counts)
         needed = (WARM_UP_ROUNDS + options.rounds) * most * batch
         for listed in folders.values():
@@ -107,21 +66,20 @@ def _measure_and_report(options: argparse.Namespace, device: torch.device, repor
         report.environment["cores"] = str(len(os.sched_getaffinity(0)))
         data = {split: _describe(folders[split]) for split in splits}
         report.begin(data=data, transforms=asdict(config), batch=batch, need=options.need)
-        for split in splits:
-            report.line(split, data[split])
+        for split, text in data.items():
+            report.line(split, text)
         augmentation = "AutoAugment" if options.auto_augment else "no AutoAugment"
         report.line("batches", f"{batch} images of {config.image_size} x {config.image_size}, {augmentation}\n")
         TABLE.header()
         for split in splits:
             cells = []
             for workers in counts:
-                cell = _measure(folders[split], split, config, workers, options, device)
-                rates = [cell["images_per_second"], *cell["quartiles"], cell["per_worker"]]
-                rate, low, high, each = (f"{rate:,.0f}" for rate in rates)
-                share = "-" if options.need is None else f"{100 * cell['share_of_need']:.0f} %"
-                TABLE.row(split, str(workers), rate, f"[{low}, {high}]", each, share)
-                cells.append(cell)
-                report.add("cells", [cell])
+                cells.append(_measure(folders[split], split, config, workers, options, report.device))
+                low, high = cells[-1]["quartiles"]
+                rate, each, share = (cells[-1][key] for key in ("images_per_second", "per_worker", "share_of_need"))
+                of_need = "-" if share is None else f"{100 * share:.0f} %"
+                TABLE.row(split, workers, f"{rate:,.0f}", f"[{low:,.0f}, {high:,.0f}]", f"{each:,.0f}", of_need)
+                report.add("cells", cells[-1:])
             if options.need is not None:
                 print(_verdict(cells, options.need), flush=True)
 
@@ -133,18 +91,14 @@ def _describe(folders: ClassFolders) -> str:
 
 
 def _measure(
-    folders: ClassFolders,
-    split: str,
-    config: DataConfig,
-    workers: int,
-    options: argparse.Namespace,
-    device: torch.device,
+    folders: ClassFolders, split: str, config: DataConfig, workers: int, options: Namespace, device: torch.device
 ) -> dict[str, Any]:
     """Return what a loader reached: rates of the median round and of its quartiles, and the rounds themselves."""
     training = split == "train"
+    transform = image_folder.train_transform if training else image_folder.evaluation_transform
     loader = image_folder.ImageFolderLoader(
         folders,
-        image_folder.train_transform(config) if training else image_folder.evaluation_transform(config),
+        transform(config),
         batch_size=options.batch,
         workers=workers,
         normalization=Normalization(image_folder.IMAGENET_MEAN, image_folder.IMAGENET_STD, device),
@@ -154,28 +108,21 @@ def _measure(
         shuffle=True,
         replace_unreadable=training,
     )
-    batches, per_round, samples = loader.epoch(0), max(1, workers), []
-    for _ in range(WARM_UP_ROUNDS + options.rounds):
-        started = time.perf_counter()
+    batches, per_round = loader.epoch(0), max(1, workers)
+
+    def take_round() -> None:
         for _ in range(per_round):
             next(batches)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        samples.append(1000 * (time.perf_counter() - started))
-    rounds, images = Timing(tuple(samples[WARM_UP_ROUNDS:])), per_round * options.batch
-    fast, slow = rounds.quartiles_ms
-    rate = 1000 * images / rounds.median_ms
-    return {
-        "split": split,
-        "workers": workers,
-        "images_per_second": rate,
-        "quartiles": (1000 * images / slow, 1000 * images / fast),
-        "per_worker": rate / per_round,
-        "share_of_need": None if options.need is None else rate / options.need,
-        "skipped_images": loader.skipped,
-        "images_per_round": images,
-        "rounds_ms": rounds.samples_ms,
-    }
+
+    for _ in range(WARM_UP_ROUNDS - 1):
+        take_round()
+    # One more untimed round, then the timed ones.
+    rounds = time_in_turns({"round": take_round}, device, 1, options.rounds)["round"]
+    images = per_round * options.batch
+    slow, rate, fast = (1000 * images / ms for ms in np.percentile(rounds["samples_ms"], (75, 50, 25)).tolist())
+    found = {"split": split, "workers": workers, "images_per_second": rate, "quartiles": (slow, fast)}
+    found |= {"per_worker": rate / per_round, "share_of_need": None if options.need is None else rate / options.need}
+    return found | {"skipped_images": loader.skipped, "images_per_round": images, "rounds_ms": rounds["samples_ms"]}
 
 
 def _verdict(cells: Sequence[dict[str, Any]], need: float) -> str:
@@ -205,6 +152,27 @@ def write_photographs(folder: Path, images: int) -> None:
             else:
                 os.link(folder / name / f"{label + 2 * (crop % CROPS)}.JPEG", path)
 
+
+PARSER = make_parser("benchmarks.loader", __doc__, "all measurements")
+add, positive = PARSER.add, at_least(1)
+source = PARSER.add_mutually_exclusive_group(required=True)
+help = "folder with train/ and val/, each with a folder per class"
+source.add_argument("--data.root", dest="root", metavar="FOLDER", help=help)
+help = "make N JPEG files of 500 x 375 pixels and about 100 kB in a temporary folder"
+source.add_argument("--make-images", type=at_least(2), metavar="N", help=help)
+add("--splits", "training images, augmented, or test", choices=("train", "test"), default=["train"])
+cores = len(os.sched_getaffinity(0))
+workers = [*(2**power for power in range(cores.bit_length())), cores]
+help = "numbers of processes that decode; 0 decodes in the process that takes the batches"
+add("--workers", help, type=at_least(0), default=workers, metavar="W")
+add("--need", "what the network takes, to compare with", type=at_least(1, float), metavar="IMAGES/S")
+add("--batch", "images per batch", type=positive, default=256, metavar="B")
+add("--image-size", "side of the images", type=positive, default=224, metavar="PIXELS")
+add("--resize", "short side before a test crop", type=positive, default=256, metavar="PIXELS")
+help = "AutoAugment on training images"
+PARSER.add_argument("--auto-augment", action=BooleanOptionalAction, default=True, help=help)
+add("--rounds", "timed rounds", type=positive, default=7)
+main = program(PARSER, _measure_and_report)
 
 if __name__ == "__main__":
     sys.exit(main())

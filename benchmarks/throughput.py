@@ -1,10 +1,20 @@
-"""python -m benchmarks.throughput: the implementations' training and evaluation (--help lists all options)."""
+"""Measure the throughput of a GAC-MS-ResNet on random data: python -m benchmarks.throughput (--help lists all options).
+
+A training step is the forward pass, the cross entropy of the logits' mean over time, the backward pass and SGD
+(momentum, weight decay; loss scaling in fp16) on one batch of random images that stays on the device. Evaluation is
+the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause; the
+implementations take turns. ours-cupy has the CUDA kernels, ours-cupy-graph its steps replayed as CUDA graphs, as
+train.cuda_graph does (its memory is that of the step while it is captured, and stays taken between its steps);
+ours-torch has neither. spikingjelly has that library's own layers, step-loop a plain loop over time steps.
+convolution-floor is no network but only the residual blocks' convolutions: forward, data gradient and weight gradient
+(in evaluation: forward).
+"""
 
 import gc
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -12,28 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks import candidates, common, plot
-from benchmarks.candidates import (
-    FLOOR,
-    IMPLEMENTATIONS,
-    NOT_REPLAYED,
-    Candidate,
-    ConvolutionFloor,
-    Implementation,
-    Setting,
-)
-from benchmarks.common import MeasurementError, NetworkSize, Table, Timing, at_least, or_out_of_memory, time_in_turns
-from benchmarks.equality import begin, check_networks
+from benchmarks.candidates import FLOOR, IMPLEMENTATIONS, Candidate, Implementation, Setting
+from benchmarks.common import OUT_OF_MEMORY, MeasurementError, Table, Timing, or_out_of_memory, time_in_turns
+from benchmarks.equality import begin
+from gac.command_line import at_least
 from gac.errors import InputError
 
-METHOD = (
-    "A training step is the forward pass, the cross entropy of the logits' mean over time, the backward pass and SGD"
-    " (momentum, weight decay; loss scaling in fp16) on one batch of random images that stays on the device. Evaluation"
-    " is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause;"
-    " the implementations take turns. ours-cupy-graph is ours-cupy with its steps replayed as CUDA graphs, as"
-    " train.cuda_graph does; its memory is that of the step while it is captured, and stays taken between its steps."
-    f" {FLOOR} is no network but only the residual blocks' convolutions: forward, data"
-    " gradient and weight gradient (in evaluation: forward)."
-)
 COLUMNS = (("implementation", 17), ("T", 2), ("batch", 5), ("precision", 9), ("layout", 6))
 TABLE = Table(
     *COLUMNS,
@@ -41,57 +35,24 @@ TABLE = Table(
     *(("ms/time step", 12), ("peak GiB", 8), ("eval images/s", 13), ("[quartiles]", 16)),
 )
 LARGEST_BATCH_TABLE = Table(("implementation", 14), *COLUMNS[1:2], *COLUMNS[3:], ("largest batch", 13), ("peak GiB", 8))
-# A batch counts as the largest if one that is 1/16 larger does not fit.
-REFINEMENT = 16
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The measurements of one implementation at one setting; None is what ran out of memory.
-
-    ``peak_bytes`` is the most that tensors took at once in a training step, weights and optimiser included (of a
-    replayed step: while it was captured, as the replays work in that memory without asking for any); None on a CPU,
-    where it is not measured, and for the floor, which has no network's memory.
-    """
-
-    implementation: str
-    T: int
-    batch: int
-    precision: str
-    layout: str
-    train: Timing | None
-    evaluation: Timing | None
-    peak_bytes: int | None
-
-    def print(self, floor: "Cell | None") -> None:
-        """Print it as a row of TABLE; ``floor`` is only the convolutions at the same setting."""
-        row = [self.implementation, str(self.T), str(self.batch), self.precision, self.layout]
-        if self.train is None:
-            row += ["out of memory", *6 * "-"]
-        else:
-            ms, images = self.train.median_ms, 1000 * self.batch / self.train.median_ms
-            low, high = self.train.quartiles_ms
-            times_floor = "-" if floor is None or floor.train is None else f"{ms / floor.train.median_ms:.2f}"
-            row += [f"{ms:.2f}", f"[{low:.2f}, {high:.2f}]", times_floor, _rate(images), _rate(images * self.T)]
-            row += [f"{ms / self.T:.2f}", _gib(self.peak_bytes)]
-        if self.evaluation is None:
-            row += ["out of memory", "-"]
-        else:
-            rates = (1000 * self.batch / ms for ms in (self.evaluation.median_ms, *self.evaluation.quartiles_ms))
-            median, high, low = map(_rate, rates)
-            row += [median, f"[{low}, {high}]"]
-        TABLE.row(*row)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return everything measured: ms, images/s, time steps/s (images/s x T), bytes."""
-        return {**vars(self), "train": self._json(self.train), "evaluation": self._json(self.evaluation)}
-
-    def _json(self, timing: Timing | None) -> dict[str, Any] | str:
-        if timing is None:
-            return "out of memory"
-        images, per_step = 1000 * self.batch / timing.median_ms, timing.median_ms / self.T
-        rates = {"images_per_second": images, "time_steps_per_second": images * self.T, "ms_per_time_step": per_step}
-        return timing.as_json() | rates
+def print_cell(cell: dict[str, Any], floor: dict[str, Any] | None) -> None:
+    """Print a cell of :func:`measure` as a row of TABLE; ``floor`` is only the convolutions at the same setting."""
+    train, evaluation, batch, T = cell["train"], cell["evaluation"], cell["batch"], cell["T"]
+    row = [OUT_OF_MEMORY, *6 * "-"]
+    if train != OUT_OF_MEMORY:
+        ms, (low, high) = train["median_ms"], train["quartiles_ms"]
+        alone = floor is None or floor["train"] == OUT_OF_MEMORY
+        row = [f"{ms:.2f}", f"[{low:.2f}, {high:.2f}]", "-" if alone else f"{ms / floor['train']['median_ms']:.2f}"]
+        row += [_rate(train["images_per_second"]), _rate(train["time_steps_per_second"])]
+        row += [f"{train['ms_per_time_step']:.2f}", _gib(cell["peak_bytes"])]
+    if evaluation == OUT_OF_MEMORY:
+        row += [OUT_OF_MEMORY, "-"]
+    else:
+        low, high = (_rate(1000 * batch / ms) for ms in reversed(evaluation["quartiles_ms"]))
+        row += [_rate(evaluation["images_per_second"]), f"[{low}, {high}]"]
+    TABLE.row(cell["implementation"], T, batch, cell["precision"], cell["layout"], *row)
 
 
 def _rate(value: float) -> str:
@@ -102,52 +63,57 @@ def _gib(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**30:.2f}"
 
 
-def measure(implementations: Sequence[Implementation], setting: Setting, options: Namespace) -> list[Cell]:
-    """Measure implementations with equal weights at one setting, and only the convolutions if asked for, as the last.
+def _with_rates(timing: Timing, setting: Setting) -> Timing:
+    if timing == OUT_OF_MEMORY:
+        return timing
+    ms, rate = timing["median_ms"], 1000 * setting.batch / timing["median_ms"]
+    rates = {"images_per_second": rate, "time_steps_per_second": rate * setting.T, "ms_per_time_step": ms / setting.T}
+    return timing | rates
 
-    Raises MeasurementError if the loss of a network is not finite at the end.
+
+def measure(implementations: Sequence[Implementation], setting: Setting, options: Namespace) -> list[dict[str, Any]]:
+    """Return what the JSON file holds of implementations with equal weights at one setting.
+
+    ``peak_bytes`` is the most that tensors took at once in a training step, weights and optimiser included; None on a
+    CPU, where it is not measured, and for the floor. Raises MeasurementError if a loss is not finite at the end.
     """
     weights, device = setting.weights(), setting.device
     on_gpu = device.type == "cuda"
-    prepare = {each.name: partial(candidates.make_candidate, each, setting, weights) for each in implementations}
-    layouts = {each.name: each.layout(setting.layout, setting.precision, device) for each in implementations}
-    if FLOOR in options.implementations:
-        prepare[FLOOR] = partial(ConvolutionFloor, setting, weights)
-        layouts[FLOOR] = candidates.REFERENCE.layout(setting.layout, setting.precision, device)
-    workloads: dict[str, Candidate | ConvolutionFloor] = {}
+    workloads: dict[str, Candidate] = {}
     peaks: dict[str, int] = {}
-    for name, make in prepare.items():
+    for each in implementations:
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
-        workload = or_out_of_memory(make)
+        workload = or_out_of_memory(partial(each.work, each, setting, weights))
         if workload is None:
             continue
-        workloads[name] = workload
-        peak = or_out_of_memory(lambda workload=workload: _warm_up(workload, options.warmup, device))
+        workloads[each.name] = workload
+        peak = or_out_of_memory(partial(_warm_up, workload, options.warmup, device))
         if peak is not None:
-            peaks[name] = peak - before
+            peaks[each.name] = peak - before
         workload.rest()
         common.release_cached_memory(device)
 
-    def time_all(calls: dict[str, Callable[[], object]]) -> dict[str, Timing | None]:
+    def time_all(calls: dict[str, Callable[[], object]]) -> dict[str, Timing]:
         return time_in_turns(calls, device, options.rounds, options.steps, lambda name: workloads[name].rest())
 
-    train = time_all({name: workloads[name].train_step for name in peaks})
-    for name, timing in train.items():
-        if timing is not None and workloads[name].diverged():
+    timings = {"train": time_all({name: workloads[name].train_step for name in peaks})}
+    for name, timing in timings["train"].items():
+        if timing != OUT_OF_MEMORY and workloads[name].diverged():
             where = f"{name}, T={setting.T}, batch {setting.batch}, {setting.precision}"
             raise MeasurementError(f"{where}: the loss is not finite any more")
     for workload in workloads.values():
         workload.start_evaluation()
-    evaluation = time_all({name: workload.eval_step for name, workload in workloads.items()})
-    place = (setting.T, setting.batch, setting.precision)
-    peaks = {name: peak for name, peak in peaks.items() if on_gpu and name != FLOOR}
+    timings["evaluation"] = time_all({name: workload.eval_step for name, workload in workloads.items()})
+    place = {"T": setting.T, "batch": setting.batch, "precision": setting.precision}
     return [
-        Cell(name, *place, layout, train.get(name), evaluation.get(name), peaks.get(name))
-        for name, layout in layouts.items()
+        {"implementation": each.name, **place, "layout": each.layout(setting)}
+        | {what: _with_rates(taken.get(each.name, OUT_OF_MEMORY), setting) for what, taken in timings.items()}
+        | {"peak_bytes": peaks.get(each.name) if on_gpu and each.name != FLOOR else None}
+        for each in implementations
     ]
 
 
-def _warm_up(workload: Candidate | ConvolutionFloor, steps: int, device: torch.device) -> int:
+def _warm_up(workload: Candidate, steps: int, device: torch.device) -> int:
     """Train some steps and return the bytes that tensors took at most in the last (0 on a CPU)."""
     for _ in range(steps - 1):
         workload.train_step()
@@ -161,20 +127,12 @@ def _warm_up(workload: Candidate | ConvolutionFloor, steps: int, device: torch.d
 
 
 def find_largest_batch(implementation: Implementation, setting: Setting) -> tuple[int, int | None]:
-    """Return the most images that a GPU trains on at once, and the bytes that tensors took; 0 if not even one fits."""
+    """Return the most images that a GPU trains on at once, to 1/16, and the bytes that tensors took; 0 if none fits."""
     weights, peaks = setting.weights(), {}
 
-    def train(batch: int) -> int:
-        candidate = Candidate(implementation, replace(setting, batch=batch), weights)
-        torch.cuda.reset_peak_memory_stats(setting.device)
-        # The optimiser's state exists, and has to fit, from the second step on.
-        candidate.train_step()
-        candidate.train_step()
-        torch.cuda.synchronize(setting.device)
-        return torch.cuda.max_memory_allocated(setting.device)
-
     def fits(batch: int) -> bool:
-        peaks[batch] = or_out_of_memory(lambda: train(batch))
+        make = partial(Candidate, implementation, replace(setting, batch=batch), weights)
+        peaks[batch] = or_out_of_memory(lambda: _warm_up(make(), 2, setting.device))
         # Autograd graphs hold cycles, which keep their tensors until they are collected.
         gc.collect()
         common.release_cached_memory(setting.device)
@@ -192,86 +150,59 @@ def largest(fits: Callable[[int], bool]) -> int:
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
-    while high - low > max(1, low // REFINEMENT):
+    while high - low > max(1, low // 16):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def make_parser() -> common.Parser:
-    """Return the parser of the command line."""
-    purpose = "Measure the throughput of a GAC-MS-ResNet on random data."
-    parser = common.Parser("benchmarks.throughput", purpose, METHOD)
-    add, positive, names = parser.add_argument, at_least(1), [*IMPLEMENTATIONS, FLOOR]
-    help = (
-        "what to compare: our network with the CUDA kernels, called or replayed as CUDA graphs, or without them,"
-        " SpikingJelly's own layers, a plain loop over time steps, only the convolutions; those that the device cannot"
-        " run are skipped"
-    )
-    add("--implementations", nargs="+", choices=names, default=names, help=help)
-    NetworkSize.add_options(parser)
-    add("--time-steps", nargs="+", type=positive, default=[1, 2, 4, 6, 8], metavar="T", help="numbers of time steps")
-    add("--batch", nargs="+", type=positive, default=[64, 256], metavar="B", help="images per batch")
-    help = "float32, or autocast to half precision; those that the device lacks are skipped"
-    add("--precision", nargs="+", choices=common.PRECISIONS, default=list(common.PRECISIONS), help=help)
-    help = (
-        "memory order of images and weights; auto on a GPU: NHWC with our kernels, and in half precision for all but"
-        " the step-loop, which does not keep it; else NCHW"
-    )
-    add("--layout", choices=("auto", *candidates.MEMORY_FORMATS), default="auto", help=help)
-    help = (
-        "time nothing, but search the largest batch whose training step fits into the GPU's memory, to 1/16 of it"
-        " (--batch does not count then, and ours-cupy-graph, which needs what ours-cupy needs, is left out)"
-    )
-    add("--largest-batch", action="store_true", help=help)
-    help = "untimed steps before the first round; the last gives the memory"
-    add("--warmup", type=at_least(2), default=4, help=help)
-    add("--rounds", type=positive, default=5, help="turns that every implementation gets")
-    add("--steps", type=positive, default=3, help="timed steps in a turn, after an untimed one")
-    parser.add_common_options("all measurements", "the training throughput")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    return common.run(make_parser(), _measure_and_report, arguments)
-
-
-def _measure_and_report(options: Namespace, device: torch.device, report: common.Report) -> None:
+def _measure_and_report(options: Namespace, report: common.Report) -> None:
+    device = report.device
     if options.largest_batch:
+        options.implementations = [name for name in options.implementations if name in candidates.NETWORKS]
         if device.type != "cuda":
             raise InputError("--largest-batch needs a GPU: on a CPU, memory is not measured and has no fixed end")
-        options.implementations = [name for name in options.implementations if name in NOT_REPLAYED]
         if not options.implementations:
-            raise InputError(f"--largest-batch needs one of the implementations {', '.join(NOT_REPLAYED)}")
-    networks = [name for name in options.implementations if name != FLOOR]
-    size, implementations, precisions = begin(options, networks, options.precision, device, report)
+            raise InputError(f"--largest-batch needs one of the implementations {', '.join(candidates.NETWORKS)}")
+    size, implementations, precisions = begin(options, options.precision, report)
     if device.type == "cpu":
         report.line("memory", "not measured on a CPU")
-    check_networks(implementations, size, options.time_steps, precisions, device, report)
     print()
     time_steps = dict.fromkeys(options.time_steps)
     if options.largest_batch:
         LARGEST_BATCH_TABLE.header()
         for T, precision, each in product(time_steps, precisions, implementations):
-            batch, peak = find_largest_batch(each, Setting(size, T, 1, precision, options.layout, device))
-            layout = each.layout(options.layout, precision, device)
-            LARGEST_BATCH_TABLE.row(each.name, str(T), precision, layout, str(batch), _gib(peak))
-            place = {"implementation": each.name, "T": T, "precision": precision, "layout": layout}
+            setting = Setting(size, T, 1, precision, options.layout, device)
+            batch, peak = find_largest_batch(each, setting)
+            LARGEST_BATCH_TABLE.row(each.name, T, precision, each.layout(setting), batch, _gib(peak))
+            place = {"implementation": each.name, "T": T, "precision": precision, "layout": each.layout(setting)}
             report.add("largest_batches", [{**place, "batch": batch, "peak_bytes": peak}])
         return
     TABLE.header()
-    cells: list[Cell] = []
+    cells: list[dict[str, Any]] = []
     for T, batch, precision in product(time_steps, dict.fromkeys(options.batch), precisions):
         found = measure(implementations, Setting(size, T, batch, precision, options.layout, device), options)
         for cell in found:
-            cell.print(next((each for each in found if each.implementation == FLOOR), None))
+            print_cell(cell, next((each for each in found if each["implementation"] == FLOOR), None))
         cells += found
-        report.add("cells", [cell.as_json() for cell in found])
+        report.add("cells", found)
     if options.plot is not None:
         title = f"{size.network}, width {size.width}, {size.image_size} × {size.image_size} pixels"
         plot.write(plot.throughput_figure(cells, title, report.environment), options.plot)
 
+
+PARSER = common.make_parser("benchmarks.throughput", __doc__, "all measurements", "the training throughput")
+candidates.add_options(PARSER, IMPLEMENTATIONS, T=[1, 2, 4, 6, 8], batch=[64, 256], precision=list(common.PRECISIONS))
+help = (
+    "time nothing, but search the largest batch whose training step fits into the GPU's memory, to 1/16 of it"
+    " (--batch does not count then, and ours-cupy-graph, which needs what ours-cupy needs, is left out)"
+)
+PARSER.add("--largest-batch", help, action="store_true")
+help = "untimed steps before the first round; the last gives the memory"
+PARSER.add("--warmup", help, type=at_least(2), default=4)
+PARSER.add("--rounds", "turns that every implementation gets", type=at_least(1), default=5)
+PARSER.add("--steps", "timed steps in a turn, after an untimed one", type=at_least(1), default=3)
+main = common.program(PARSER, _measure_and_report)
 
 if __name__ == "__main__":
     sys.exit(main())

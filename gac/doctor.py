@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from torch import Tensor
 
-import gac.version
+from gac.execution.device import describe_device
+from gac.execution.environment import describe_environment
 from gac.neuron import PRESETS
-from gac.ops import backend, batch_norm, channels, gate_lif, lif, lif_pool, norm_lif, residual_lif
-from gac.ops.batch_norm import BatchNormTransform
+from gac.ops import backend, channels, lif
+from gac.ops.catalogue import OPERATIONS, Layer
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import ELEMENTS, Kernel
-from gac.ops.neuron import LIFParameters
 
-SHAPE = T, B, C, H, W = 6, 4, 32, 16, 16
+SHAPE = (6, 4, 32, 16, 16)
 # Largest deviation of a gradient, relative to the largest gradient.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# The statistics, which have no backward pass of their own, are part of the others.
+CHECKED = [name for name in OPERATIONS if name != "batch_statistics"]
 # Spikes that may differ. The gate's sigmoid is not torch's to the last bit.
 DIFFERENT_SPIKES = {"gate_lif": 3}
 
@@ -34,9 +35,11 @@ class Check:
 
 def versions() -> Iterator[Check]:
     """Yield the versions of what the package runs on."""
-    yield Check(True, f"gac {gac.version.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    yield Check(True, f"torch {torch.__version__}, built for CUDA {torch.version.cuda or 'no version'}")
-    for package in ("torchvision", "spikingjelly", "numpy"):
+    for title, text in describe_environment(torch.device("cpu")).items():
+        if title != "device":
+            yield Check(True, f"{title} {text}")
+    yield Check(True, f"{platform.platform()}; torch is built for CUDA {torch.version.cuda or 'no version'}")
+    for package in ("torchvision", "numpy"):
         yield Check(True, f"{package} {metadata.version(package)}")
     cupy = [d for d in metadata.distributions() if (d.name or "").lower().partition("-")[0] == "cupy"]
     if not cupy:
@@ -60,8 +63,7 @@ def backends() -> Iterator[Check]:
         device = torch.device("cuda", index)
         status = backend.cupy_status(device)
         neurons = "the CUDA kernels" if status.ok else "torch"
-        name = torch.cuda.get_device_name(device)
-        yield Check(True, f"{device} ({name}): neurons run in {neurons} ({status.reason})")
+        yield Check(True, f"{device} ({describe_device(device)}): neurons run in {neurons} ({status.reason})")
 
 
 def toolchain() -> Iterator[Check]:
@@ -86,7 +88,8 @@ def toolchain() -> Iterator[Check]:
 
 def _kernels() -> Iterator[Kernel]:
     """Yield one instance of each kernel that depends on the neuron."""
-    dtype, width = torch.float16, channels.vector_width(torch.float16, T)
+    dtype, T = torch.float16, SHAPE[0]
+    width = channels.vector_width(dtype, T)
     neuron = PRESETS["cifar"]
     forward, backward = neuron.forward_template, neuron.backward_template
     yield lif.forward_kernel(dtype, T, width, forward)
@@ -112,26 +115,28 @@ def kernels_against_reference() -> Iterator[Check]:
     if not usable:
         yield Check(True, "not run: no device that runs the kernels")
     for device in usable:
-        for operation in OPERATIONS:
+        for operation in CHECKED:
             for preset in PRESETS:
                 for dtype in ELEMENTS:
                     yield compare(operation, preset, dtype, device)
 
 
 def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.device) -> Check:
-    """Run kernels and reference of an operation forward and backward on the same random input."""
-    neuron = PRESETS[preset]
-    generator = torch.Generator().manual_seed(0)
-    x, other, weights = ((torch.randn(SHAPE, generator=generator) + 0.3).to(device, dtype) for _ in range(3))
+    """Run kernels and reference of an operation forward and backward on the same random tensors."""
     results = []
     for kernels in (False, True):
-        leaf = x.clone().requires_grad_()
-        spikes = OPERATIONS[operation](leaf, other, neuron, kernels)
-        weights = weights.view(-1)[: spikes.numel()].view(spikes.shape)
-        results.append((spikes, torch.autograd.grad(spikes, leaf, weights)[0].float()))
-    (expected, expected_grad), (spikes, grad) = results
+        torch.manual_seed(0)
+        layer = Layer(SHAPE, dtype, PRESETS[preset], device, kernels, same_statistics=True)
+        inputs = OPERATIONS[operation].inputs(layer)
+        outputs = OPERATIONS[operation].run(layer, *inputs)
+        gradients = torch.autograd.grad(outputs, inputs, [torch.randn_like(output) for output in outputs])
+        results.append((outputs[-1], gradients))
+    (expected, expected_gradients), (spikes, gradients) = results
     different, allowed = int((spikes != expected).sum()), DIFFERENT_SPIKES.get(operation, 0)
-    deviation = ((grad - expected_grad).abs().max() / expected_grad.abs().max()).item()
+    deviation = max(
+        ((found - wanted).abs().max() / wanted.abs().max()).item()
+        for found, wanted in zip(gradients, expected_gradients, strict=True)
+    )
     tolerance = TOLERANCES[dtype]
     return Check(
         different <= allowed and deviation <= tolerance,
@@ -139,52 +144,6 @@ def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.devic
         f"{spikes.numel()} outputs differ (allowed {allowed}), gradients deviate by {deviation:.1e} (allowed "
         f"{tolerance:.0e})",
     )
-
-
-def _lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
-    return (lif.lif if kernels else lif.reference)(x, 0.0, neuron)[0]
-
-
-def _norm_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
-    return (norm_lif.norm_lif if kernels else norm_lif.reference)(x, _normalization(x, kernels), neuron)
-
-
-def _residual_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
-    function = residual_lif.residual_lif if kernels else residual_lif.reference
-    return function(x, _normalization(x, kernels), other, _normalization(other, kernels), neuron)[1]
-
-
-def _gate_lif(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
-    # Scores that open the gate: at 1 and below the next layer would hardly fire.
-    temporal = other.float().abs().mean((2, 3, 4)) * 5
-    function = gate_lif.gate_lif if kernels else gate_lif.reference
-    return function(x[0], temporal, other[0], neuron)[1]
-
-
-def _lif_pool(x: Tensor, other: Tensor, neuron: LIFParameters, kernels: bool) -> Tensor:
-    return (lif_pool.lif_pool if kernels else lif_pool.reference)(x, neuron)
-
-
-OPERATIONS = {
-    "lif": _lif,
-    "norm_lif": _norm_lif,
-    "residual_lif": _residual_lif,
-    "gate_lif": _gate_lif,
-    "lif_pool": _lif_pool,
-}
-
-
-def _normalization(y: Tensor, kernels: bool) -> BatchNormTransform:
-    weight, bias = torch.full((C,), 1.5, device=y.device), torch.full((C,), 0.5, device=y.device)
-    mean, inverse_std = batch_norm.statistics(batch_norm.batch_moments(y.detach()), eps=1e-5)
-    if not kernels:
-        # The same values, with the gradient of the reference's own statistics.
-        moments = batch_norm.reference_moments(y)
-        own = moments[0], (moments[1] + 1e-5).rsqrt()
-        mean, inverse_std = (
-            each + (given - each).detach() for each, given in zip(own, (mean, inverse_std), strict=True)
-        )
-    return BatchNormTransform(weight, bias, mean, inverse_std, from_batch=True)
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {

@@ -45,7 +45,7 @@ def test_the_commands_of_the_guide_parse(monkeypatch):
     guide = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in guide.splitlines() if line.startswith("python ")]
     trainings = [parse_train(command[2:]) for command in commands if command[1] == "train.py"]
-    measurements = [loader.make_parser().parse_args(command[3:]) for command in commands if command[1] == "-m"]
+    measurements = [loader.PARSER.parse_args(command[3:]) for command in commands if command[1] == "-m"]
     assert [run.config.data.name for run in trainings] == ["imagefolder", "imagefolder", "synthetic"]
     assert [options.need for options in measurements] == [2000, 2000]
 

@@ -1,6 +1,10 @@
 """The device of a run and the precision it computes in."""
 
 import logging
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -70,6 +74,37 @@ def _other_accelerator(device: torch.device, ranks: Ranks) -> torch.device:
         )
     logger.warning("this package has been tried on the CPU and written for CUDA devices, not tried on %s", device)
     return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Return in a line what hardware a CPU or CUDA device is, and what limits its speed."""
+    if device.type == "cpu":
+        return f"{_cpu_model()}, threads: {torch.get_num_threads()}"
+    properties = torch.cuda.get_device_properties(device)
+    query = ("nvidia-smi", f"--id=GPU-{properties.uuid}", "--format=csv,noheader")
+    # Clock and power limits decide what a card reaches.
+    answer = ask(*query, "--query-gpu=driver_version,power.limit,clocks.max.sm").split(", ")
+    limits = f"driver {answer[0]}"
+    if len(answer) == 3:
+        limits += f", power limit {answer[1]}, SM clock up to {answer[2]}"
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.1f} GiB, {limits}"
+
+
+def ask(*command: str) -> str:
+    """Return what a command of the system prints, or that it is unknown and why."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({error})"
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def float_for_sums(device: torch.device) -> torch.dtype:

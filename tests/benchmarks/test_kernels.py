@@ -8,19 +8,11 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from benchmarks.common import EXEMPT, NetworkSize, Timing, compare, relative_rms
-from benchmarks.kernels import (
-    OPERATIONS,
-    Case,
-    Layer,
-    Row,
-    bandwidth_of_all_layers,
-    capturable_stream,
-    measure,
-    replay,
-    sites,
-)
+from benchmarks.common import OUT_OF_MEMORY, MeasurementError, NetworkSize, timing
+from benchmarks.kernels import MEASURED, Case, bandwidth_of_all_layers, capturable_stream, measure, replay, sites
 from cuda_on_cpu.launcher import KernelsOnCpu
+from gac.neuron import PRESETS
+from gac.ops.catalogue import OPERATIONS, Layer
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import Kernel
 
@@ -44,21 +36,25 @@ def test_measures_and_reports(tmp_path, capsys):
     assert "on a CPU the operations' references in torch" in printed.out
     report = json.loads(files["json"].read_text())
     rows = report["rows"]
-    assert {row["operation"] for row in rows} == set(OPERATIONS)
+    assert {row["operation"] for row in rows} == set(MEASURED)
     for row in rows:
         assert row["ours"]["median_ms"] > 0
         assert row["peer"]["median_ms"] > 0
         assert row["bytes_per_second"] == pytest.approx(1000 * row["bytes"] / row["ours"]["median_ms"])
         assert row["share_of_copy"] == pytest.approx(row["bytes_per_second"] / report["copy_bytes_per_second"])
-    passes = {name: {row["pass"] for row in rows if row["operation"] == name} for name in OPERATIONS}
+    passes = {name: {row["pass"] for row in rows if row["operation"] == name} for name in MEASURED}
     assert passes.pop("batch_statistics") == {"forward"}
     assert all(found == {"forward", "backward"} for found in passes.values())
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_operation_of_the_catalogue_is_measured():
+    assert list(MEASURED) == list(OPERATIONS)
+
+
 def test_sizes_are_those_of_the_network():
-    size = NetworkSize.from_options(kernels.make_parser().parse_args(SMALL))
-    found = {name: dict(sites(name, size)) for name in OPERATIONS}
+    size = NetworkSize.from_options(kernels.PARSER.parse_args(SMALL))
+    found = {name: dict(sites(name, size)) for name in MEASURED}
     a, b, c, d = (4, 8, 8), (8, 8, 8), (16, 4, 4), (32, 2, 2)
     assert found == {
         "lif": {a: 2, b: 4, c: 2, d: 2},
@@ -90,8 +86,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 
 def test_nothing_is_timed_if_the_gate_fails(monkeypatch, capsys):
-    spikingjelly = Layer.spikingjelly
-    monkeypatch.setattr(Layer, "spikingjelly", lambda self, x: spikingjelly(self, 1.001 * x))
+    fire = kernels._fire
+    monkeypatch.setattr(kernels, "_fire", lambda layer, x: fire(layer, 1.03 * x))
     monkeypatch.setattr(kernels, "measure", lambda *_: pytest.fail("was timed"))
     assert kernels.main([*SMALL, "--operations", "norm_lif"]) == 1
     printed = capsys.readouterr()
@@ -99,18 +95,39 @@ def test_nothing_is_timed_if_the_gate_fails(monkeypatch, capsys):
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_are_the_kernels(name, kernels_on_cpu):
-    """What is timed on a GPU, run on the CPU: the kernels pass the gate, and they are what runs."""
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_gate_finds_a_wrong_gradient_of_a_peer(name, monkeypatch):
+    modules, peer = MEASURED[name]
+
+    def wrong(layer: Layer, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(output.detach() + 1.02 * (output - output.detach()) for output in peer(layer, *inputs))
+
+    layer = Layer((3, 2, 8, 6, 6), torch.float32, PRESETS["cifar"], CPU, kernels=False)
     torch.manual_seed(0)
-    case = Case(name, Layer((2, 2, 8, 4, 4), torch.float16, "imagenet", CPU, kernels=True))
+    assert kernels.compare_with_peer(name, layer)
+    monkeypatch.setitem(MEASURED, name, (modules, wrong))
+    if name == "batch_statistics":
+        # It has no gradient of its own.
+        assert kernels.compare_with_peer(name, layer)
+        return
+    with pytest.raises(MeasurementError, match=f"{name}, peer, .* gradient 0 differ"):
+        kernels.compare_with_peer(name, layer)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_operations_are_the_kernels(name, kernels_on_cpu):
+    """What is timed on a GPU, run on the CPU: it is the kernels that run."""
+    torch.manual_seed(0)
+    case = Case(name, Layer((2, 2, 8, 4, 4), torch.float16, PRESETS["imagenet"], CPU, kernels=True))
     launched = record_launches(kernels_on_cpu)
-    assert all(difference.within for difference in compare(case.ours, case.reference, case.inputs))
+    case.call["ours"]()
+    if case.bytes["backward"]:
+        case.backward("ours")()
     kind = {"batch_statistics": "batch_moments", "residual_norm_lif": "residual_lif", "residual": "residual_lif"}
     expected = kind.get(name, name)
     passes = {kernel.split("<")[0] for kernel in launched}
     assert any(kernel.startswith(f"{expected}_") for kernel in passes)
-    if case.backward_bytes:
+    if case.bytes["backward"]:
         assert any(kernel.startswith(f"{expected}_backward") for kernel in passes)
 
 
@@ -130,9 +147,9 @@ def test_bytes_are_those_of_the_tensors():
     shape = (2, 3, 4, 5, 5)
     x = 2 * (2 * 3 * 4 * 5 * 5)
     found = {
-        name: (case.forward_bytes / x, case.backward_bytes / x)
-        for name in OPERATIONS
-        for case in [Case(name, Layer(shape, torch.float16, "cifar", CPU, kernels=False))]
+        name: (case.bytes["forward"] / x, case.bytes["backward"] / x)
+        for name in MEASURED
+        for case in [Case(name, Layer(shape, torch.float16, PRESETS["cifar"], CPU, kernels=False))]
     }
     assert found == {
         # The last membrane potential: half of the time steps, in twice the bytes.
@@ -149,80 +166,25 @@ def test_bytes_are_those_of_the_tensors():
 
 
 def test_bandwidth_of_all_layers_weighs_time():
-    def row(layers: int, size: int, ms: float | None) -> Row:
-        timing = None if ms is None else Timing((ms,))
-        return Row("lif", (1, 1, 1, 1, 1), layers, "float32", "forward", size, timing, timing)
+    def row(layers: int, size: int, ms: float | None) -> dict:
+        return {"layers": layers, "bytes": size, "ours": OUT_OF_MEMORY if ms is None else timing([ms])}
 
     assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, 2.0)]) == pytest.approx(1000 * 8000 / 5)
     assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, None)]) is None
 
 
-def test_out_of_memory_of_the_peer_leaves_ours(monkeypatch):
-    def too_large(self, x):
+def test_out_of_memory_of_the_peer_leaves_ours(monkeypatch, capsys):
+    def too_large(layer, x):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Layer, "spikingjelly", too_large)
-    rows = measure("lif", Layer((2, 2, 4, 4, 4), torch.float32, "cifar", CPU, kernels=False), 1, 1e9, 1, 1)
-    assert [row.direction for row in rows] == ["forward", "backward"]
-    assert all(row.peer is None and row.ours.median_ms > 0 for row in rows)
-
-
-class TestComparison:
-    def setup_method(self):
-        torch.manual_seed(0)
-        self.case = Case("residual_lif", Layer((3, 2, 4, 5, 5), torch.float32, "cifar", CPU, kernels=False))
-
-    def failed(self, change) -> set[str]:
-        def changed(*inputs):
-            return change(dict(self.case.ours(*inputs)))
-
-        found = compare(changed, self.case.reference, self.case.inputs)
-        return {difference.quantity for difference in found if not difference.within}
-
-    def test_passes_what_is_right(self):
-        assert self.failed(lambda outputs: outputs) == set()
-
-    def test_finds_changed_spikes(self):
-        def change(outputs):
-            mask = torch.ones_like(outputs["spikes"])
-            mask[-1, ..., :2] = 0
-            return outputs | {"spikes": outputs["spikes"] * mask}
-
-        assert "share of changed spikes" in self.failed(change)
-
-    @pytest.mark.parametrize(("neurons", "expected"), [(1, set()), (2, {"share of changed spikes"})])
-    def test_one_unlucky_neuron_is_left_out_of_all_else(self, neurons, expected):
-        def change(outputs):
-            spikes = outputs["spikes"]
-            unlucky = torch.zeros(spikes.shape[1:], dtype=torch.bool)
-            unlucky.view(-1)[:neurons] = True
-            return outputs | {"spikes": torch.where(unlucky, 1 - spikes, spikes)}
-
-        assert self.failed(change) == expected
-
-    def test_finds_a_wrong_stream(self):
-        assert "membrane stream" in self.failed(lambda o: o | {"membrane stream": 1.001 * o["membrane stream"]})
-
-    def test_finds_a_wrong_gradient(self):
-        def change(outputs):
-            spikes = outputs["spikes"]
-            return outputs | {"spikes": spikes.detach() + 1.01 * (spikes - spikes.detach())}
-
-        found = self.failed(change)
-        assert {"gradient of y", "gradient of shortcut", "gradient of weight"} <= found
-        assert "membrane stream" not in found
-
-    def test_nan_is_wrong(self):
-        assert "membrane stream" in self.failed(lambda o: o | {"membrane stream": o["membrane stream"] * float("nan")})
-
-    def test_a_few_in_a_million_may_be_off(self):
-        wanted = torch.randn(1000, 1000, dtype=torch.float64)
-        got = wanted.clone()
-        allowed = int(EXEMPT * wanted.numel())
-        got.view(-1)[:allowed] += 10
-        assert relative_rms(got, wanted) == 0
-        got.view(-1)[allowed] += 10
-        assert relative_rms(got, wanted) == pytest.approx(0.01, rel=0.01)
+    monkeypatch.setattr(kernels, "_fire", too_large)
+    layer = Layer((2, 2, 4, 4, 4), torch.float32, PRESETS["cifar"], CPU, kernels=False)
+    rows = measure("lif", layer, 1, 1e9, 1, 1)
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    assert all(row["peer"] == OUT_OF_MEMORY and row["ours"]["median_ms"] > 0 for row in rows)
+    for row in rows:
+        kernels.print_row(row)
+    assert capsys.readouterr().out.count("out of memory") == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -267,12 +229,15 @@ def test_on_a_gpu(dtype, tmp_path, capsys):
     arguments = ["--device", "cuda", "--batch", "8", "--dtype", dtype, "--rounds", "2", "--json", str(file)]
     assert kernels.main(arguments) == 0, capsys.readouterr().err
     rows = json.loads(file.read_text())["rows"]
-    assert {row["operation"] for row in rows} == set(OPERATIONS)
+    assert {row["operation"] for row in rows} == set(MEASURED)
     # Above 1 it would have found its tensors in the cache, or its bytes would be counted wrong.
     assert all(0 < row["share_of_copy"] < 1.2 for row in rows)
 
 
 def test_times_are_those_of_single_calls():
-    timings = kernels._time([None] * 3, lambda case, who: lambda: time.sleep(0.01), 1, CPU, 1, 2)
+    class Waits:
+        call = dict.fromkeys(("ours", "peer"), lambda: time.sleep(0.01))
+
+    timings = kernels._time([Waits()] * 3, "forward", 2, CPU, 1, 2)
     assert set(timings) == {"ours", "peer"}
-    assert all(10 <= timing.median_ms < 25 for timing in timings.values())
+    assert all(10 <= timing["median_ms"] < 25 for timing in timings.values())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from benchmarks.candidates import REFERENCE
-from benchmarks.common import BY_DTYPE, CHANGED_SPIKES_LIMIT, PRECISIONS, Difference, NetworkSize, relative_rms, worst
+from benchmarks.common import PRECISIONS, NetworkSize
 from benchmarks.equality import perturb
 from gac.execution.device import autocast
 from gac.models import fused
@@ -28,6 +28,43 @@ from gac.neuron import LIFNode
 # A block with an identity shortcut, blocks with a normalised one, and the last block.
 SIZE = NetworkSize("gac_msresnet18", width=8, depth=(2, 1, 1, 1), image_size=32, num_classes=3)
 T = 2
+# Membranes so close to the threshold that the precision of what comes before it decides about the spike.
+CHANGED_SPIKES_LIMIT = 1e-6
+# Entries that may be off by more than rounding: a changed spike changes its neuron's gradient at up to 16 time steps,
+# and so does rounding across a jump of the surrogate gradient (Rect has two).
+EXEMPT = 16 * CHANGED_SPIKES_LIMIT
+# Of results in a precision, as a relative root mean square.
+ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far something is from its reference in one quantity, and how far it may be."""
+
+    quantity: str
+    difference: float
+    limit: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the limit holds; it never does for NaN."""
+        return self.difference <= self.limit
+
+
+def relative_rms(got: Tensor, wanted: Tensor) -> float:
+    """Return the root mean square of the difference relative to that of ``wanted``; 0 where both are zero.
+
+    The largest differences do not count, as many as EXEMPT has of all entries.
+    """
+    error, size = (got - wanted).square(), wanted.square().sum()
+    exempt = error.flatten().topk(int(EXEMPT * error.numel())).values.sum()
+    error = (error.sum() - exempt).clamp(min=0)
+    return 0.0 if error == size == 0 else (error / size).sqrt().item()
+
+
+def worst(differences: Iterable[float]) -> float:
+    """Return the largest, NaN if there is one, which ``max`` would lose."""
+    return torch.tensor(list(differences)).max().item()
 
 
 @dataclass
@@ -79,7 +116,7 @@ def compare_fused(
                 activations.append(relative_rms(got.inputs[name].double(), x))
         gradients += [relative_rms(got.gradients[name].double(), grad) for name, grad in wanted.gradients.items()]
         norm_gradients += _differences(_norm_gradients, network, reference)
-    rounding, exact = BY_DTYPE[dtype].rounding, BY_DTYPE[torch.float32].rounding
+    rounding, exact = ROUNDING[dtype], ROUNDING[torch.float32]
     statistics = _differences(_running_statistics, network, reference)
     return [
         Difference("share of changed spikes", changed / spikes, max(CHANGED_SPIKES_LIMIT, 1 / spikes)),
@@ -301,3 +338,13 @@ def test_finds_another_normalisation_in_evaluation(neurons_on_kernels, monkeypat
 
     monkeypatch.setattr(norm, "normalization", of_the_batch)
     assert {"share of changed spikes", "gradients", "running statistics"} <= failed()
+
+
+def test_a_few_in_a_million_may_be_off():
+    wanted = torch.randn(1000, 1000, dtype=torch.float64)
+    got = wanted.clone()
+    allowed = int(EXEMPT * wanted.numel())
+    got.view(-1)[:allowed] += 10
+    assert relative_rms(got, wanted) == 0
+    got.view(-1)[allowed] += 10
+    assert relative_rms(got, wanted) == pytest.approx(0.01, rel=0.01)

@@ -1,0 +1,29 @@
+"""What a result depends on: hardware and software, in words."""
+
+import platform
+from importlib.metadata import version
+
+import torch
+from spikingjelly.activation_based import functional
+
+from gac.execution.device import describe_device
+from gac.ops.backend import toolchain_status
+from gac.version import __version__
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Return what computations on a CPU or CUDA device depend on, as pairs of a title and a text."""
+    lif = functional.neuron_implementation("lif", device)["implementation"]
+    torch_version = f"{torch.__version__}"
+    if device.type == "cuda":
+        convolutions = torch.backends.cudnn.conv.fp32_precision
+        torch_version += f", cuDNN {torch.backends.cudnn.version()}, float32 convolutions: {convolutions}"
+    return {
+        "device": "CPU" if device.type == "cpu" else describe_device(device),
+        "CPU": describe_device(torch.device("cpu")),
+        "torch": torch_version,
+        "CuPy": toolchain_status().reason.removeprefix("CuPy "),
+        "SpikingJelly": f"{version('spikingjelly')}, float32 LIF: {lif}",
+        "gac": __version__,
+        "Python": platform.python_version(),
+    }
