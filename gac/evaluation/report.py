@@ -106,7 +106,7 @@ def evaluate_checkpoint(
     opened = ranks.together(lambda: _open(path, payload, config, asked, ranks, amp, unlabelled), config.data.download)
     device, network, data, labels, names = opened
     steps = asked.get("T", network.T)
-    ranks.check_equal({"test images": data.test.size})
+    ranks.check_equal({"test images": data.test.size, "classes": data.info.num_classes})
     ours = is_ours(payload)
     batches = data.test.epoch(0)
     if labels is not None:
@@ -169,7 +169,7 @@ def _open(
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from error
     network.set_backend(config.model.backend)
-    trained_on = _trained_on(path, payload)
+    trained_on = _trained_on(path, payload, network)
     if trained_on is None:
         logger.warning(
             "checkpoint %s does not say its classes and normalisation: those of the evaluated data set are used", path
@@ -245,14 +245,20 @@ def _build(payload: dict[str, Any], asked: Mapping[str, Any]) -> MSResNet:
     return network
 
 
-def _trained_on(path: Path, payload: dict[str, Any]) -> DataInfo | None:
+def _trained_on(path: Path, payload: dict[str, Any], network: MSResNet) -> DataInfo | None:
     """Return what a checkpoint says about the data of its training; files of the authors and old ones say nothing."""
     if not is_ours(payload) or "data" not in payload:
         return None
     try:
-        return DataInfo.from_dict(payload["data"])
+        info = DataInfo.from_dict(payload["data"])
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from error
+    if info.num_classes != network.num_classes:
+        raise InputError(
+            f"checkpoint {path}: its entry data says {info.num_classes} classes, and its weights are of"
+            f" {network.num_classes}"
+        )
+    return info
 
 
 def _as_trained(batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
