@@ -138,7 +138,9 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
             f"--data.root {config.data.root} is not read, as data.name is {config.data.name}: add --data.name"
             " imagefolder for images in a folder, npz for arrays"
         )
-    used = {os.path.realpath(path): "--checkpoint", os.path.realpath(os.path.expanduser(config.data.root)): "data.root"}
+    used = {os.path.realpath(path): "--checkpoint"}
+    if config.data.name == "npz":
+        used[os.path.realpath(user_path(config.data.root, "data.root"))] = "data.root"
     outputs: dict[str, Path] = {}
     for name in [each for each in ("json", "predictions") if each in given]:
         outputs[name] = check_writable(Path(given[name]), f"--{name}")
