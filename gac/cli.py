@@ -10,7 +10,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -90,14 +92,32 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
 def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
     """Run eval.py's command line and return its exit status."""
     parsed = ranks.together(lambda: parse_eval(arguments))
-    report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.network, ranks)
+    report = evaluate_checkpoint(
+        parsed.checkpoint,
+        parsed.payload,
+        parsed.config,
+        parsed.network,
+        ranks,
+        amp=parsed.amp,
+        unlabelled=parsed.predictions is not None,
+    )
     if not ranks.is_main:
         return 0
-    if parsed.json is not None:
-        with writing(parsed.json), atomic_write(parsed.json) as file:
-            file.write(f"{json.dumps(asdict(report), indent=2)}\n".encode())
-    _show(format_report(report))
+    # Files are written before anything is printed, but one that cannot be written costs no other result.
+    with ExitStack() as last_first:
+        last_first.callback(_show, format_report(report))
+        if parsed.json is not None:
+            text = f"{json.dumps(report.to_dict(), indent=2)}\n".encode()
+            last_first.callback(_write, parsed.json, lambda file: file.write(text))
+        if parsed.predictions is not None:
+            last_first.callback(_write, parsed.predictions, report.write_predictions)
     return 0
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file of results, whole or not at all. Raises ResultsNotWritten."""
+    with writing(path), atomic_write(path) as file:
+        write(file)
 
 
 def _show(text: str) -> None:

@@ -399,7 +399,10 @@ FIELDS: dict[str, FieldDescription] = {
 }
 
 # What may differ from the training run when its network is evaluated.
-_EXECUTION = ("device", "train.eval_batch_size", "train.cuda_graph", "train.channels_last", "model.backend")
+_EXECUTION = (
+    *("device", "train.eval_batch_size", "train.amp", "train.cuda_graph", "train.channels_last"),
+    "model.backend",
+)
 _OF_STATE_DICTS = ("model.T", "model.coding", "model.neuron")
 EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_EXECUTION, *_OF_STATE_DICTS]
 

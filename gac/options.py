@@ -6,6 +6,7 @@ Both spell every value as text, which means the same in either place; options an
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ class TrainArguments(NamedTuple):
     overfit_one_batch: bool
 
 
+# Data sets that data.root says nothing about.
+_WITHOUT_FILES = ("digits", "synthetic")
 # What a bare state dict does not say.
 _OF_NETWORK = ("T", "coding", "neuron")
 
@@ -41,14 +44,16 @@ class EvalArguments(NamedTuple):
     """The command line of eval.py.
 
     ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding and
-    neuron, which :func:`gac.checkpoint.build_network` takes.
+    neuron, which :func:`gac.checkpoint.build_network` takes, ``amp`` that of train.amp, None if there is none.
     """
 
     checkpoint: Path
     payload: dict[str, Any]
     config: Config
     network: dict[str, Any]
+    amp: str | None
     json: Path | None
+    predictions: Path | None
 
 
 def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
@@ -91,13 +96,16 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     """Return what a command line of eval.py asks for, with the checkpoint read. Raises InputError."""
     given, overrides = _read_command_line(
         arguments,
-        "eval.py --checkpoint FILE [--json FILE]",
+        "eval.py --checkpoint FILE [--json FILE] [--predictions FILE]",
         "Score the network of a checkpoint on a test set. Defaults are the values it was trained with; a checkpoint of "
         "the authors holds none, so --data.name is required with it. Of what a checkpoint says, data.download is never "
         "followed, and data.root only where it exists on this machine.",
         {
             "--checkpoint FILE": "File of train.py or of the authors.",
-            "--json FILE": "Write all numbers, the configuration and the versions there.",
+            "--json FILE": "Write all numbers, the accuracy of each class, the confusion matrix, the configuration and"
+            " the versions there.",
+            "--predictions FILE": "Write the label, the prediction and the five most probable classes of each image"
+            " there, as CSV. With it data.name imagefolder also takes a folder of images without class folders.",
         },
         EVALUATION_FIELDS,
     )
@@ -118,14 +126,27 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     config = _make_config(replace(base, data=replace(base.data, download=False)), overrides)
     stored = base.data
     named = not is_ours(payload) or {"data.name", "data.root", "data.download"} & overrides.keys()
-    if not named and stored.name not in ("digits", "synthetic") and not user_path(stored.root, "data.root").exists():
+    if not named and stored.name not in _WITHOUT_FILES and not user_path(stored.root, "data.root").exists():
         raise InputError(
             f"the data set of checkpoint {path}, {stored.name}, was in {stored.root!r}, which is not here: name it"
             " with --data.root"
         )
     network = {name: getattr(config.model, name) for name in _OF_NETWORK if f"model.{name}" in overrides}
-    json = check_writable(Path(given["json"]), "--json") if "json" in given else None
-    return EvalArguments(path, payload, config, network, json)
+    amp = config.train.amp if "train.amp" in overrides else None
+    if "predictions" in given and "data.root" in overrides and config.data.name in _WITHOUT_FILES:
+        raise InputError(
+            f"--data.root {config.data.root} is not read, as data.name is {config.data.name}: add --data.name"
+            " imagefolder for images in a folder, npz for arrays"
+        )
+    used = {os.path.realpath(path): "--checkpoint"}
+    if config.data.name == "npz":
+        used[os.path.realpath(user_path(config.data.root, "data.root"))] = "data.root"
+    outputs: dict[str, Path] = {}
+    for name in [each for each in ("json", "predictions") if each in given]:
+        outputs[name] = check_writable(Path(given[name]), f"--{name}")
+        if (other := used.setdefault(os.path.realpath(outputs[name]), f"--{name}")) != f"--{name}":
+            raise InputError(f"--{name} {outputs[name]} is the file of {other} too: choose another one")
+    return EvalArguments(path, payload, config, network, amp, outputs.get("json"), outputs.get("predictions"))
 
 
 # What the options that are no fields call a value that names a file or a folder.

@@ -208,15 +208,19 @@ def test_what_the_terminal_cannot_show_costs_no_result(run: Path, tmp_path: Path
     checkpoint, scores = tmp_path / "长城.pt", tmp_path / "scores.json"
     checkpoint.write_bytes((run / "best.pt").read_bytes())
     # One reader that knows only ASCII, and one that is gone.
+    predictions = tmp_path / "predictions.csv"
     command = [sys.executable, "eval.py", "--checkpoint", str(checkpoint), "--json", str(scores)]
+    command += ["--predictions", str(predictions)]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert (process.returncode, process.stderr.count("\n")) == (0, 1), process.stderr  # which backend runs
     assert r"\u957f\u57ce.pt" in process.stdout
     scores.unlink()
+    predictions.unlink()
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (process.returncode, process.stderr.count("\n")) == (0, 1), process.stderr
     assert json.loads(scores.read_text())["scores"]["images"] == 10
+    assert len(predictions.read_text().splitlines()) == 11

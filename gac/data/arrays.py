@@ -73,6 +73,11 @@ class ArrayLoader:
         check_start(start, len(self))
         return make_beside(self._batches(epoch, start), self.images.device)
 
+    def yielded(self) -> list[tuple[int, str]]:
+        """See :meth:`gac.data.interface.TestLoader.yielded`."""
+        parts = self.shard.parts(torch.arange(self.size), self.batch_size)
+        return [(number, str(number)) for part in parts for number in part]
+
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.images.device
         order = epoch_order(self.size, self.seed, epoch).to(device) if self.shuffle else None

@@ -44,6 +44,7 @@ def build_data(
     splits: Collection[Literal["train", "test"]] = _SPLITS,
     shard: Shard = WHOLE,
     trained_on: DataInfo | None = None,
+    unlabelled: bool = False,
 ) -> Data:
     """Open a data set and make the loaders of the splits asked for.
 
@@ -52,7 +53,8 @@ def build_data(
     standard deviation, both in ``info``; without it images are intensities in [0, 1], which rate, latency and
     phase coding need. With ``splits=("test",)`` the training images need not be there. Batch sizes are those of
     all ranks together; of each batch the loaders yield ``shard``. A network sees images as it was trained: with
-    ``trained_on`` images are normalised by that mean and std, and a test set need not say them, nor its classes.
+    ``trained_on`` images are normalised by that mean and std, and a test set need not say them, nor its classes. With
+    ``unlabelled`` a folder of images without class folders is taken too; ``info`` then says 0 classes.
 
     Raises:
         InputError: If files are missing or damaged, or an argument is out of range.
@@ -60,7 +62,7 @@ def build_data(
     _check_arguments(batch_size, eval_batch_size, seed, splits)
     device = torch.device(device)
     if config.name == "imagefolder":
-        folders = open_folders(config.root, splits)
+        folders = open_folders(config.root, splits, unlabelled)
         info = _folders_info(config, folders)
     else:
         arrays = _load_arrays(config, splits, trained_on)
@@ -185,7 +187,7 @@ def _folders_info(config: DataConfig, folders: Mapping[str, ClassFolders]) -> Da
         channels=3,
         height=config.image_size,
         width=config.image_size,
-        class_names=class_names,
+        class_names=class_names or None,
         train_size=sizes.get("train"),
         test_size=sizes.get("test"),
         mean=IMAGENET_MEAN,

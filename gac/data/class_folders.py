@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from gac.data.interface import UNLABELLED
 from gac.errors import InputError, first_few
 from gac.files import user_path
 
@@ -29,10 +30,14 @@ _CLUTTER = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycl
 class ClassFolders:
     """The images of a split: paths, bytes [N], and labels, int64 [N], which number the sorted class names.
 
+    ``root`` is what ``data.root`` names and ``folder`` where the images are. Images without labels have no class names
+    and the label :data:`gac.data.interface.UNLABELLED`.
+
     Arrays and not lists: reading an object of a list writes its reference count, which gives every worker process its
     own copy of the list in time, 245 MB in each of 8 workers after an epoch of ImageNet.
     """
 
+    root: Path
     folder: Path
     class_names: tuple[str, ...]
     paths: np.ndarray
@@ -41,9 +46,16 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, number: int) -> str:
+        """Return the path of an image below the root."""
+        return os.fsdecode(self.paths[number]).removeprefix(os.path.join(self.root, ""))
 
-def open_folders(root: str, splits: Collection[str]) -> dict[str, ClassFolders]:
+
+def open_folders(root: str, splits: Collection[str], unlabelled: bool = False) -> dict[str, ClassFolders]:
     """List the images of root/train for "train" and of root/val for "test".
+
+    With ``unlabelled`` the root may instead hold images and no folders; these are "test", without labels. Nothing else
+    is taken for that: a root with folders needs val.
 
     The first image of every class is opened, so that a class whose files are not readable is found at once. Raises
     InputError if a folder is missing, if a folder or such an image is not readable, if a class has no images, and if
@@ -52,18 +64,21 @@ def open_folders(root: str, splits: Collection[str]) -> dict[str, ClassFolders]:
     folder = user_path(root, "data.root")
     try:
         _check_folder(folder)
-        opened = {split: _open_split(folder / _FOLDERS[split]) for split in splits}
+        if unlabelled and (found := _open_unlabelled(folder)):
+            return {"test": found}
+        hint = "; eval.py --predictions also takes a folder with images and no folders in it" if unlabelled else ""
+        opened = {split: _open_split(folder, _FOLDERS[split], hint) for split in splits}
     except PermissionError as error:
         raise InputError(f"{error.filename}: {error.strerror}; let this user read all of --data.root") from error
     _check_same_classes(root, opened)
     return opened
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, hint: str = "") -> None:
     if not folder.is_dir():
         what = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
         raise InputError(
-            f"{what}; imagefolder needs train and val under --data.root, each with one folder of images per class"
+            f"{what}; imagefolder needs train and val under --data.root, each with one folder of images per class{hint}"
         )
 
 
@@ -113,15 +128,40 @@ class _Listing:
                 else:
                     self.others["pipes, sockets and devices"] += 1
 
+    def warn(self, folder: Path) -> None:
+        """Say what in a folder is not used."""
+        if self.others:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.others.items()))
+            logger.warning("%s: files that are not images are not used: %s", folder, kinds)
+        if self.repeated:
+            logger.warning(
+                "%s: folders that are there already are not read again: %s", folder, first_few(self.repeated)
+            )
 
-def _open_split(folder: Path) -> ClassFolders:
-    _check_folder(folder)
+
+def _open_unlabelled(folder: Path) -> ClassFolders | None:
+    """Return the images of a folder that has images in it and no folders, or None for any other folder."""
+    with os.scandir(folder) as found:
+        if any(entry.is_dir() and not _is_clutter(entry.name) for entry in found):
+            return None
+    listing = _Listing()
+    if not (images := listing.images(str(folder))):
+        return None
+    listing.warn(folder)
+    paths = np.array([os.fsencode(path) for path in images])
+    _check_opens(paths[:1])
+    return ClassFolders(folder, folder, (), paths, np.full(len(paths), UNLABELLED, dtype=np.int64))
+
+
+def _open_split(root: Path, name: str, hint: str) -> ClassFolders:
+    folder = root / name
+    _check_folder(folder, hint)
     with os.scandir(folder) as found:
         classes = sorted(each.name for each in found if each.is_dir() and not _is_clutter(each.name))
     if not classes:
         raise InputError(
             f"{folder} has no class folders; it needs one folder of images per class (docs/imagenet.md says how"
-            " ImageNet's archives become such folders)"
+            f" ImageNet's archives become such folders){hint}"
         )
     listing, paths, counts = _Listing(), [], []
     listing.enter(folder)
@@ -138,21 +178,21 @@ def _open_split(folder: Path) -> ClassFolders:
             f"{folder} has no images for {first_few(empty)}; add images ({', '.join(EXTENSIONS)}) or remove the"
             " class folder"
         )
-    if listing.others:
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(listing.others.items()))
-        logger.warning("%s: files that are not images are not used: %s", folder, kinds)
-    if listing.repeated:
-        logger.warning("%s: folders that are there already are not read again: %s", folder, first_few(listing.repeated))
+    listing.warn(folder)
     paths = np.array(paths)
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    for path in paths[np.cumsum([0, *counts[:-1]])]:
+    _check_opens(paths[np.cumsum([0, *counts[:-1]])])
+    return ClassFolders(root, folder, tuple(classes), paths, labels)
+
+
+def _check_opens(paths: np.ndarray) -> None:
+    for path in paths:
         try:
             os.close(os.open(path, os.O_RDONLY))
         except OSError as error:
             raise InputError(
                 f"{os.fsdecode(path)} cannot be opened: {error.strerror}; check all images of its class"
             ) from error
-    return ClassFolders(folder, tuple(classes), paths, labels)
 
 
 def _check_same_classes(root: str, opened: Mapping[str, ClassFolders]) -> None:

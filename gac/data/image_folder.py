@@ -207,10 +207,8 @@ class _Batches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, start = self.epoch, self.start
         order = epoch_order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
-        for batch in range(start, len(self)):
-            span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            numbers = order[span]
-            yield [(epoch, number) for number in numbers[self.shard.of(len(numbers))].tolist()]
+        for part in self.shard.parts(order[start * self.batch_size :], self.batch_size):
+            yield [(epoch, number) for number in part]
 
 
 class ImageFolderLoader:
@@ -243,13 +241,13 @@ class ImageFolderLoader:
         shard: Shard = WHOLE,
     ) -> None:
         self.size = len(folders)
-        self.skipped = 0
         self.device = device
         self.normalization = normalization
         self._folders = folders
         self._replace = replace_unreadable
         self._tolerated = tolerated(self.size)
         self._named: set[int] = set()
+        self._unreadable: list[int] = []
         self._batches = _Batches(self.size, batch_size, seed, shuffle, shard)
         self._loader = DataLoader(
             # Among so many images and one more at least one is readable, unless the set is broken.
@@ -267,11 +265,22 @@ class ImageFolderLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
+    @property
+    def skipped(self) -> int:
+        """See :class:`gac.data.Loader`."""
+        return len(self._unreadable)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See :meth:`gac.data.Loader.epoch`."""
         check_start(start, len(self))
-        self.skipped = 0
+        self._unreadable = []
         return self._iterate(epoch, start)
+
+    def yielded(self) -> list[tuple[int, str]]:
+        """See :meth:`gac.data.interface.TestLoader.yielded`."""
+        unreadable = set(self._unreadable)
+        numbers = (number for batch in self._batches for _, number in batch if number not in unreadable)
+        return [(number, self._folders.name(number)) for number in numbers]
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.start = epoch, start
@@ -282,7 +291,7 @@ class ImageFolderLoader:
                 yield self.normalization(batch.images), batch.labels
 
     def _skip(self, image: _Unreadable) -> None:
-        self.skipped += 1
+        self._unreadable.append(image.number)
         path = os.fsdecode(self._folders.paths[image.number])
         if image.number not in self._named:
             self._named.add(image.number)

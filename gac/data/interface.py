@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,10 @@ from gac.errors import InputError, first_few
 
 TOLERATED_PERCENT = 1
 """Percentage of a split's images that may be unreadable in an epoch; with more the set counts as broken."""
+
+
+UNLABELLED = -1
+"""The label of an image whose class is not known."""
 
 
 class Loader(Protocol):
@@ -42,13 +47,24 @@ class Loader(Protocol):
         ...
 
 
+class TestLoader(Loader, Protocol):
+    """The loader of the test images, which come in a fixed order; an image without a label has :data:`UNLABELLED`."""
+
+    def yielded(self) -> list[tuple[int, str]]:
+        """Return number and name of each image of the epoch that has just ended, in the order they were yielded.
+
+        The name is the path below ``data.root`` for a file, and the number for an image of an array.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class DataInfo:
     """Facts about a data set; a checkpoint holds those of the one that its network was trained on.
 
     Images are yielded as (pixels - mean) / std with pixels in [0, 1], one mean and std per channel; without
     normalisation mean is 0 and std is 1. Label k stands for ``class_names[k]``. ``train_size`` and ``train_labels``
-    (:func:`digest`), or ``test_size``, are None for a split not asked for.
+    (:func:`digest`), or ``test_size``, are None for a split not asked for. Images without labels have 0 classes.
     """
 
     name: str
@@ -97,6 +113,8 @@ class DataInfo:
             raise InputError(f"{self._classes()}, not {other._classes()}")
         if self.class_names == other.class_names:
             return None
+        if repeated := repeated_name(self.class_names) or repeated_name(other.class_names):
+            raise InputError(f"several of them are called {repeated!r}, so that their order cannot be told by name")
         if sorted(self.class_names) != sorted(other.class_names):
             only = [set(a.class_names) - set(b.class_names) for a, b in ((self, other), (other, self))]
             raise InputError(f"{self._classes(only[0])}, not {other._classes(only[1])}")
@@ -110,6 +128,11 @@ class DataInfo:
         return f"{self.num_classes} classes ({names}{'' if shown is None else ' only here'})"
 
 
+def repeated_name(names: Sequence[str]) -> str | None:
+    """Return a name that several classes have, or None if there is none."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def digest(labels: np.ndarray) -> str:
     """Return a number that tells other labels, or the same in another order, apart: SHA-256 of them as int64."""
     return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
@@ -120,7 +143,7 @@ class Data:
     """A data set: its loaders (None for a split not asked for) and the facts about it."""
 
     train: Loader | None
-    test: Loader | None
+    test: TestLoader | None
     info: DataInfo
 
 
@@ -163,6 +186,11 @@ class Shard:
         each, more = divmod(images, self.ranks)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
+
+    def parts(self, order: Tensor, batch_size: int) -> Iterator[list[int]]:
+        """Yield the part of each batch of the image numbers ``order``, int64 [N]."""
+        for batch in order.split(batch_size) if len(order) else ():
+            yield batch[self.of(len(batch))].tolist()
 
 
 WHOLE = Shard()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gac.data.interface import UNLABELLED
 from gac.errors import InputError
 from gac.execution.cuda_graph import Capture, Replayed
 from gac.execution.device import autocast, float_for_sums
@@ -63,8 +64,12 @@ class EvaluationStep:
         self._replayed = None if capture is None else Replayed(self._score, capture)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hits [T + 1] of a batch (top-1 after each time step, then top-5) and its summed loss in float64.
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the scores of a batch, and the classes of its images.
+
+        These are the hits [T + 1] (top-1 after each time step, then top-5), the summed loss in float64, the min(5, K)
+        largest outputs' classes [B, 5], the largest first, and their probabilities [B, 5]. An image whose label is
+        :data:`gac.data.interface.UNLABELLED` adds nothing to the scores.
 
         A replay overwrites the result of the previous one.
         """
@@ -72,25 +77,33 @@ class EvaluationStep:
             return self._score(images, labels)
         return self._replayed(images, labels)
 
-    def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with autocast(self.device, self.amp):
             logits = self.network(images.contiguous(memory_format=self._memory_format))
         logits = logits[: self.steps].float()
         # The sum over the first t steps has the same largest entry as their average.
-        by_time = (logits.cumsum(0).argmax(-1) == labels).sum(-1)
+        sums = logits.cumsum(0)
+        by_time = (sums.argmax(-1) == labels).sum(-1)
+        # Of equal outputs the first comes first, as in argmax: the best of them is the class that top-1 counts.
+        ranked = sums[-1].sort(dim=-1, descending=True, stable=True).indices[:, :5]
+        top5 = (ranked == labels.unsqueeze(-1)).sum()
         mean = logits.mean(0)
-        top5 = (mean.topk(min(5, mean.shape[-1])).indices == labels.unsqueeze(-1)).sum()
-        loss = F.cross_entropy(mean, labels, reduction="sum").to(float_for_sums(mean.device))
-        return torch.cat([by_time, top5.unsqueeze(0)]), loss
+        loss = F.cross_entropy(mean, labels, reduction="sum", ignore_index=UNLABELLED)
+        hits = torch.cat([by_time, top5.unsqueeze(0)])
+        return hits, loss.to(float_for_sums(mean.device)), ranked, mean.softmax(-1).gather(-1, ranked)
 
 
 def evaluate(
-    step: EvaluationStep, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = SINGLE_PROCESS
+    step: EvaluationStep,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    ranks: Ranks = SINGLE_PROCESS,
+    classes: list[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Evaluation:
     """Run a network in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
 
     Counts are exact integers, kept on the device until the end and summed over the ranks, each of which has its own
-    images. The network returns to the mode it was in. Raises InputError if there are no images.
+    images. ``classes`` gets, for each batch of this rank, its labels and what the step says of its images. The network
+    returns to the mode it was in. Raises InputError if there are no images.
     """
     was_training = step.network.training
     step.network.eval()
@@ -98,9 +111,11 @@ def evaluate(
     images_seen = correct = loss = 0
     try:
         for images, labels in batches:
-            hits, batch_loss = step(images, labels)
+            hits, batch_loss, *best = step(images, labels)
             # Into new tensors, for the first sum too: the next replay overwrites what the step returned.
             correct, loss = correct + hits, loss + batch_loss
+            if classes is not None:
+                classes.append((labels, *(each.clone() for each in best)))
             images_seen += len(labels)
     finally:
         step.network.train(was_training)

@@ -128,8 +128,8 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES.get(amp), enabled=amp != "off")
 
 
-def check_precision(device: torch.device, amp: str) -> None:
-    """Raise InputError if ``device`` cannot train in this precision."""
+def check_precision(device: torch.device, amp: str | None) -> None:
+    """Raise InputError if ``device`` cannot train or evaluate in this precision."""
     if amp == "fp16" and device.type != "cuda":
         raise InputError(f"train.amp fp16 needs a CUDA device, got {device.type}; use bf16 or off")
 

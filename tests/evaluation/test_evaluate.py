@@ -8,6 +8,7 @@ import torch
 from spikingjelly.activation_based import monitor, neuron
 from torch import Tensor, nn
 
+from gac.data.interface import UNLABELLED
 from gac.errors import InputError
 from gac.evaluation.evaluate import EvaluationStep, evaluate
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice
@@ -51,6 +52,32 @@ def test_top5_of_many_classes() -> None:
     result = evaluate(EvaluationStep(Given(), CPU), [(outputs, torch.arange(8))])
     assert result.top1 == pytest.approx(100 / 8)
     assert result.top5 == pytest.approx(500 / 8)
+
+
+def test_of_equal_outputs_the_first_is_the_prediction_as_in_top1() -> None:
+    # Ten equal outputs, and a float32 sum over time that differs from the mean in its last bit.
+    outputs = torch.cat([torch.zeros(1, 3, 10, 1), torch.rand(400, 3, 10, 1).mul(3).round().div(10)])
+    labels = outputs.squeeze(-1).cumsum(1)[:, -1].argmax(-1)
+    predictions = []
+    result = evaluate(EvaluationStep(Given(), CPU), [(outputs, labels)], classes=predictions)
+    ((found, ranked, probabilities),) = predictions
+    assert result.top1 == result.top5 == 100
+    assert torch.equal(found, labels)
+    assert torch.equal(ranked[:, 0], labels)
+    assert ranked[0].tolist() == [0, 1, 2, 3, 4]
+    assert torch.allclose(probabilities[0], torch.full((5,), 0.1))
+
+
+def test_images_without_labels_add_nothing() -> None:
+    outputs = torch.randn(4, 2, 7, 1)
+    labels = torch.tensor([3, UNLABELLED, 0, UNLABELLED])
+    some, all_ = (
+        evaluate(EvaluationStep(Given(), CPU), [batch])
+        for batch in ((outputs[labels >= 0], labels[labels >= 0]), (outputs, labels))
+    )
+    assert (all_.images, all_.correct) == (4, some.correct)
+    assert 4 * all_.loss == pytest.approx(2 * some.loss)
+    assert 4 * all_.top5 == 2 * some.top5
 
 
 @pytest.mark.parametrize("training", [True, False])

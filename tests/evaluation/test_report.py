@@ -60,6 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(trained: Path, tmp_path: Path) -> Callable[[Path], dict]:
     def evaluate(root: Path, *options: str, checkpoint: Path = trained) -> dict:
         arguments = ["--checkpoint", str(checkpoint), "--data.root", str(root), "--json", str(tmp_path / "out.json")]
+        arguments += ["--predictions", str(tmp_path / "out.csv")]
         assert eval_main([*arguments, *options]) == 0
         return json.loads((tmp_path / "out.json").read_text())["scores"]
 
@@ -89,9 +90,13 @@ def test_images_are_normalised_as_in_training(trained, evaluated, tmp_path) -> N
 
 def test_classes_in_another_order_are_taken_by_name(trained, evaluated, tmp_path, caplog) -> None:
     expected = evaluated(trained.parents[1] / "set.npz")
+    predictions = (tmp_path / "out.csv").read_text()
     assert "another order" not in caplog.text
     found = evaluated(save(tmp_path / "swapped.npz", names=("red", "blue"), order=(1, 0)))
     assert without_speed(found) == without_speed(expected)
+    # In the names and the order of the checkpoint.
+    assert (tmp_path / "out.csv").read_text() == predictions
+    assert {line.split(",")[1] for line in predictions.splitlines()[1:]} == set(NAMES)
     assert "the classes of npz are in another order than in training: taken by name" in caplog.text
 
 
@@ -168,3 +173,10 @@ def test_many_classes_are_shortened() -> None:
         infos[0].labels_of(infos[1])
     backwards = replace(infos[0], class_names=names[0][::-1])
     assert infos[0].labels_of(backwards) == [*range(99, -1, -1)]
+
+
+def test_an_order_that_names_do_not_tell_is_refused() -> None:
+    twice = replace(INFO, num_classes=3, class_names=("a", "a", "b"))
+    assert twice.labels_of(twice) is None
+    with pytest.raises(InputError, match="several of them are called 'a', so that their order cannot be told by name"):
+        twice.labels_of(replace(twice, class_names=("a", "b", "a")))

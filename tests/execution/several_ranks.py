@@ -305,6 +305,9 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
     data = build_data(SYNCHRONIZED.data, device="cpu", batch_size=16, eval_batch_size=3, seed=1, shard=ranks.shard)
     best = folder / "synchronized" / "best.pt"
     results["report"] = evaluate_checkpoint(best, read_checkpoint(best), SYNCHRONIZED, ranks=ranks)
+    best = folder / "folder" / "best.pt"
+    config = folder_config(folder / "images")
+    results["report of folder"] = evaluate_checkpoint(best, read_checkpoint(best), config, ranks=ranks)
     results["parts"] = [list(data.train.epoch(3)), list(data.test.epoch(0))]
 
     stop = nothing if ranks.is_main else twice(stop_at(BATCHES + 1))

@@ -257,6 +257,23 @@ def test_evaluation_counts_every_image_once(launched) -> None:
     assert launched[1][0]["report"].device == "2 x cpu"
 
 
+@pytest.mark.parametrize("name", ["synchronized", "folder"])
+def test_predictions_of_all_ranks_are_those_of_one_process(launched, name: str) -> None:
+    folder, results = launched
+    best = folder / name / "best.pt"
+    # The last batch leaves rank 1 no image; one image of the folder cannot be read.
+    config = SYNCHRONIZED if name == "synchronized" else folder_config(folder / "images")
+    expected = evaluate_checkpoint(best, read_checkpoint(best), config)
+    for result in results:
+        found = result["report" if name == "synchronized" else "report of folder"]
+        assert found.predictions.images == expected.predictions.images
+        assert found.predictions.labels.tolist() == expected.predictions.labels.tolist()
+        assert np.allclose(found.predictions.probabilities, expected.predictions.probabilities, rtol=1e-4)
+        assert (found.classes, found.confusion) == (expected.classes, expected.confusion)
+        assert sum(images for _, _, images in found.confusion) == found.scores.images
+    assert len(expected.predictions.images) == (10 if name == "synchronized" else 99)
+
+
 def test_images_that_cannot_be_read_are_counted_once(launched, tmp_path: Path) -> None:
     folder = launched[0]
     train(folder_config(folder / "images"), tmp_path)
