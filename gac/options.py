@@ -34,14 +34,14 @@ class TrainArguments(NamedTuple):
 
 
 # What a bare state dict does not say.
-_OF_NETWORK = ("T", "coding", "neuron")
+_OF_NETWORK = ("T", "coding", "neuron", "tau", "v_threshold", "surrogate", "detach_reset")
 
 
 class EvalArguments(NamedTuple):
     """The command line of eval.py.
 
-    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding and
-    neuron, which :func:`gac.checkpoint.build_network` takes.
+    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding,
+    neuron and its constants, which :func:`gac.checkpoint.build_network` takes.
     """
 
     checkpoint: Path

@@ -59,7 +59,10 @@ class LIFParameters:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau) and self.tau > 1):
-            raise InputError(f"tau must be a number > 1 (time steps), got {self.tau!r}")
+            raise InputError(
+                f"tau must be a number > 1 (time steps), got {self.tau!r}; a decay d of the potential is"
+                " tau = 1 / (1 - d)"
+            )
 
     @property
     def decay(self) -> float:

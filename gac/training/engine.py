@@ -110,7 +110,8 @@ class Trainer:
         ranks: Ranks = SINGLE_PROCESS,
         after_step: Callable[["Trainer"], None] = lambda trainer: None,
     ) -> None:
-        self.config = config
+        # What the run folder and its checkpoints hold does not depend on a later version's presets.
+        self.config = config = ranks.together(config.with_neuron)
         self.ranks = ranks
         self.folder = folder
         self.interruption = interruption
