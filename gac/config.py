@@ -81,9 +81,9 @@ class DataConfig:
     """The data set and its augmentation."""
 
     name: Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"] = "cifar10"
-    """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train,
-    y_train, x_test, y_test), imagefolder (train/ and val/ with one folder per class) or synthetic (random
-    pixels)."""
+    """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train, y_train, x_test,
+    y_test of images, or of event frames for the model.T time steps), imagefolder (train/ and val/ with one folder per
+    class) or synthetic (random pixels)."""
     root: str = "data"
     """Folder of the data set; for npz the file itself. Not used by digits and synthetic."""
     download: bool = False

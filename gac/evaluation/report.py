@@ -139,6 +139,10 @@ def _open(
         shard=ranks.shard,
         trained_on=trained_on,
     )
+    if network.coding_name == "direct" and "T" in asked and asked["T"] < (data.info.frames or 0):
+        # As with a T that is part of the network: the outputs do not depend on later frames.
+        network.T = data.info.frames
+        logger.info("running all %d time steps and scoring the first %d", network.T, asked["T"])
     _check_fit(path, network, data.info)
     labels = None
     if trained_on is not None:
@@ -151,7 +155,7 @@ def _open(
             ) from None
         if labels is not None:
             logger.warning("the classes of %s are in another order than in training: taken by name", data.info.name)
-        sizes = [f"{info.height} x {info.width}" for info in (data.info, trained_on)]
+        sizes = [info.shape for info in (data.info, trained_on)]
         if sizes[0] != sizes[1]:
             logger.warning("the images of %s have %s pixels, those of training had %s", data.info.name, *sizes)
     return device, network.to(device, memory_format=memory_format(config.train, device)), data, labels
@@ -213,6 +217,7 @@ def format_report(report: Report) -> str:
 
 def _check_fit(path: Path, network: MSResNet, info: DataInfo) -> None:
     for what, has, needs in (
+        ("time steps", network.T, info.frames or network.T),
         ("classes", network.num_classes, info.num_classes),
         ("image channels", network.in_channels, info.channels),
     ):
