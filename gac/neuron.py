@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gac.errors import InputError, did_you_mean
 from gac.ops import backend, lif, lif_cpu
-from gac.ops.neuron import LIFParameters, compiled_constant, unsupported_reason
+from gac.ops.neuron import SURROGATES, LIFParameters, Surrogate, compiled_constant, unsupported_reason
 from gac.ops.watchers import refuse_symbolic, watched
 
 Backend = Literal["auto", "cupy", "torch"]
@@ -56,19 +56,6 @@ PRESETS = {
     ),
 }
 """The paper's neurons; source: the authors' code (the paper's appendix differs)."""
-
-Surrogate = Literal["triangle", "rectangle", "sigmoid", "atan", "piecewise_exp", "soft_sign", "super_spike", "erf"]
-SURROGATES: dict[Surrogate, type[surrogate.SurrogateFunctionBase]] = {
-    "triangle": surrogate.PiecewiseQuadratic,
-    "rectangle": surrogate.Rect,
-    "sigmoid": surrogate.Sigmoid,
-    "atan": surrogate.ATan,
-    "piecewise_exp": surrogate.PiecewiseExp,
-    "soft_sign": surrogate.SoftSign,
-    "super_spike": surrogate.SuperSpike,
-    "erf": surrogate.Erf,
-}
-"""SpikingJelly's surrogates by the names that a network takes, each with SpikingJelly's default alpha."""
 
 SURROGATE_SPELLINGS = {name: name for name in SURROGATES} | {kind.__name__: name for name, kind in SURROGATES.items()}
 """The names, and SpikingJelly's own for them, to suggest one for what was written."""

@@ -131,7 +131,7 @@ class Trainer:
         ranks.together(lambda: check_memory(config, self.data, self.device, ranks))
         self.network = ranks.together(lambda: create_network(config, self.data, ranks))
         if config.train.init is not None and resumed is None:
-            ranks.together(lambda: load_initial_weights(self.network, config.train.init))
+            ranks.together(lambda: load_initial_weights(self.network, config))
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         self.memory_format = memory_format(config.train, self.device)

@@ -89,16 +89,20 @@ def create_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
     return network
 
 
-def load_initial_weights(network: MSResNet, path: str) -> None:
+def load_initial_weights(network: MSResNet, config: Config) -> None:
     """Give the network the weights of the checkpoint train.init, and say what begins anew. Raises InputError."""
+    path = config.train.init
     payload = read_checkpoint(path)
     try:
         anew = initialise(network, payload)
         if is_ours(payload):
-            before = read_config(payload).model
-            before = resolve_coding(before.name, before.coding)
-            if before != network.coding_name:
-                logger.warning("train.init %s was trained with %s coding", path, before)
+            before, now = (each.with_neuron().model for each in (read_config(payload), config))
+            coding = resolve_coding(before.name, before.coding)
+            if coding != network.coding_name:
+                logger.warning("train.init %s was trained with %s coding", path, coding)
+            constants = {name: getattr(before, name) for name in ("tau", "v_threshold", "surrogate", "detach_reset")}
+            if other := [f"{name} {value}" for name, value in constants.items() if value != getattr(now, name)]:
+                logger.warning("train.init %s was trained with neurons of %s", path, ", ".join(other))
     except InputError as error:
         raise InputError(f"train.init {path}: {error}") from error
     logger.info("began with the weights of %s%s", path, f"; new: {' and '.join(anew)}" if anew else "")
