@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
@@ -21,8 +21,9 @@ from pydantic.dataclasses import dataclass
 
 from gac.coding import Coding
 from gac.coding.gated import TemporalInit
-from gac.errors import InputError
-from gac.neuron import Backend
+from gac.errors import InputError, did_you_mean
+from gac.models.registry import family_of
+from gac.neuron import SURROGATE_SPELLINGS, Backend, Surrogate, preset_constants
 
 PositiveInt = Annotated[int, Field(ge=1)]
 # The time left to the end of a run has to be a time that can be written.
@@ -80,9 +81,9 @@ class DataConfig:
     """The data set and its augmentation."""
 
     name: Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"] = "cifar10"
-    """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train,
-    y_train, x_test, y_test), imagefolder (train/ and val/ with one folder per class) or synthetic (random
-    pixels)."""
+    """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train, y_train, x_test,
+    y_test of images, or of event frames for the model.T time steps), imagefolder (train/ and val/ with one folder per
+    class) or synthetic (random pixels)."""
     root: str = "data"
     """Folder of the data set; for npz the file itself. Not used by digits and synthetic."""
     download: bool = False
@@ -147,6 +148,20 @@ class ModelConfig:
     """What runs the neurons: cupy (CUDA kernels of this package), torch (on a CUDA device SpikingJelly's execution, or
     the reference loop where it has no fused one; on the CPU a loop in place) or auto (cupy on a CUDA device where CuPy
     works, else torch)."""
+    tau: float | None = None
+    """LIF: membrane time constant in time steps as SpikingJelly has it, greater than 1: the potential keeps 1 - 1/tau
+    of itself in each step, and the input is not divided by it. This is not the decay of the authors' code: a decay d is
+    tau = 1 / (1 - d). Default: the preset's, 2 for cifar (decay 0.5) and 4/3 for imagenet (decay 0.25)."""
+    v_threshold: PositiveFloat | None = None
+    """LIF: the neuron spikes where its potential is above this. Default: the preset's, 1 for cifar and 0.5 for
+    imagenet."""
+    surrogate: Surrogate | None = None
+    """LIF: what stands for the derivative of the step in the backward pass, of SpikingJelly's with their default alpha:
+    triangle (PiecewiseQuadratic), rectangle (Rect), sigmoid, atan; or, which the CUDA kernels do not have,
+    piecewise_exp, soft_sign, super_spike, erf. Default: the preset's, triangle for cifar and rectangle for imagenet."""
+    detach_reset: bool | None = None
+    """LIF: treat the reset after a spike as constant in the backward pass. Default: the preset's, false for cifar and
+    true for imagenet."""
 
     def __post_init__(self) -> None:
         if self.depth is not None and not 1 <= min(self.depth, default=0) <= sum(self.depth) <= _MOST_BLOCKS:
@@ -154,6 +169,9 @@ class ModelConfig:
                 f"a list with at least one block in each stage and at most {_MOST_BLOCKS} in all, for example [3, 3, 2]"
             )
             raise FieldError("model.depth", allowed, self.depth)
+        if self.tau is not None and self.tau <= 1:
+            allowed = "greater than 1 or null (a decay d of the potential is tau = 1 / (1 - d))"
+            raise FieldError("model.tau", allowed, self.tau)
 
     @property
     def takes_normalized_images(self) -> bool:
@@ -297,6 +315,16 @@ class Config:
         }
         return cls(**{**known, **sections})
 
+    def with_neuron(self) -> "Config":
+        """Return the same with the neuron's preset and its constants in place of None.
+
+        Raises InputError for an unknown network.
+        """
+        preset = self.model.neuron or family_of(self.model.name).neuron
+        constants = preset_constants(preset)
+        given = {name: getattr(self.model, name) for name in constants if getattr(self.model, name) is not None}
+        return replace(self, model=replace(self.model, neuron=preset, **(constants | given)))
+
     def flat(self) -> dict[str, Any]:
         """Return every value under its full name, such as "train.epochs"."""
         values: dict[str, Any] = {}
@@ -333,6 +361,7 @@ class FieldDescription(NamedTuple):
     metavar: str
     kind: str
     range: str
+    choices: list[str]
     is_text: bool
     is_optional: bool
 
@@ -379,6 +408,7 @@ def _describe(name: str, schema: Mapping[str, Any]) -> FieldDescription:
         metavar=f"{{{','.join(shown)}}}" if len(shown) > 1 else name.upper(),
         kind=(f"one of {', '.join(choices)}" if choices else kind) + or_null,
         range=" and ".join(limits) + or_null,
+        choices=choices,
         is_text=type_ == "str",
         is_optional=is_optional,
     )
@@ -403,7 +433,10 @@ _EXECUTION = (
     *("device", "train.eval_batch_size", "train.amp", "train.cuda_graph", "train.channels_last"),
     "model.backend",
 )
-_OF_STATE_DICTS = ("model.T", "model.coding", "model.neuron")
+_OF_STATE_DICTS = (
+    *("model.T", "model.coding", "model.neuron"),
+    *("model.tau", "model.v_threshold", "model.surrogate", "model.detach_reset"),
+)
 EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_EXECUTION, *_OF_STATE_DICTS]
 
 
@@ -429,4 +462,9 @@ def _field_error(error: ValidationError, prefix: str, given: Mapping[str, Any]) 
         return FieldError(name, f"a {SECTIONS[name].__name__}", given[key])
     is_out_of_range = first["type"].startswith(("greater_than", "less_than"))
     allowed = FIELDS[name].range if is_out_of_range else FIELDS[name].kind
+    if first["type"] == "literal_error" and isinstance(given[key], str):
+        spellings = (
+            SURROGATE_SPELLINGS if name == "model.surrogate" else {choice: choice for choice in FIELDS[name].choices}
+        )
+        allowed += did_you_mean(given[key], spellings)
     return FieldError(name, "a finite number" if first["type"] == "finite_number" else allowed, given[key])

@@ -1,6 +1,7 @@
 """The one exception for bad input, and lists in its messages."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 
 _LONGEST_VALUE = 120
 _LONGEST_MESSAGE = 2000
@@ -24,6 +25,13 @@ def first_few(names: Sequence[str]) -> str:
     """Return up to three names and how many more there are, for a message of one line."""
     few = ", ".join(names[:3])
     return few if len(names) <= 3 else f"{few} and {len(names) - 3} more"
+
+
+def did_you_mean(written: str, names: Mapping[str, str]) -> str:
+    """Return " (did you mean NAME?)" with the name whose spelling, the key, is closest to what was written, or ""."""
+    spellings = {spelling.lower(): name for spelling, name in names.items()}
+    close = difflib.get_close_matches(written.lower(), spellings, n=1)
+    return f" (did you mean {spellings[close[0]]}?)" if close else ""
 
 
 def abridged(value: str) -> str:

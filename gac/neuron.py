@@ -1,6 +1,7 @@
 """The leaky integrate-and-fire neuron of the networks and the paper's two presets."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
-from gac.errors import InputError
+from gac.errors import InputError, did_you_mean
 from gac.ops import backend, lif, lif_cpu
-from gac.ops.neuron import LIFParameters, compiled_constant, unsupported_reason
+from gac.ops.neuron import SURROGATES, LIFParameters, Surrogate, compiled_constant, unsupported_reason
 from gac.ops.watchers import refuse_symbolic, watched
 
 Backend = Literal["auto", "cupy", "torch"]
@@ -55,6 +56,62 @@ PRESETS = {
     ),
 }
 """The paper's neurons; source: the authors' code (the paper's appendix differs)."""
+
+SURROGATE_SPELLINGS = {name: name for name in SURROGATES} | {kind.__name__: name for name, kind in SURROGATES.items()}
+"""The names, and SpikingJelly's own for them, to suggest one for what was written."""
+
+
+def preset_constants(preset: str) -> dict[str, float | bool | str]:
+    """Return the constants of one of ``PRESETS`` that may be chosen, as :func:`make_parameters` takes them."""
+    neuron = PRESETS[preset]
+    return {
+        "tau": neuron.tau,
+        "v_threshold": neuron.v_threshold,
+        "surrogate": next(name for name, kind in SURROGATES.items() if type(neuron.surrogate) is kind),
+        "detach_reset": neuron.detach_reset,
+    }
+
+
+def make_parameters(
+    neuron: str | LIFParameters,
+    *,
+    tau: float | None = None,
+    v_threshold: float | None = None,
+    surrogate: Surrogate | None = None,
+    detach_reset: bool | None = None,
+) -> LIFParameters:
+    """Return a neuron's constants: those of ``neuron``, one of ``PRESETS`` or all constants, where others are None.
+
+    Args:
+        neuron: Name of a preset, or the constants.
+        tau: Membrane time constant in time steps, > 1, as SpikingJelly's: the potential keeps 1 - 1/tau of itself.
+        v_threshold: Threshold of the membrane potential, > 0.
+        surrogate: One of ``SURROGATES``, with SpikingJelly's default alpha.
+        detach_reset: Treat the reset as constant in the backward pass.
+
+    Raises:
+        InputError: For an unknown name, and for values out of range.
+    """
+    if not isinstance(neuron, LIFParameters):
+        if neuron not in PRESETS:
+            raise InputError(f"neuron must be one of {', '.join(PRESETS)}, got {neuron!r}")
+        neuron = PRESETS[neuron]
+    changed: dict[str, object] = {} if tau is None else {"tau": tau}
+    if v_threshold is not None:
+        number = isinstance(v_threshold, int | float) and not isinstance(v_threshold, bool)
+        if not (number and 0 < np.float32(v_threshold) < np.inf):
+            raise InputError(f"v_threshold must be a number > 0, got {v_threshold!r}")
+        changed["v_threshold"] = float(v_threshold)
+    if surrogate is not None:
+        if surrogate not in SURROGATES:
+            close = did_you_mean(str(surrogate), SURROGATE_SPELLINGS)
+            raise InputError(f"surrogate must be one of {', '.join(SURROGATES)}{close}, got {surrogate!r}")
+        changed["surrogate"] = SURROGATES[surrogate]()
+    if detach_reset is not None:
+        if not isinstance(detach_reset, bool):
+            raise InputError(f"detach_reset must be True or False, got {detach_reset!r}")
+        changed["detach_reset"] = detach_reset
+    return replace(neuron, **changed)
 
 
 class LIFNode(neuron.LIFNode):

@@ -37,14 +37,15 @@ class TrainArguments(NamedTuple):
 # Data sets that data.root says nothing about.
 _WITHOUT_FILES = ("digits", "synthetic")
 # What a bare state dict does not say.
-_OF_NETWORK = ("T", "coding", "neuron")
+_OF_NETWORK = ("T", "coding", "neuron", "tau", "v_threshold", "surrogate", "detach_reset")
 
 
 class EvalArguments(NamedTuple):
     """The command line of eval.py.
 
-    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding and
-    neuron, which :func:`gac.checkpoint.build_network` takes, ``amp`` that of train.amp, None if there is none.
+    ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding,
+    neuron and its constants, which :func:`gac.checkpoint.build_network` takes, ``amp`` that of train.amp, None if
+    there is none.
     """
 
     checkpoint: Path

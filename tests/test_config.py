@@ -20,6 +20,13 @@ from gac.errors import InputError
         (ModelConfig, "depth", []),
         (ModelConfig, "depth", [3, 0]),
         (ModelConfig, "coding", "temporal"),
+        (ModelConfig, "tau", 1.0),
+        (ModelConfig, "tau", 0.5),
+        (ModelConfig, "tau", float("nan")),
+        (ModelConfig, "v_threshold", 0.0),
+        (ModelConfig, "v_threshold", -0.5),
+        (ModelConfig, "v_threshold", 1e-60),
+        (ModelConfig, "surrogate", "step"),
         (TrainConfig, "epochs", 0),
         (TrainConfig, "batch_size", 0),
         (TrainConfig, "learning_rate", 0.0),
@@ -64,6 +71,8 @@ def test_a_value_out_of_range_is_named_in_one_line(section: type, field: str, va
         (TrainConfig, "learning_rate", True),
         (TrainConfig, "nesterov", 1),
         (TrainConfig, "nesterov", "yes"),
+        (ModelConfig, "tau", "2"),
+        (ModelConfig, "detach_reset", 1),
         (ModelConfig, "depth", 3),
         (ModelConfig, "depth", [1.5]),
         (DataConfig, "root", None),
@@ -130,3 +139,40 @@ def test_flat_names_every_value() -> None:
 )
 def test_codings_of_intensities_get_images_that_are_not_normalized(coding: str, normalized: bool) -> None:
     assert ModelConfig(coding=coding).takes_normalized_images is normalized
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "close"),
+    [
+        (ModelConfig, "surrogate", "Triangle", "triangle"),
+        (ModelConfig, "surrogate", "PiecewiseQuadratic", "triangle"),
+        (ModelConfig, "surrogate", "Rect", "rectangle"),
+        (TrainConfig, "optimizer", "Adam", "adamw"),
+    ],
+)
+def test_the_closest_choice_is_named(section: type, field: str, value: str, close: str) -> None:
+    with pytest.raises(InputError, match=rf"\(did you mean {close}\?\); got '{value}'"):
+        section(**{field: value})
+
+
+def test_tau_is_told_from_a_decay() -> None:
+    with pytest.raises(
+        InputError, match=r"model\.tau must be greater than 1 or null .* tau = 1 / \(1 - d\)\); got 0\.5"
+    ):
+        ModelConfig(tau=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "neuron", "constants"),
+    [
+        ("gac_msresnet18_cifar", "cifar", (2.0, 1.0, "triangle", False)),
+        ("msresnet34", "imagenet", (4 / 3, 0.5, "rectangle", True)),
+    ],
+)
+def test_the_presets_constants_stand_where_none_are_given(name: str, neuron: str, constants: tuple) -> None:
+    config = Config(model=ModelConfig(name=name)).with_neuron()
+    model = config.model
+    assert (model.neuron, model.tau, model.v_threshold, model.surrogate, model.detach_reset) == (neuron, *constants)
+    assert config.with_neuron() == config
+    given = Config(model=ModelConfig(name=name, tau=3.0, detach_reset=not constants[3])).with_neuron().model
+    assert (given.tau, given.v_threshold, given.detach_reset) == (3.0, constants[1], not constants[3])

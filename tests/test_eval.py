@@ -54,7 +54,7 @@ def test_the_scores_are_those_of_the_training_run(run: Path, tmp_path: Path) -> 
     assert scores["scores"]["top5"] == line["test_top5"]
     assert scores["scores"]["loss"] == pytest.approx(line["test_loss"])
     assert len(scores["scores"]["top1_by_time"]) == 2
-    assert Config.from_dict(scores["config"]) == CONFIG
+    assert Config.from_dict(scores["config"]) == CONFIG.with_neuron()
     assert scores["versions"]["torch"] == torch.__version__
     rows = dict(row.split(maxsplit=1) for row in process.stdout.splitlines() if not row.startswith("  "))
     assert f"{line['test_top1']:.2f} %" in rows["top-1"]
@@ -82,9 +82,9 @@ def test_overrides_apply_to_data_and_execution(run: Path) -> None:
     arguments = ["--data.root", "elsewhere", "--train.eval_batch_size", "7", "--model.backend=torch"]
     parsed = parse_eval(["--checkpoint", str(run / "best.pt"), *arguments])
     assert parsed.config == replace(
-        CONFIG,
+        CONFIG.with_neuron(),
         data=replace(CONFIG.data, root="elsewhere"),
-        model=replace(CONFIG.model, backend="torch"),
+        model=replace(CONFIG.with_neuron().model, backend="torch"),
         train=replace(CONFIG.train, eval_batch_size=7),
     )
 

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -6,8 +7,10 @@ import torch
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from torch import nn
 
+import gac.neuron
 import parity
-from gac.neuron import PRESETS, LIFNode
+from gac.errors import InputError
+from gac.neuron import PRESETS, LIFNode, Surrogate, make_parameters, preset_constants
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LIF_CASES = [case["case"] for case in parity.CASES["lif"]]
@@ -209,3 +212,66 @@ def test_a_surrogate_that_the_kernels_lack(neurons_on_kernels, caplog):
     with caplog.at_level("INFO", "gac"):
         LIFNode(surrogate_function=surrogate.Erf(), backend="auto")(x)
     assert "torch (the LIF kernels have the surrogates" in caplog.text
+
+
+# --- Constants chosen one by one
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_constants_of_a_preset_make_the_preset(preset: str) -> None:
+    made, expected = make_parameters(preset, **preset_constants(preset)), PRESETS[preset]
+    assert made.flatten() == expected.flatten()
+    assert make_parameters(preset) is not expected
+    assert make_parameters(preset).flatten() == expected.flatten()
+    assert make_parameters(expected, tau=3.0).flatten() == (3.0, *expected.flatten()[1:])
+    assert get_args(Surrogate) == tuple(gac.neuron.SURROGATES)
+
+
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize("name", gac.neuron.SURROGATES)
+@pytest.mark.parametrize("tau", [1.25, 3.0, 1e9])
+def test_chosen_constants_are_those_of_the_formula(tau: float, name: str, detach_reset: bool) -> None:
+    chosen = make_parameters("cifar", tau=tau, v_threshold=0.7, surrogate=name, detach_reset=detach_reset)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    spikes = LIFNode.from_parameters(chosen, "torch")(x)
+
+    function, v, expected = gac.neuron.SURROGATES[name](), torch.zeros(64), []
+    y = x.detach().clone().requires_grad_()
+    for each in y:
+        h = (1 - 1 / tau) * v + each
+        s = function(h - 0.7)
+        v = (1 - (s.detach() if detach_reset else s)) * h
+        expected.append(s)
+    expected = torch.stack(expected)
+    assert spikes.equal(expected)
+    assert 0 < spikes.mean() < 1
+    weights = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    spikes.backward(weights)
+    expected.backward(weights)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"tau": 1.0}, r"tau must be a number > 1 .* got 1.0; a decay d of the potential is tau = 1 / \(1 - d\)"),
+        ({"tau": 0.5}, "tau must be a number > 1"),
+        ({"tau": math.nan}, "tau must be a number > 1"),
+        ({"tau": math.inf}, "tau must be a number > 1"),
+        ({"tau": "2"}, "tau must be a number > 1"),
+        ({"v_threshold": 0}, "v_threshold must be a number > 0, got 0"),
+        ({"v_threshold": -1.0}, "v_threshold must be a number > 0"),
+        ({"v_threshold": math.nan}, "v_threshold must be a number > 0"),
+        ({"v_threshold": 1e-60}, "v_threshold must be a number > 0"),
+        ({"v_threshold": True}, "v_threshold must be a number > 0"),
+        ({"surrogate": "rect"}, r"surrogate must be one of triangle, .*erf \(did you mean rectangle\?\), got 'rect'"),
+        ({"surrogate": "PiecewiseQuadratic"}, r"did you mean triangle\?"),
+        ({"surrogate": "ATAN"}, r"did you mean atan\?"),
+        ({"surrogate": "xyz"}, "surrogate must be one of triangle, .*erf, got 'xyz'"),
+        ({"detach_reset": 1}, "detach_reset must be True or False, got 1"),
+        ({"neuron": "mnist"}, "neuron must be one of cifar, imagenet, got 'mnist'"),
+    ],
+)
+def test_constants_that_make_no_neuron_are_refused(constants: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_parameters(**{"neuron": "cifar"} | constants)

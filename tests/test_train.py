@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from gac import load_checkpoint
 from gac.checkpoint import read_checkpoint
-from gac.cli import train_main
+from gac.cli import eval_main, train_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.training.run_folder import read_metrics
 from run_results import assert_same, result_of
@@ -324,6 +326,62 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, capsys: pytest.Cap
         " now 18): restore the data set or start a new run with another --output\n"
     )
     assert (output / "config.yaml").read_text() == before
+
+
+def test_chosen_constants_of_the_neuron_from_the_command_line_to_evaluation(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    sizes = ["--data.synthetic_images=40", "--train.epochs=1"]
+    arguments = ["--config", str(config_file), "--output", str(output), *sizes]
+    chosen = ["--model.tau=4", "--model.v_threshold=0.6", "--model.surrogate=atan", "--model.detach_reset=true"]
+    assert train_main([*arguments, *chosen]) == 0
+    model = yaml.safe_load((output / "config.yaml").read_text())["model"]
+    expected = {"neuron": "cifar", "tau": 4.0, "v_threshold": 0.6, "surrogate": "atan", "detach_reset": True}
+    assert {name: model[name] for name in expected} == expected
+    assert read_checkpoint(output / "best.pt")["config"]["model"] == model
+    assert load_checkpoint(output / "best.pt").lif.lif_parameters().flatten() == (
+        4.0,
+        False,
+        0.6,
+        0.0,
+        True,
+        "ATan",
+        2.0,
+    )
+
+    capsys.readouterr()
+    assert eval_main(["--checkpoint", str(output / "best.pt"), "--json", str(tmp_path / "scores.json")]) == 0
+    scores, (line,) = json.loads((tmp_path / "scores.json").read_text()), read_metrics(output / "metrics.jsonl")
+    assert scores["scores"]["loss"] == pytest.approx(line["test_loss"])
+    assert scores["config"]["model"]["tau"] == 4.0
+    # The same file is another network with other constants, so that the one above is no accident.
+    weights = tmp_path / "weights.pt"
+    torch.save(read_checkpoint(output / "best.pt")["model"], weights)
+    bare = [
+        "--checkpoint",
+        str(weights),
+        "--json",
+        str(tmp_path / "scores.json"),
+        "--data.name=synthetic",
+        "--device=cpu",
+    ]
+    bare += ["--data.image_size=8", "--data.synthetic_images=40"]
+    for options, same in (([], False), (chosen, True)):
+        assert eval_main([*bare, *options]) == 0
+        loss = json.loads((tmp_path / "scores.json").read_text())["scores"]["loss"]
+        assert (loss == pytest.approx(line["test_loss"])) is same
+
+    capsys.readouterr()
+    assert train_main([*arguments, "--resume", "auto"]) == 2
+    assert "(model.tau 4.0 -> 2.0, model.v_threshold 0.6 -> 1.0, model.surrogate atan -> t" in capsys.readouterr().err
+    assert train_main([*arguments, *chosen, "--train.epochs=2", "--resume", "auto"]) == 0
+    assert len(read_metrics(output / "metrics.jsonl")) == 2
+    capsys.readouterr()
+    assert train_main([*arguments, "--model.tau=0.5"]) == 2
+    assert capsys.readouterr().err == (
+        "error: model.tau must be greater than 1 or null (a decay d of the potential is tau = 1 / (1 - d)); got 0.5\n"
+    )
 
 
 def test_without_a_readable_checkpoint_there_is_one_line(runs: Runs, tmp_path: Path) -> None:

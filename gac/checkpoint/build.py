@@ -16,7 +16,8 @@ from gac.config import Config
 from gac.errors import InputError, first_few
 from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
-from gac.models.registry import family_of, resolve_coding
+from gac.models.registry import resolve_coding
+from gac.neuron import Surrogate
 
 logger = logging.getLogger("gac")
 
@@ -44,6 +45,10 @@ def load_checkpoint(
     *,
     coding: Coding | None = None,
     neuron: str | None = None,
+    tau: float | None = None,
+    v_threshold: float | None = None,
+    surrogate: Surrogate | None = None,
+    detach_reset: bool | None = None,
     num_classes: int | None = None,
     strict: bool = True,
 ) -> MSResNet:
@@ -57,7 +62,13 @@ def load_checkpoint(
             made for the T of training); by default the one it was trained with, or 6 where the file does not say.
         coding: For a bare state dict in our names without gated attention, whose weights do not show whether it is
             direct, rate, latency or phase.
-        neuron: For a bare state dict: LIF preset, by default the one the authors use with the network.
+        neuron: For a bare state dict, which does not show its neurons: LIF preset, by default the one the authors use
+            with the network.
+        tau: For a bare state dict: the neurons' constant, by default the preset's, as in
+            :func:`~gac.models.registry.create_model`; and so for the next three.
+        v_threshold: See tau.
+        surrogate: See tau.
+        detach_reset: See tau.
         num_classes: Number of classes, where it is not the file's; needs ``strict=False``.
         strict: Raise InputError unless the file's tensors are exactly the network's. If False those that are missing
             or have other shapes keep their initial values, those that are unknown are left out, and a warning names
@@ -69,7 +80,18 @@ def load_checkpoint(
     """
     payload = read_checkpoint(path)
     try:
-        network = build_network(payload, T, coding=coding, neuron=neuron, num_classes=num_classes, strict=strict)
+        network = build_network(
+            payload,
+            T,
+            coding=coding,
+            neuron=neuron,
+            tau=tau,
+            v_threshold=v_threshold,
+            surrogate=surrogate,
+            detach_reset=detach_reset,
+            num_classes=num_classes,
+            strict=strict,
+        )
         return network.to(map_location).eval()
     except InputError as error:
         raise InputError(f"checkpoint {name_of(path)}: {error}") from error
@@ -81,6 +103,10 @@ def build_network(
     *,
     coding: Coding | None = None,
     neuron: str | None = None,
+    tau: float | None = None,
+    v_threshold: float | None = None,
+    surrogate: Surrogate | None = None,
+    detach_reset: bool | None = None,
     num_classes: int | None = None,
     strict: bool = True,
 ) -> MSResNet:
@@ -88,7 +114,8 @@ def build_network(
 
     Raises InputError as :func:`load_checkpoint` does, without the file's name.
     """
-    asked = {"coding": coding, "neuron": neuron, "T": T}
+    constants = {"tau": tau, "v_threshold": v_threshold, "surrogate": surrogate, "detach_reset": detach_reset}
+    asked = {"coding": coding, "neuron": neuron, **constants, "T": T}
     asked = {name: value for name, value in asked.items() if value is not None}
     if is_ours(payload):
         state, arguments = _our_parts(payload)
@@ -162,14 +189,12 @@ def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is missing or damaged")
-    model = read_config(payload).model
+    model = read_config(payload).with_neuron().model
     arguments = (
         asdict(model)
         | {"coding": resolve_coding(model.name, model.coding)}
         | {key: payload[key] for key in ("num_classes", "in_channels")}
     )
-    if arguments["neuron"] is None:
-        arguments["neuron"] = family_of(model.name).neuron
     state = _checked_state(payload["model"])
     # A network of millions of blocks would be built for minutes before its shapes could be compared.
     inferred = _infer_arguments(state)
@@ -195,7 +220,10 @@ def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor]
     if (gated or not in_our_names) and asked.get("coding", known["coding"]) != known["coding"]:
         raise InputError(f"coding={asked['coding']} was asked for, but its weights are those of {known['coding']}")
     assumed = [f"T={DEFAULT_T}"] * (not gated and "T" not in asked)
-    assumed += ["the neuron that the authors use with this network"] * (in_our_names and "neuron" not in asked)
+    if in_our_names and "neuron" not in asked:
+        own = [name for name in ("tau", "v_threshold", "surrogate", "detach_reset") if name in asked]
+        but = f" but for its {' and '.join(own)}" if own else ""
+        assumed.append(f"the neuron that the authors use with this network{but}")
     if assumed:
         logger.warning("a state dict does not say everything: assuming %s", " and ".join(assumed))
     return state, arguments | known | asked

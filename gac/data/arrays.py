@@ -15,7 +15,7 @@ from gac.data.transfer import make_beside
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 [N, C, H, W], and labels, int64 [N]."""
+    """Images, uint8 [N, C, H, W], or event frames [N, T, C, H, W], and labels, int64 [N]."""
 
     images: Tensor
     labels: Tensor

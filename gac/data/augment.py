@@ -14,7 +14,10 @@ from torchvision.transforms import v2
 from gac.data.seeding import Stream, derive_seed
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
-"""Takes uint8 images [B, C, H, W] and a freshly seeded generator on their device; returns new images, same shape."""
+"""Takes uint8 images [B, C, H, W], or event frames [B, T, C, H, W], and a freshly seeded generator on their device.
+
+Returns new ones of the same shape. All frames of a sample are augmented alike.
+"""
 
 POLICIES: dict[str, Callable[[], v2.Transform]] = {
     "autoaugment_cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
@@ -54,14 +57,15 @@ class CropAndFlip:
     horizontal_flip: bool
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment images [B, C, H, W] with numbers from ``generator``, which lives on the images' device."""
+        """Augment images with numbers from ``generator``, which lives on the images' device."""
         batch, device = len(images), images.device
         top, left = torch.randint(2 * self.padding + 1, (2, batch), generator=generator, device=device)
         if self.horizontal_flip:
             flip = torch.randint(2, (batch,), generator=generator, device=device).bool()
         else:
             flip = torch.zeros(batch, dtype=torch.bool, device=device)
-        return crop_and_flip(images, top, left, flip, self.padding)
+        # A sample's frames as the channels of one image.
+        return crop_and_flip(images.flatten(1, -3), top, left, flip, self.padding).view(images.shape)
 
 
 class Policy:
@@ -100,7 +104,7 @@ class Erasing:
                 if rectangle["v"] is not None:  # None: none of ten rectangles drawn was small enough
                     rows = slice(rectangle["i"], rectangle["i"] + rectangle["h"])
                     columns = slice(rectangle["j"], rectangle["j"] + rectangle["w"])
-                    images[chosen, :, rows, columns] = color
+                    images[chosen, ..., rows, columns] = color
         return images
 
 

@@ -154,6 +154,11 @@ def _augmentation(config: DataConfig, mean: Sequence[float]) -> Augmentation | N
     if config.crop_padding or config.horizontal_flip:
         steps.append(CropAndFlip(config.crop_padding, config.horizontal_flip))
     if config.augment != "off":
+        if len(mean) not in (1, 3):
+            raise InputError(
+                f"data.augment {config.augment} is for grey or RGB images, and data set {config.name} has {len(mean)}"
+                " channels: set data.augment to off"
+            )
         steps.append(Policy(config.augment, config.augment_group))
     if config.random_erasing > 0:
         steps.append(Erasing(config.random_erasing, mean_color(mean)))
@@ -162,7 +167,7 @@ def _augmentation(config: DataConfig, mean: Sequence[float]) -> Augmentation | N
 
 def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) -> DataInfo:
     sizes = {split: len(arrays.splits[split].labels) for split in splits}
-    channels, height, width = next(iter(arrays.splits.values())).images.shape[1:]
+    *frames, channels, height, width = next(iter(arrays.splits.values())).images.shape[1:]
     return DataInfo(
         name=config.name,
         num_classes=arrays.num_classes,
@@ -175,6 +180,7 @@ def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) 
         mean=arrays.mean,
         std=arrays.std,
         train_labels=digest(arrays.splits["train"].labels.numpy()) if "train" in splits else None,
+        frames=frames[0] if frames else None,
     )
 
 

@@ -41,8 +41,8 @@ class Loader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Return batches ``start, start + 1, ...`` of an epoch, the same whether or not earlier ones were asked for.
 
-        Each is images, float32 [B, C, H, W], and labels, int64 [B]. Raises InputError at once if ``start`` is
-        not in [0, len(loader)].
+        Each is images, float32 [B, C, H, W], or event frames [B, T, C, H, W], and labels, int64 [B]. Raises InputError
+        at once if ``start`` is not in [0, len(loader)].
         """
         ...
 
@@ -64,7 +64,8 @@ class DataInfo:
 
     Images are yielded as (pixels - mean) / std with pixels in [0, 1], one mean and std per channel; without
     normalisation mean is 0 and std is 1. Label k stands for ``class_names[k]``. ``train_size`` and ``train_labels``
-    (:func:`digest`), or ``test_size``, are None for a split not asked for. Images without labels have 0 classes.
+    (:func:`digest`), or ``test_size``, are None for a split not asked for. Images without labels have 0 classes. A
+    sample is ``frames`` event frames, one for each time step, or an image if that is None.
     """
 
     name: str
@@ -78,6 +79,12 @@ class DataInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train_labels: str | None = None
+    frames: int | None = None
+
+    @property
+    def shape(self) -> str:
+        """What a sample is, in words: its pixels and, of event frames, their number."""
+        return f"{f'{self.frames} frames of ' if self.frames else ''}{self.height} x {self.width}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain values, as checkpoints hold them."""

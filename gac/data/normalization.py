@@ -9,7 +9,7 @@ _CHUNK = 4096  # images; bounds the temporary copy of one channel
 
 
 class Normalization:
-    """uint8 [B, C, H, W] -> float32 (pixels / 255 - mean) / std.
+    """uint8 [..., C, H, W] -> float32 (pixels / 255 - mean) / std.
 
     The operations and their order are those of torchvision's ToTensor and Normalize, so the results are equal
     bit for bit. ``mean`` and ``std`` have one number per channel, in units where white is 1.
@@ -24,12 +24,12 @@ class Normalization:
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of uint8 images [N, C, H, W], in units where white is 1.
+    """Return mean and standard deviation of each channel of uint8 images [..., C, H, W], in units where white is 1.
 
     Computed from the histogram of the 256 values: exact counts, no rounding that depends on the order.
     """
-    histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for chunk in images.split(_CHUNK):
+    histogram = torch.zeros(images.shape[-3], 256, dtype=torch.int64)
+    for chunk in images.flatten(0, -4).split(_CHUNK):
         for channel, counts in enumerate(histogram):
             counts += torch.bincount(chunk[:, channel].reshape(-1), minlength=256)
     values = torch.arange(256, dtype=torch.float64) / 255

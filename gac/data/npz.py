@@ -22,9 +22,10 @@ from gac.memory import check_fits
 
 _MAX_CHANNELS = 4
 _MAX_CLASSES = 2**20
+_SHAPES = "images are [N, H, W, C] or [N, H, W], event frames [N, T, C, H, W] or [N, T, H, W, C]"
 _LAYOUT = (
-    "x_train and x_test are uint8 [N, H, W, C] or [N, H, W], y_train and y_test whole numbers [N]; optional "
-    "are classes (names), mean and std"
+    f"x_train and x_test are uint8: {_SHAPES}; y_train and y_test are whole numbers [N]; optional are classes (names),"
+    " mean and std"
 )
 # MedMNIST's names of the same arrays; its val_images and val_labels are not used.
 _OTHER_NAMES = {
@@ -40,8 +41,9 @@ def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = N
 
     MedMNIST's names train_images, train_labels, test_images and test_labels are taken as well.
 
-    x is uint8 [N, H, W, C] (C at most 4) or [N, H, W]; y is any integer type, [N] or [N, 1]; the optional
-    classes [K] are the names of the classes 0 to K - 1. Only the arrays that ``splits`` need are read.
+    x is uint8: images [N, H, W, C] or [N, H, W], or event frames [N, T, C, H, W] or [N, T, H, W, C], one for each time
+    step, with C at most 4 and in the second kind of them found by that. y is any integer type, [N] or [N, 1]; the
+    optional classes [K] are the names of the classes 0 to K - 1. Only the arrays that ``splits`` need are read.
     Training and evaluation must normalise alike, so mean and std are always the training images': the arrays
     mean and std [C] (white being 1) if the file holds them, else computed from x_train. Without classes the
     number of classes is the largest label of y_train and y_test plus one. What a file with only test images does not
@@ -52,8 +54,8 @@ def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = N
         shapes = {split: tuple(part.images.shape[1:]) for split, part in arrays.items()}
         if len(set(shapes.values())) > 1:
             raise InputError(
-                f"{archive.path}: images of x_train have shape [C, H, W] = {list(shapes['train'])}, those of "
-                f"x_test {list(shapes['test'])}; all images of a set must have one shape"
+                f"{archive.path}: images of x_train have shape {_axes(shapes['train'])}, those of x_test "
+                f"{_axes(shapes['test'])}; all of a set must have one shape"
             )
         class_names = _read_class_names(archive)
         if class_names is None and trained_on is not None and "train" not in splits:
@@ -162,21 +164,39 @@ def _read_images(archive: _Archive, name: str) -> torch.Tensor:
     if array.dtype != np.uint8:
         raise InputError(
             f"{archive.path}: {name} is {array.dtype}; images must be uint8 with black 0 and white 255: "
-            "scale values in [0, 1] by (x * 255).round().astype('uint8')"
+            "scale values in [0, 1] by (x * 255).round().astype('uint8'), and clip counts of events by "
+            "x.clip(0, 255).astype('uint8')"
         )
     if array.ndim == 3:
         array = array[..., None]
-    if array.ndim != 4 or 0 in array.shape:
-        raise InputError(
-            f"{archive.path}: {name} has shape {list(array.shape)}; images are [N, H, W, C] or [N, H, W], "
-            "none of them 0"
-        )
+    if array.ndim not in (4, 5) or 0 in array.shape:
+        raise InputError(f"{archive.path}: {name} has shape {list(array.shape)}; {_SHAPES}, none of them 0")
+    if array.ndim == 5:
+        return _as_frames(archive, name, array)
     if array.shape[3] > _MAX_CHANNELS:
         raise InputError(
             f"{archive.path}: {name} has shape {list(array.shape)}, whose last axis, the channels, may be 1 "
             f"to {_MAX_CHANNELS}; turn arrays [N, C, H, W] with x.transpose(0, 2, 3, 1)"
         )
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+
+
+def _as_frames(archive: _Archive, name: str, array: np.ndarray) -> torch.Tensor:
+    """Return event frames [N, T, C, H, W]; the channels are the third axis or the last, the one of at most 4."""
+    third, last = (array.shape[axis] <= _MAX_CHANNELS for axis in (2, 4))
+    if third == last:
+        raise InputError(
+            f"{archive.path}: {name} has shape {list(array.shape)}; event frames are [N, T, C, H, W] or [N, T, H, W, C]"
+            f", and of the third and the last axis one, the channels, has to be at most {_MAX_CHANNELS}:"
+            f" {'both are' if last else 'none is'}"
+        )
+    frames = torch.from_numpy(array)
+    return (frames if third else frames.permute(0, 1, 4, 2, 3)).contiguous()
+
+
+def _axes(shape: tuple[int, ...]) -> str:
+    """Return the shape of an image or of a sample's event frames, in words."""
+    return f"{'[C, H, W]' if len(shape) == 3 else '[T, C, H, W]'} = {list(shape)}"
 
 
 def _read_labels(archive: _Archive, name: str) -> torch.Tensor:
@@ -237,7 +257,7 @@ def _check_labels(archive: _Archive, name: str, labels: torch.Tensor, num_classe
 
 
 def _read_statistics(archive: _Archive, arrays: dict[str, Split]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    channels = next(iter(arrays.values())).images.shape[1]
+    channels = next(iter(arrays.values())).images.shape[-3]
     if "mean" in archive or "std" in archive:
         return _read_numbers(archive, "mean", channels), _read_numbers(archive, "std", channels)
     if "train" not in arrays and "x_train" not in archive:
@@ -246,9 +266,9 @@ def _read_statistics(archive: _Archive, arrays: dict[str, Split]) -> tuple[tuple
             "images' statistics; add the arrays mean and std, one number per channel with white being 1"
         )
     images = arrays["train"].images if "train" in arrays else _read_images(archive, "x_train")
-    if images.shape[1] != channels:
+    if images.shape[-3] != channels:
         raise InputError(
-            f"{archive.path}: x_train has {images.shape[1]} channels and x_test {channels}; all images of a "
+            f"{archive.path}: x_train has {images.shape[-3]} channels and x_test {channels}; all images of a "
             "set must have one shape"
         )
     mean, std = pixel_statistics(images)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gac.data.interface import UNLABELLED
 from gac.errors import InputError
 from gac.execution.cuda_graph import Capture, Replayed
-from gac.execution.device import autocast, float_for_sums
+from gac.execution.device import autocast, float_for_sums, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
 
@@ -37,7 +37,8 @@ class EvaluationStep:
     """Forward pass and scores of one batch, without waiting for the device.
 
     Args:
-        network: Returns outputs [T, B, K] for images [B, C, H, W]; in evaluation mode when the step is called.
+        network: Returns outputs [T, B, K] for images [B, C, H, W] or a sequence [T, B, C, H, W]; in evaluation mode
+            when the step is called.
         device: Where it runs.
         amp: Precision: "off", "fp16" or "bf16".
         channels_last: Whether the images, and with them the activations, are put into this memory order.
@@ -79,7 +80,7 @@ class EvaluationStep:
 
     def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with autocast(self.device, self.amp):
-            logits = self.network(images.contiguous(memory_format=self._memory_format))
+            logits = self.network(network_input(images, self._memory_format))
         logits = logits[: self.steps].float()
         # The sum over the first t steps has the same largest entry as their average.
         sums = logits.cumsum(0)
@@ -99,7 +100,7 @@ def evaluate(
     ranks: Ranks = SINGLE_PROCESS,
     classes: list[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Evaluation:
-    """Run a network in evaluation mode over ``batches`` of images [B, C, H, W] and labels [B].
+    """Run a network in evaluation mode over ``batches``, as a :class:`gac.data.Loader` yields them.
 
     Counts are exact integers, kept on the device until the end and summed over the ranks, each of which has its own
     images. ``classes`` gets, for each batch of this rank, its labels and what the step says of its images. The network

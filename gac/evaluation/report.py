@@ -194,6 +194,10 @@ def _open(
         )
     if not is_labelled:
         logger.info("%s: %d images without labels, to be classified and not scored", config.data.root, data.test.size)
+    if network.coding_name == "direct" and "T" in asked and asked["T"] < (data.info.frames or 0):
+        # As with a T that is part of the network: the outputs do not depend on later frames.
+        network.T = data.info.frames
+        logger.info("running all %d time steps and scoring the first %d", network.T, asked["T"])
     _check_fit(path, network, data.info)
     labels = None
     if trained_on is not None:
@@ -206,7 +210,7 @@ def _open(
             ) from None
         if labels is not None:
             logger.warning("the classes of %s are in another order than in training: taken by name", data.info.name)
-        sizes = [f"{info.height} x {info.width}" for info in (data.info, trained_on)]
+        sizes = [info.shape for info in (data.info, trained_on)]
         if sizes[0] != sizes[1]:
             logger.warning("the images of %s have %s pixels, those of training had %s", data.info.name, *sizes)
     names = _class_names(network, trained_on, data.info)
@@ -303,6 +307,7 @@ def format_report(report: Report) -> str:
 
 def _check_fit(path: Path, network: MSResNet, info: DataInfo) -> None:
     for what, has, needs in (
+        ("time steps", network.T, info.frames or network.T),
         # Images without labels have none.
         ("classes", network.num_classes, info.num_classes or network.num_classes),
         ("image channels", network.in_channels, info.channels),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gac.config import TrainConfig
 from gac.errors import InputError
@@ -118,6 +119,14 @@ def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_for
     # memory unless channels are a multiple of 8 (seen with torch 2.14.1), and a network may have any width. Evaluation
     # has no gradients.
     return torch.channels_last if config.channels_last and device.type == "cuda" else torch.contiguous_format
+
+
+def network_input(images: Tensor, order: torch.memory_format) -> Tensor:
+    """Return images [B, C, H, W] in a memory order, or event frames [B, T, C, H, W] as a sequence [T, B, C, H, W]."""
+    if images.dim() == 4:
+        return images.contiguous(memory_format=order)
+    sequence = images.transpose(0, 1)
+    return sequence.flatten(0, 1).contiguous(memory_format=order).unflatten(0, sequence.shape[:2])
 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -7,7 +7,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.recompute import recomputed
-from gac.neuron import PRESETS, Backend, LIFNode
+from gac.neuron import Backend, LIFNode
+from gac.ops.neuron import LIFParameters
 
 
 class ConvNorm(nn.Module):
@@ -41,11 +42,13 @@ class MSBlock(nn.Module):
     the rest again in the backward pass.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, backend: Backend) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, neuron: LIFParameters, backend: Backend
+    ) -> None:
         super().__init__()
-        self.lif1 = LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False)
+        self.lif1 = LIFNode.from_parameters(neuron, backend, keeps_state=False)
         self.conv1 = ConvNorm(in_channels, out_channels, 3, stride)
-        self.lif2 = LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False)
+        self.lif2 = LIFNode.from_parameters(neuron, backend, keeps_state=False)
         self.conv2 = ConvNorm(out_channels, out_channels, 3)
         same_shape = stride == 1 and in_channels == out_channels
         self.shortcut = nn.Identity() if same_shape else ConvNorm(in_channels, out_channels, 1, stride)

@@ -15,7 +15,8 @@ from gac.coding.gated import GatedAttentionCoding, TemporalInit
 from gac.errors import InputError
 from gac.models import fused
 from gac.models.blocks import ConvNorm, MSBlock
-from gac.neuron import PRESETS, Backend, LIFNode
+from gac.neuron import Backend, LIFNode, make_parameters
+from gac.ops.neuron import LIFParameters
 from gac.ops.watchers import refuse_symbolic
 
 
@@ -57,7 +58,7 @@ class MSResNet(nn.Module, base.StepModule):
         coding: How an image becomes spikes.
         width: Channels of the stem.
         depth: Blocks in each stage.
-        neuron: LIF preset; by default the family's.
+        neuron: Name of the LIF preset, by default the family's, or all constants of the neurons.
         kernel_size: Gated attention: side of the spatial-channel convolutions in pixels.
         reduction: Gated attention: bottleneck factor of the temporal branch.
         temporal_init: Gated attention: initialisation of the temporal branch.
@@ -82,7 +83,7 @@ class MSResNet(nn.Module, base.StepModule):
         in_channels: int = 3,
         coding: Coding = "gac",
         width: int = 64,
-        neuron: Literal["cifar", "imagenet"] | None = None,
+        neuron: Literal["cifar", "imagenet"] | LIFParameters | None = None,
         kernel_size: int = 4,
         reduction: int = 2,
         temporal_init: TemporalInit = "default",
@@ -97,9 +98,7 @@ class MSResNet(nn.Module, base.StepModule):
         blocks_fit = isinstance(depth, Sequence) and all(isinstance(n, int) and n >= 1 for n in depth)
         if not blocks_fit or len(depth) != stages:
             raise InputError(f"depth must be {stages} integers >= 1, the blocks of each stage, got {depth!r}")
-        neuron = neuron or family.neuron
-        if neuron not in PRESETS:
-            raise InputError(f"neuron must be one of {', '.join(PRESETS)}, got {neuron!r}")
+        neuron = make_parameters(family.neuron if neuron is None else neuron)
         self.T = T
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -114,7 +113,7 @@ class MSResNet(nn.Module, base.StepModule):
                 kernel_size,
                 reduction,
                 temporal_init,
-                LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False),
+                LIFNode.from_parameters(neuron, backend, keeps_state=False),
             )
         elif coding == "direct":
             self.coding = nn.Identity()
@@ -130,7 +129,7 @@ class MSResNet(nn.Module, base.StepModule):
             )
             for (entry, exit), blocks, stride in zip(pairwise(widths), depth, family.strides, strict=True)
         )
-        self.lif = LIFNode.from_parameters(PRESETS[neuron], backend, keeps_state=False)
+        self.lif = LIFNode.from_parameters(neuron, backend, keeps_state=False)
         self.head = nn.Linear(widths[-1], num_classes)
         if family is IMAGENET:
             self._initialise_as_imagenet()

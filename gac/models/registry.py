@@ -1,12 +1,14 @@
 """The networks by name."""
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 from gac.coding import Coding
 from gac.coding.gated import GatedAttentionCoding
 from gac.errors import InputError
 from gac.models.ms_resnet import CIFAR, IMAGENET, Family, MSResNet
+from gac.neuron import Surrogate, make_parameters
+from gac.ops.neuron import LIFParameters
 
 _NETWORKS: dict[str, tuple[Family, tuple[int, ...]]] = {
     "msresnet18_cifar": (CIFAR, (3, 3, 2)),
@@ -37,6 +39,11 @@ def create_model(
     *,
     coding: Coding | None = None,
     depth: Sequence[int] | None = None,
+    neuron: Literal["cifar", "imagenet"] | LIFParameters | None = None,
+    tau: float | None = None,
+    v_threshold: float | None = None,
+    surrogate: Surrogate | None = None,
+    detach_reset: bool | None = None,
     **options: object,
 ) -> MSResNet:
     """Return a new network with freshly initialised weights.
@@ -47,11 +54,18 @@ def create_model(
         T: Number of time steps.
         coding: gac, direct, rate, latency or phase; by default gac for names that begin with gac_, else direct.
         depth: Blocks in each stage; by default the published network's.
-        **options: in_channels, width, neuron, kernel_size, reduction, temporal_init and backend of
+        neuron: LIF preset cifar or imagenet, by default the one the authors use with this network; or all constants.
+        tau: Of the neurons, in place of the preset's: membrane time constant in time steps as SpikingJelly's, > 1. The
+            potential keeps 1 - 1/tau of itself in each step; the input is not divided by it.
+        v_threshold: The same for the threshold of the membrane potential, > 0.
+        surrogate: The same for the surrogate gradient: one of ``gac.neuron.SURROGATES``, with SpikingJelly's default
+            alpha.
+        detach_reset: The same for whether the reset is constant in the backward pass.
+        **options: in_channels, width, kernel_size, reduction, temporal_init and backend of
             :class:`~gac.models.ms_resnet.MSResNet`.
 
     Raises:
-        InputError: For an unknown name or coding, and for sizes that make no network.
+        InputError: For an unknown name or coding, for sizes that make no network and constants that make no neuron.
     """
     family, published_depth = _lookup(name)
     return MSResNet(
@@ -60,6 +74,13 @@ def create_model(
         T,
         coding=resolve_coding(name, coding),
         depth=published_depth if depth is None else depth,
+        neuron=make_parameters(
+            family.neuron if neuron is None else neuron,
+            tau=tau,
+            v_threshold=v_threshold,
+            surrogate=surrogate,
+            detach_reset=detach_reset,
+        ),
         **options,
     )
 

@@ -11,7 +11,7 @@ from gac.errors import InputError
 from gac.ops import operators
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
-from gac.ops.neuron import LIFParameters, unsupported_reason
+from gac.ops.neuron import SURROGATES, LIFParameters
 
 
 def step(x: Tensor, v: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def step(x: Tensor, v: Tensor, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
         Spikes [...] in the dtype of ``x``, and the next membrane potential [...] in that of ``v``.
     """
     h = neuron.decay * v + neuron.gain * x.to(v.dtype) + neuron.bias
-    if torch.jit.is_tracing() and unsupported_reason(neuron.surrogate) is None:
+    if torch.jit.is_tracing() and type(neuron.surrogate) in SURROGATES.values() and neuron.surrogate.spiking:
         s = _traced_spikes(h, neuron)
     else:
         # SpikingJelly fires on >=; taking the ties away again leaves its gradient as it is.

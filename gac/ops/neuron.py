@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import torch
 from spikingjelly.activation_based import surrogate
@@ -10,6 +11,19 @@ from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
 
 from gac.errors import InputError
 from gac.ops.cuda.compiler import ELEMENTS
+
+Surrogate = Literal["triangle", "rectangle", "sigmoid", "atan", "piecewise_exp", "soft_sign", "super_spike", "erf"]
+SURROGATES: dict[Surrogate, type[SurrogateFunctionBase]] = {
+    "triangle": surrogate.PiecewiseQuadratic,
+    "rectangle": surrogate.Rect,
+    "sigmoid": surrogate.Sigmoid,
+    "atan": surrogate.ATan,
+    "piecewise_exp": surrogate.PiecewiseExp,
+    "soft_sign": surrogate.SoftSign,
+    "super_spike": surrogate.SuperSpike,
+    "erf": surrogate.Erf,
+}
+"""SpikingJelly's surrogates by the names that a network takes; each has one constant, alpha."""
 
 _KERNEL_SURROGATES = {
     kind.__name__: kind for kind in (surrogate.PiecewiseQuadratic, surrogate.Rect, surrogate.Sigmoid, surrogate.ATan)
@@ -59,7 +73,10 @@ class LIFParameters:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau) and self.tau > 1):
-            raise InputError(f"tau must be a number > 1 (time steps), got {self.tau!r}")
+            raise InputError(
+                f"tau must be a number > 1 (time steps), got {self.tau!r}; a decay d of the potential is"
+                " tau = 1 / (1 - d)"
+            )
 
     @property
     def decay(self) -> float:

@@ -21,7 +21,7 @@ from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.firing import FiringRates
 from gac.execution import random_state
 from gac.execution.cuda_graph import Replayed, select_capture
-from gac.execution.device import memory_format
+from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
@@ -110,7 +110,8 @@ class Trainer:
         ranks: Ranks = SINGLE_PROCESS,
         after_step: Callable[["Trainer"], None] = lambda trainer: None,
     ) -> None:
-        self.config = config
+        # What the run folder and its checkpoints hold does not depend on a later version's presets.
+        self.config = config = ranks.together(config.with_neuron)
         self.ranks = ranks
         self.folder = folder
         self.interruption = interruption
@@ -130,7 +131,7 @@ class Trainer:
         ranks.together(lambda: check_memory(config, self.data, self.device, ranks))
         self.network = ranks.together(lambda: create_network(config, self.data, ranks))
         if config.train.init is not None and resumed is None:
-            ranks.together(lambda: load_initial_weights(self.network, config.train.init))
+            ranks.together(lambda: load_initial_weights(self.network, config))
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         self.memory_format = memory_format(config.train, self.device)
@@ -240,11 +241,11 @@ class Trainer:
             self._measure_epoch(started, before)
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """Train on the next batch of the epoch: images [B, C, H, W] and labels, int64 [B]."""
+        """Train on the next batch of the epoch, as the loader yields it."""
         train, position = self.config.train, self.position
         set_learning_rate(self.optimizer, learning_rate_at(train, position.epoch, position.batch, self.batches))
         images, targets = self.mixing(images, labels, position.epoch, position.mix_epoch)
-        images = images.contiguous(memory_format=self.memory_format)
+        images = network_input(images, self.memory_format)
         if self.ranks.size > 1:
             done = position.batch * train.batch_size
             self.step.batch_images = min(train.batch_size, self.data.train.size - done)

@@ -28,10 +28,10 @@ class Mixing:
         return self._draw() if self.config.cutmix == "epoch" else None
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, cutmix_epoch: bool | None) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, C, H, W] and their targets, probabilities [B, K], or images and labels unchanged.
+        """Return mixed images and their targets, probabilities [B, K], or images and labels unchanged.
 
         Args:
-            images: Images [B, C, H, W].
+            images: Images [B, C, H, W], or event frames [B, T, C, H, W], which are mixed alike at all time steps.
             labels: Their labels, int64 [B].
             epoch: Number of the epoch, from 0.
             cutmix_epoch: What :meth:`draw_for_epoch` returned for it.
@@ -55,6 +55,10 @@ class Mixing:
 
         All ranks draw the same numbers in ``transform``, as they depend only on the image size.
         """
+        if images.dim() == 5:
+            # torchvision takes images: a sample's frames as the channels of one.
+            mixed, targets = self._mix(transform, images.flatten(1, 2), labels)
+            return mixed.unflatten(1, images.shape[1:3]), targets
         if self.ranks.size == 1:
             return transform(images, labels)
         images = torch.cat((self._from_previous_rank(images[-1:]), images))

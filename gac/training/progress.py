@@ -101,10 +101,11 @@ def log_start(
 ) -> None:
     """Log the data set, the network and the device; ``batches`` is the number of batches in an epoch."""
     logger.info(
-        "%s: %d training and %d test images, %d x %d x %d, %d classes",
+        "%s: %d training and %d test images, %s%d x %d x %d, %d classes",
         info.name,
         info.train_size,
         info.test_size,
+        f"{info.frames} frames of " if info.frames else "",
         info.channels,
         info.height,
         info.width,

@@ -262,7 +262,8 @@ def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> No
     if not isinstance(payload["training"], dict):
         raise InputError(f"cannot resume {checkpoint}: its entry training is damaged: it is no dict")
     try:
-        before, after = read_config(payload).flat(), now.flat()
+        # Earlier versions left open what the preset decides.
+        before, after = (config.with_neuron().flat() for config in (read_config(payload), now))
     except InputError as error:
         raise InputError(f"cannot resume {checkpoint}: {error}") from error
     differing = [

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import torch
 
 from gac.checkpoint import initialise, is_ours, read_checkpoint, read_config
-from gac.config import Config, TrainConfig
-from gac.data import Data, build_data
+from gac.config import Config, ModelConfig, TrainConfig
+from gac.data import Data, DataInfo, build_data
 from gac.errors import InputError
 from gac.execution.cuda_graph import check_capturable
 from gac.execution.device import check_precision, select_device
@@ -45,6 +45,8 @@ def open_data(config: Config, device: torch.device, part: Callable[[Data], Data]
         normalize=config.model.takes_normalized_images,
         shard=ranks.shard,
     )
+    if data.info.frames is not None:
+        _check_frames(config.model, data.info)
     smallest = min(_batch_sizes(data, config.train))
     if smallest < ranks.size:
         raise InputError(
@@ -53,6 +55,20 @@ def open_data(config: Config, device: torch.device, part: Callable[[Data], Data]
             " fewer processes"
         )
     return data if part is None else part(data)
+
+
+def _check_frames(model: ModelConfig, info: DataInfo) -> None:
+    """Raise InputError unless a network takes the event frames of a data set, one for each time step."""
+    if info.frames != model.T:
+        raise InputError(
+            f"data set {info.name} has {info.frames} event frames in a sample, one for each time step, and model.T is"
+            f" {model.T}: set model.T to {info.frames}"
+        )
+    if (coding := resolve_coding(model.name, model.coding)) not in ("gac", "direct"):
+        raise InputError(
+            f"data set {info.name} has event frames, and {coding} coding makes time steps of its own from images: set"
+            " model.coding to gac or direct"
+        )
 
 
 def create_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
@@ -73,16 +89,20 @@ def create_network(config: Config, data: Data, ranks: Ranks) -> MSResNet:
     return network
 
 
-def load_initial_weights(network: MSResNet, path: str) -> None:
+def load_initial_weights(network: MSResNet, config: Config) -> None:
     """Give the network the weights of the checkpoint train.init, and say what begins anew. Raises InputError."""
+    path = config.train.init
     payload = read_checkpoint(path)
     try:
         anew = initialise(network, payload)
         if is_ours(payload):
-            before = read_config(payload).model
-            before = resolve_coding(before.name, before.coding)
-            if before != network.coding_name:
-                logger.warning("train.init %s was trained with %s coding", path, before)
+            before, now = (each.with_neuron().model for each in (read_config(payload), config))
+            coding = resolve_coding(before.name, before.coding)
+            if coding != network.coding_name:
+                logger.warning("train.init %s was trained with %s coding", path, coding)
+            constants = {name: getattr(before, name) for name in ("tau", "v_threshold", "surrogate", "detach_reset")}
+            if other := [f"{name} {value}" for name, value in constants.items() if value != getattr(now, name)]:
+                logger.warning("train.init %s was trained with neurons of %s", path, ", ".join(other))
     except InputError as error:
         raise InputError(f"train.init {path}: {error}") from error
     logger.info("began with the weights of %s%s", path, f"; new: {' and '.join(anew)}" if anew else "")
@@ -109,7 +129,7 @@ def check_memory(config: Config, data: Data, device: torch.device, ranks: Ranks)
     if device.type != "cpu":
         return
     maps = [channels * height * width for channels, height, width in _feature_maps(network, data)]
-    frames = [1 if network.coding_name in ("gac", "direct") else model.T, *[model.T] * (len(maps) - 1)]
+    frames = [1 if _repeats_an_image(network, data) else model.T, *[model.T] * (len(maps) - 1)]
     outputs = [values * repeats for values, repeats in zip(maps, frames, strict=True)]
     kept = max(outputs) if train.checkpoint_activations else sum(outputs)
     size = f"model.T {model.T} on images of {data.info.height} x {data.info.width} pixels"
@@ -124,6 +144,11 @@ def check_memory(config: Config, data: Data, device: torch.device, ranks: Ranks)
             in_bytes * max(1, images) * values,
             f"choose smaller ones{remedy}",
         )
+
+
+def _repeats_an_image(network: MSResNet, data: Data) -> bool:
+    """Return whether the stem runs once for all time steps."""
+    return data.info.frames is None and network.coding_name in ("gac", "direct")
 
 
 def _feature_maps(network: MSResNet, data: Data) -> Iterator[tuple[int, int, int]]:
@@ -152,7 +177,7 @@ def _check_batch_norm(network: MSResNet, data: Data, config: TrainConfig, ranks:
         return
     values = [height * width * network.T for _, height, width in _feature_maps(network, data)]
     # The stem normalises one frame in place of T equal ones.
-    if network.coding_name in ("gac", "direct"):
+    if _repeats_an_image(network, data):
         values[0] //= network.T
     if min(values) == 1:
         raise InputError(

@@ -62,7 +62,7 @@ class TrainingStep:
         """Train on one batch.
 
         Args:
-            images: Images [B, C, H, W].
+            images: Images [B, C, H, W] or a sequence [T, B, C, H, W].
             targets: What to learn: labels, int64 [B], or probabilities [B, K].
             labels: What the accuracy counts, int64 [B].
         """
@@ -72,7 +72,11 @@ class TrainingStep:
         # The same number on every rank, as the last one ends in a collective.
         parts = min(config.accumulate_steps, batch_images // self.ranks.size)
         loss = correct = 0
-        split = (tensor.tensor_split(parts) for tensor in (images, targets, labels))
+        split = (
+            images.tensor_split(parts, dim=int(images.dim() == 5)),
+            targets.tensor_split(parts),
+            labels.tensor_split(parts),
+        )
         for part, batch in enumerate(zip(*split, strict=True)):
             # Only the last micro-batch exchanges gradients with the other ranks, on the CPU through Gloo.
             accumulating = self.ranks.size > 1 and part < parts - 1
@@ -82,7 +86,7 @@ class TrainingStep:
                 collective() if through_gloo else nullcontext(),
             ):
                 part_loss, part_correct = self._backward(*batch, batch_images)
-            loss = loss + part_loss * (len(batch[0]) / len(labels))
+            loss = loss + part_loss * (len(batch[-1]) / len(labels))
             correct = correct + part_correct
         bad_gradient = self._bad_gradient()
         if config.gradient_clip_norm > 0:

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 
 import gac
 from checkpoint_files import CASES, authors_file, our_file
+from gac.checkpoint import read_checkpoint, write_checkpoint
+from gac.config import Config, ModelConfig
 from gac.errors import InputError
 from gac.models import create_model
 
@@ -155,6 +158,54 @@ def test_what_weights_do_not_show_has_to_be_said(coding: str, tmp_path: Path) ->
         results.append(each(images))
     assert results[0].equal(results[1])
     assert (loaded.coding_name, loaded.T) == (coding, 3)
+
+
+CHOSEN = {"tau": 3.0, "v_threshold": 0.6, "surrogate": "atan", "detach_reset": True}
+
+
+def test_a_checkpoint_says_its_neurons_constants(tmp_path: Path) -> None:
+    config = Config(model=ModelConfig(T=3, width=4, depth=[1, 1, 1], **CHOSEN))
+    torch.manual_seed(0)
+    net = create_model(num_classes=7, in_channels=1, **asdict(config.model)).eval()
+    entries = {"model": net.state_dict(), "config": config.to_dict(), "num_classes": 7, "in_channels": 1}
+    path = tmp_path / "best.pt"
+    write_checkpoint(path, entries)
+    images = torch.randn(2, 1, 8, 8)
+    assert gac.load_checkpoint(path)(images).equal(net(images))
+    assert gac.load_checkpoint(path, tau=3.0, neuron="cifar")(images).equal(net(images))
+    assert gac.load_checkpoint(path).lif.lif_parameters().flatten() == net.lif.lif_parameters().flatten()
+    with pytest.raises(InputError, match=r"tau=2\.0 was asked for, but it was trained with 3\.0"):
+        gac.load_checkpoint(path, tau=2.0)
+    for damaged, message in (({"tau": 0.5}, "model.tau must be greater than 1"), ({"surrogate": 3}, "model.surrogate")):
+        values = config.to_dict()
+        values["model"] |= damaged
+        write_checkpoint(path, entries | {"config": values})
+        with pytest.raises(InputError, match=message):
+            gac.load_checkpoint(path)
+
+
+def test_a_checkpoint_from_before_the_constants_has_those_of_its_preset(tmp_path: Path) -> None:
+    path, net = our_file(tmp_path)
+    payload = read_checkpoint(path)
+    old = {name: value for name, value in payload["config"]["model"].items() if name not in CHOSEN}
+    assert len(old) == len(payload["config"]["model"]) - 4
+    write_checkpoint(path, payload | {"config": {"model": old}})
+    images = torch.randn(2, 1, 8, 8)
+    assert gac.load_checkpoint(path)(images).equal(net(images))
+
+
+def test_a_state_dicts_neurons_are_the_authors_unless_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = create_model("gac_msresnet18_cifar", 4, 3, width=4, depth=[1, 1, 1], **CHOSEN).eval()
+    path = tmp_path / "weights.pt"
+    torch.save(net.state_dict(), path)
+    images = torch.randn(2, 3, 8, 8)
+    assert gac.load_checkpoint(path, **CHOSEN)(images).equal(net(images))
+    assert "assuming the neuron that the authors use with this network but for its tau and v_threshold" in caplog.text
+    caplog.clear()
+    assert gac.load_checkpoint(path).lif.tau == 2.0
+    assert caplog.messages == [
+        "a state dict does not say everything: assuming the neuron that the authors use with this network"
+    ]
 
 
 def test_what_contradicts_the_file_is_refused(tmp_path: Path) -> None:

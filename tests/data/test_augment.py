@@ -145,3 +145,26 @@ def test_steps_follow_each_other():
 
 def test_the_mean_color_is_what_normalisation_makes_zero_of():
     assert mean_color((0.5, 0.0, 1.0)) == [128, 0, 255]
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        CropAndFlip(2, horizontal_flip=True),
+        Policy("autoaugment_cifar10", 2),
+        Policy("randaugment", 2),
+        Erasing(0.7, [10, 20, 30]),
+    ],
+    ids=lambda augmentation: type(augmentation).__name__,
+)
+def test_all_frames_of_a_sample_are_augmented_alike(augmentation):
+    frames = random_images(6, 4, 3, 9, 11)
+    before = frames.clone()
+    for seed in range(5):
+        result = augmentation(frames, torch.Generator().manual_seed(seed))
+        assert result.shape == frames.shape
+        for t in range(4):
+            expected = augmentation(frames[:, t].contiguous(), torch.Generator().manual_seed(seed))
+            assert torch.equal(result[:, t], expected)
+        assert not torch.equal(result, frames)
+    assert torch.equal(frames, before)

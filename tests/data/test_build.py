@@ -4,7 +4,7 @@ import torch
 
 from gac.config import DataConfig
 from gac.data import build_data
-from gac.data.interface import Shard
+from gac.data.interface import DataInfo, Shard
 from gac.errors import InputError
 
 
@@ -138,3 +138,39 @@ def test_labels_that_are_hardly_meant_are_pointed_out(train, test, said, tmp_pat
     caplog.clear()
     build_data(config, device="cpu", batch_size=3, eval_batch_size=3, seed=0, shard=Shard(1, 2))
     assert caplog.messages == []
+
+
+def frames_file(folder, T=3, **arrays):
+    random = np.random.default_rng(0)
+    labels = np.arange(12) % 2
+    frames = random.integers(0, 256, (12, T, 2, 8, 8), dtype=np.uint8)
+    path = folder / "frames.npz"
+    np.savez(path, **{"x_train": frames, "y_train": labels, "x_test": frames[:6], "y_test": labels[:6], **arrays})
+    return str(path), frames
+
+
+def test_event_frames_come_in_batches_with_their_time_axis(tmp_path):
+    path, frames = frames_file(tmp_path)
+    data = build(DataConfig(name="npz", root=path, crop_padding=1), batch_size=5, eval_batch_size=4)
+    info = data.info
+    assert (info.frames, info.channels, info.height, info.width, info.shape) == (3, 2, 8, 8, "3 frames of 8 x 8")
+    assert DataInfo.from_dict(info.to_dict()) == info
+    assert [tuple(images.shape) for images, _ in data.train.epoch(0)] == [(5, 3, 2, 8, 8)] * 2 + [(2, 3, 2, 8, 8)]
+    mean, std = (torch.tensor(numbers, dtype=torch.float32).view(2, 1, 1) for numbers in (info.mean, info.std))
+    seen = torch.cat([images for images, _ in data.test.epoch(0)])
+    assert torch.equal(seen, (torch.from_numpy(frames[:6]).float() / 255 - mean) / std)
+    images = build(DataConfig(name="digits"), splits=("test",)).info
+    assert (images.frames, images.shape) == (None, "8 x 8")
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_policy_for_colours_is_refused_for_other_channels(channels, tmp_path):
+    path, _ = frames_file(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, channels), dtype=np.uint8)
+    np.savez(path, x_train=pixels, y_train=np.arange(12) % 2, x_test=pixels, y_test=np.arange(12) % 2)
+    config = DataConfig(name="npz", root=path, augment="randaugment")
+    with pytest.raises(
+        InputError, match=f"randaugment is for grey or RGB images, .* has {channels} channels: set data"
+    ):
+        build(config)
+    build(config, splits=("test",))

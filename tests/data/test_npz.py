@@ -66,6 +66,48 @@ def test_images_without_a_channel_axis_are_grey(save):
     assert len(data.mean) == 1
 
 
+@pytest.mark.parametrize("channels_third", [True, False])
+def test_a_time_axis_makes_event_frames(save, channels_third):
+    random = np.random.default_rng(1)
+    frames = {
+        "x_train": random.integers(0, 256, (12, 3, 2, 5, 6), dtype=np.uint8),
+        "x_test": random.integers(0, 256, (7, 3, 2, 5, 6), dtype=np.uint8),
+    }
+    held = frames if channels_third else {name: each.transpose(0, 1, 3, 4, 2) for name, each in frames.items()}
+    data = load_npz(save(**held), BOTH)
+    for split in BOTH:
+        images = data.splits[split].images
+        assert images.is_contiguous()
+        assert np.array_equal(images.numpy(), frames[f"x_{split}"])
+    pixels = frames["x_train"] / 255
+    assert np.allclose(data.mean, pixels.mean(axis=(0, 1, 3, 4)), rtol=1e-12)
+    assert np.allclose(data.std, pixels.std(axis=(0, 1, 3, 4)), rtol=1e-12)
+    assert load_npz(save(**held), ("test",)).mean == data.mean
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((7, 3, 5, 8, 6), r"x_test has shape \[7, 3, 5, 8, 6\]; event frames are .* at most 4: none is"),
+        ((7, 3, 2, 8, 4), r"x_test has shape \[7, 3, 2, 8, 4\]; event frames are .* at most 4: both are"),
+        ((7, 0, 2, 8, 8), r"x_test has shape .* \[N, T, C, H, W\] or \[N, T, H, W, C\], none of them 0"),
+        ((7, 1, 3, 2, 5, 5), r"x_test has shape .* \[N, T, C, H, W\] or \[N, T, H, W, C\], none of them 0"),
+        (
+            (7, 2, 3, 5, 6),
+            r"x_train have shape \[C, H, W\] = \[3, 5, 6\], those of x_test \[T, C, H, W\] = \[2, 3, 5, 6\]",
+        ),
+    ],
+)
+def test_frames_that_are_none_are_refused(save, shape, message):
+    with pytest.raises(InputError, match=message):
+        load_npz(save(x_test=np.zeros(shape, np.uint8)), BOTH)
+
+
+def test_counts_of_events_have_to_be_bytes(save):
+    with pytest.raises(InputError, match=r"x_train is float32; .* clip counts of events by x\.clip\(0, 255\)"):
+        load_npz(save(x_train=np.zeros((12, 3, 2, 5, 6), np.float32)), BOTH)
+
+
 def test_labels_may_be_a_column(save):
     column = arrays()["y_train"][:, None].astype(np.int32)
     assert load_npz(save(y_train=column), BOTH).splits["train"].labels.shape == (12,)
@@ -125,7 +167,7 @@ BAD_FILES = {
     ),
     "other test shape": (
         {"x_test": np.zeros((7, 6, 6, 3), np.uint8)},
-        r"x_train have shape \[C, H, W\] = \[3, 5, 6\], those of x_test \[3, 6, 6\]",
+        r"x_train have shape \[C, H, W\] = \[3, 5, 6\], those of x_test \[C, H, W\] = \[3, 6, 6\]",
     ),
     "float labels": ({"y_train": np.zeros(12)}, "y_train is float64; labels must be whole numbers"),
     "one-hot labels": ({"y_test": np.eye(7, dtype=np.uint8)}, r"y_test has shape \[7, 7\]; labels are \[N\]"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gac.errors import InputError
-from gac.execution.device import autocast, check_precision, describe_precision, select_device
+from gac.execution.device import autocast, check_precision, describe_precision, network_input, select_device
 from gac.execution.distributed import Ranks
 
 
@@ -80,3 +80,14 @@ def test_another_accelerator_is_taken_with_a_warning(name: str, monkeypatch, cap
         select_device("xpu:2")
     with pytest.raises(InputError, match="several processes need CUDA devices or the CPU"):
         select_device(name, Ranks(0, 2))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_event_frames_become_a_sequence(order: torch.memory_format) -> None:
+    images, frames = torch.rand(2, 3, 4, 5), torch.rand(2, 6, 3, 4, 5)
+    assert network_input(images, order).equal(images)
+    assert network_input(images, order).is_contiguous(memory_format=order)
+    sequence = network_input(frames, order)
+    assert sequence.equal(frames.transpose(0, 1))
+    assert sequence.flatten(0, 1).is_contiguous(memory_format=order)
+    assert sequence.flatten(0, 1).data_ptr() == sequence.data_ptr()

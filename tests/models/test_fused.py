@@ -98,6 +98,23 @@ def test_both_executions_are_one_network(name: str, seed: int, device: str, laun
         torch.testing.assert_close(net.eval()(x), plain.eval()(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("surrogate", "detach_reset"), [("rectangle", False), ("atan", True), ("erf", False)])
+def test_chosen_constants_give_the_same_in_both(
+    surrogate: str, detach_reset: bool, device: str, launched: list[str]
+) -> None:
+    constants = {"tau": 3.0, "v_threshold": 0.6, "surrogate": surrogate, "detach_reset": detach_reset}
+    net = network(width=4, **constants).to(device)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = images(device, batch=2, side=8)
+    logits = train_step(net, x)
+    assert ("norm_lif_forward" in launched) is (surrogate != "erf")
+    expected = train_step(plain, x)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    assert_same_gradients(net, plain, 5e-5)
+
+
 @pytest.mark.parametrize("coding", ["direct", "rate", "latency", "phase"])
 def test_every_coding_runs_fused(coding: str, device: str, launched: list[str]) -> None:
     net = network(coding=coding).to(device)

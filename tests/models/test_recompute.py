@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gac.models import create_model
 from gac.models.ms_resnet import MSBlock, MSResNet
+from gac.neuron import PRESETS
 
 
 @pytest.fixture(params=["modules", "fused"])
@@ -136,7 +137,7 @@ def test_evaluation_computes_once(execution: str, monkeypatch: pytest.MonkeyPatc
 def test_a_block_begins_again_from_the_state_it_began_with() -> None:
     # Without MSResNet, which resets its neurons: the second call goes on from the first's membrane potentials.
     torch.manual_seed(0)
-    block = MSBlock(4, 4, 1, "cifar", "torch").train()
+    block = MSBlock(4, 4, 1, PRESETS["cifar"], "torch").train()
     checkpointed = copy.deepcopy(block)
     checkpointed.checkpoint_activations = True
     x = torch.randn(2, 3, 2, 4, 6, 6) * 2

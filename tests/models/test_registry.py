@@ -1,7 +1,12 @@
+import copy
+import dataclasses
+
 import pytest
 import torch
+from spikingjelly.activation_based import neuron, surrogate
 
 from gac.models import create_model, describe, list_models
+from gac.neuron import PRESETS, SURROGATES, LIFNode
 
 
 def test_the_names():
@@ -74,3 +79,60 @@ def test_describe_reports_a_dead_temporal_branch():
         squeeze[0].neg_()
     assert "1 of 2 hidden units dead" in describe(net)[1]
     assert "temporal_init" not in describe(net)[1]
+
+
+CHOSEN = {"tau": 3.0, "v_threshold": 0.6, "surrogate": "atan", "detach_reset": True}
+
+
+@pytest.mark.parametrize(
+    "constants", [CHOSEN, CHOSEN | {"surrogate": "erf", "detach_reset": False}], ids=["atan", "erf"]
+)
+def test_a_network_of_chosen_constants_is_that_of_spikingjellys_neurons(constants):
+    torch.manual_seed(0)
+    net = create_model("gac_msresnet18_cifar", 3, 3, width=8, depth=[1, 1, 1], temporal_init="alive", **constants)
+    net = net.double()
+    plain = copy.deepcopy(net)
+    replaced = 0
+    for module in [*plain.modules()]:
+        for name, child in [*module.named_children()]:
+            if isinstance(child, LIFNode):
+                setattr(
+                    module,
+                    name,
+                    neuron.LIFNode(
+                        constants["tau"],
+                        False,
+                        constants["v_threshold"],
+                        surrogate_function=SURROGATES[constants["surrogate"]](),
+                        detach_reset=constants["detach_reset"],
+                        step_mode="m",
+                    ),
+                )
+                replaced += 1
+    assert replaced == 8
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    logits = []
+    for each in (net, plain):
+        logits.append(each(x))
+        logits[-1].square().sum().backward()
+    assert logits[1].std() > 0.01
+    torch.testing.assert_close(*logits, rtol=1e-12, atol=1e-12)
+    for (key, a), b in zip(net.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=key)
+
+
+def test_all_constants_may_be_given_at_once():
+    soft = dataclasses.replace(PRESETS["imagenet"], v_reset=None, surrogate=surrogate.Sigmoid(alpha=3.0))
+    net = create_model("msresnet18_cifar", 3, 2, width=4, depth=[1, 1, 1], neuron=soft, tau=1.5)
+    neurons = [module for module in net.modules() if isinstance(module, LIFNode)]
+    expected = (1.5, False, 0.5, None, True, "Sigmoid", 3.0)
+    assert len(neurons) == 7
+    assert {node.lif_parameters().flatten() for node in neurons} == {expected}
+    assert len({id(node.surrogate_function) for node in neurons}) == 7
+
+
+def test_constants_that_make_no_neuron_are_refused():
+    with pytest.raises(ValueError, match="tau must be a number > 1"):
+        create_model("msresnet18_cifar", 3, tau=0.5)
+    with pytest.raises(ValueError, match=r"did you mean sigmoid\?"):
+        create_model("msresnet18_cifar", 3, surrogate="sigmod")

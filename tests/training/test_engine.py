@@ -89,7 +89,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     last = read_checkpoint(finished / "last.pt")
     assert (last["epoch"], last["step"], last["num_classes"], last["in_channels"]) == (3, 9, 3, 3)
     assert last["metrics"] == metrics[-1]
-    assert Config.from_dict(last["config"]) == TINY
+    assert Config.from_dict(last["config"]) == TINY.with_neuron()
     assert last["versions"]["torch"] == torch.__version__
     assert not list(finished.glob(".*"))
 

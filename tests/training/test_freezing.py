@@ -89,6 +89,21 @@ def test_a_run_with_init_resumes_without_reading_it(three_classes: Path, tmp_pat
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
+def test_weights_of_other_neurons_are_taken_with_a_warning(
+    three_classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model, said in (
+        (replace(TINY.model, tau=2.0), False),
+        (replace(TINY.model, neuron="imagenet", v_threshold=1.0, detach_reset=False), True),
+    ):
+        caplog.clear()
+        run = replace(TINY, model=model, train=replace(TINY.train, init=str(three_classes)))
+        train(run, tmp_path / str(said))
+        warning = f"train.init {three_classes} was trained with neurons of tau 2.0, surrogate triangle"
+        assert (warning in caplog.messages) is said
+        assert ("was trained with" in caplog.text) is said
+
+
 def test_the_short_spelling(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data: {name: digits}\n")
     parsed = parse_train(["--config", str(tmp_path / "c.yaml"), "--init", "best.pt"])

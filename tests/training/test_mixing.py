@@ -87,3 +87,18 @@ def test_the_batches_are_torchvisions(config: TrainConfig, transform: v2.Transfo
     expected, expected_targets = transform(images, labels)
     assert torch.equal(mixed, expected)
     assert torch.equal(targets, expected_targets)
+
+
+@pytest.mark.parametrize("config", [BATCH, replace(OFF, mixup_alpha=1.0)], ids=["cutmix", "mixup"])
+def test_all_frames_of_a_sample_are_mixed_alike(config: TrainConfig) -> None:
+    frames = torch.rand(6, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6) % CLASSES
+    torch.manual_seed(1)
+    mixed, targets = Mixing(config, CLASSES)(frames, labels, 0, None)
+    assert mixed.shape == frames.shape
+    assert not mixed.equal(frames)
+    for t in range(3):
+        torch.manual_seed(1)
+        expected, its_targets = Mixing(config, CLASSES)(frames[:, t], labels, 0, None)
+        assert mixed[:, t].equal(expected)
+        assert targets.equal(its_targets)

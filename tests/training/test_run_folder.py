@@ -178,6 +178,20 @@ def test_every_difference_that_changes_the_result_is_listed() -> None:
     assert "\n" not in message
 
 
+def test_a_preset_and_its_constants_are_the_same_run_and_other_constants_are_not() -> None:
+    before, stored = Config(), payload_of(Config())
+    for name in ("tau", "v_threshold", "surrogate", "detach_reset"):
+        # As a version that did not know them wrote it.
+        del stored["config"]["model"][name]
+    spelled_out = before.with_neuron()
+    check_same_run(stored, before, Path("last.pt"))
+    check_same_run(stored, spelled_out, Path("last.pt"))
+    check_same_run(payload_of(spelled_out), before, Path("last.pt"))
+    other = replace(before, model=replace(before.model, tau=4.0, surrogate="atan"))
+    with pytest.raises(InputError, match=r"\(model\.tau 2\.0 -> 4\.0, model\.surrogate triangle -> atan\)"):
+        check_same_run(stored, other, Path("last.pt"))
+
+
 def test_where_and_how_fast_it_runs_and_how_it_is_saved_may_change() -> None:
     stored = Config()
     now = Config(
