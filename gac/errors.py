@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 _LONGEST_VALUE = 120
 _LONGEST_MESSAGE = 2000
+_LARGEST_NUMBER = 2**128
 
 
 class InputError(ValueError):
@@ -24,6 +25,17 @@ def first_few(names: Sequence[str]) -> str:
     """Return up to three names and how many more there are, for a message of one line."""
     few = ", ".join(names[:3])
     return few if len(names) <= 3 else f"{few} and {len(names) - 3} more"
+
+
+def quoted(value: object) -> str:
+    """Return a value that came from somewhere else as a message quotes it; the text of some would have no end."""
+    if isinstance(value, list | tuple) and all(isinstance(each, str | int | float | None) for each in value):
+        return abridged(f"[{', '.join(map(quoted, value))}]")
+    if not isinstance(value, str | bytes | int | float | None):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        return f"a number of {value.bit_length()} bits"
+    return abridged(repr(value))
 
 
 def abridged(value: str) -> str:
