@@ -117,10 +117,13 @@ def _check_bytes(file: BinaryIO) -> None:
 
 
 def _check_names(pickled: BinaryIO) -> None:
-    """Raise UnpicklingError if a pickle makes what torch.load allows and no checkpoint of networks has."""
-    for operation, name, _ in pickletools.genops(pickled):
-        if operation.name == "GLOBAL" and name.endswith(" bytearray"):
-            raise pickle.UnpicklingError(f"it makes a {name}")
+    """Raise UnpicklingError for what is no pickle, and for what torch.load allows and no checkpoint of networks has."""
+    try:
+        for operation, name, _ in pickletools.genops(pickled):
+            if operation.name == "GLOBAL" and name.endswith(" bytearray"):
+                raise pickle.UnpicklingError(f"it makes a {name}")
+    except ValueError as error:
+        raise pickle.UnpicklingError(f"it is no pickle: {error}") from error
 
 
 def _holds_other_objects(file: BinaryIO) -> bool:
