@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from gac.coding import Coding
 from gac.coding.gated import TemporalInit
-from gac.errors import InputError, did_you_mean
+from gac.errors import InputError, did_you_mean, quoted
 from gac.models.registry import family_of
 from gac.neuron import SURROGATE_SPELLINGS, Backend, Surrogate, preset_constants
 
@@ -46,7 +46,7 @@ class FieldError(InputError):
     """A value that its field does not allow; ``field`` is the full name, ``allowed`` says what it takes."""
 
     def __init__(self, field: str, allowed: str, value: Any) -> None:
-        super().__init__(f"{field} must be {allowed}; got {value!r}")
+        super().__init__(f"{field} must be {allowed}; got {quoted(value)}")
         self.field = field
         self.allowed = allowed
 
@@ -442,7 +442,10 @@ EVALUATION_FIELDS = [*(name for name in FIELDS if name.startswith("data.")), *_E
 
 def _known_fields(section: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
     """Return ``values`` if each of them is a field of ``section``."""
-    if unknown := sorted(set(values) - {f.name for f in fields(section)}):
+    if not isinstance(values, Mapping):
+        raise FieldError(prefix.removesuffix(".") or "it", "a section with its fields", values)
+    known = {f.name for f in fields(section)}
+    if unknown := [key if isinstance(key, str) else quoted(key) for key in values if key not in known]:
         raise InputError(
             f"unknown configuration field {prefix}{unknown[0]}: "
             "it was written by another version of gac, which can read it"

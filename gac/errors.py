@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 _LONGEST_VALUE = 120
 _LONGEST_MESSAGE = 2000
+_LARGEST_NUMBER = 2**128
 
 
 class InputError(ValueError):
@@ -32,6 +33,17 @@ def did_you_mean(written: str, names: Mapping[str, str]) -> str:
     spellings = {spelling.lower(): name for spelling, name in names.items()}
     close = difflib.get_close_matches(written.lower(), spellings, n=1)
     return f" (did you mean {spellings[close[0]]}?)" if close else ""
+
+
+def quoted(value: object) -> str:
+    """Return a value that came from somewhere else as a message quotes it; the text of some would have no end."""
+    if isinstance(value, list | tuple) and all(isinstance(each, str | int | float | None) for each in value):
+        return abridged(f"[{', '.join(map(quoted, value))}]")
+    if not isinstance(value, str | bytes | int | float | None):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        return f"a number of {value.bit_length()} bits"
+    return abridged(repr(value))
 
 
 def abridged(value: str) -> str:

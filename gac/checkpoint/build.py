@@ -13,7 +13,7 @@ from gac.checkpoint import authors
 from gac.checkpoint.format import is_ours, name_of, read_checkpoint
 from gac.coding import Coding
 from gac.config import Config
-from gac.errors import InputError, first_few
+from gac.errors import InputError, first_few, quoted
 from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
 from gac.models.registry import resolve_coding
@@ -28,6 +28,9 @@ _SPATIAL = "coding.gate.spatial_channel.conv1.weight"
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema", "ema")
 # What wrappers put before every name: DataParallel and DistributedDataParallel, torch.compile, BatchFirst, Lightning.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class FixedT(InputError):
@@ -150,8 +153,6 @@ def read_config(payload: dict) -> Config:
         return Config.from_dict(payload["config"])
     except InputError as error:
         raise InputError(f"its configuration: {error}") from error
-    except (TypeError, AttributeError) as error:
-        raise InputError("its entry config is damaged") from error
 
 
 def load_weights(network: MSResNet, state: object) -> None:
@@ -189,6 +190,10 @@ def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is missing or damaged")
+    # Not all files have these.
+    for key, kind in (("epoch", int | None), ("weights", str | None)):
+        if not isinstance(payload.get(key), kind):
+            raise InputError(f"its entry {key} is damaged")
     model = read_config(payload).with_neuron().model
     arguments = (
         asdict(model)
@@ -247,13 +252,14 @@ def _unwrapped(payload: dict) -> dict[str, Tensor]:
 def _checked_state(state: object) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise InputError("holds nothing" if state == {} else "holds no state dict")
-    others = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    others = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if others:
         raise InputError(
-            f"expected a file of train.py or a state dict of tensors, got other entries: {first_few(others)}"
+            f"expected a file of train.py or a state dict of tensors, got other entries:"
+            f" {first_few([key if isinstance(key, str) else quoted(key) for key in others])}"
         )
     for name, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
             raise InputError(f"{name} is no plain tensor ({value.layout}, {value.dtype})")
         # A stride of 0 makes any size of a few bytes.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -323,11 +329,10 @@ def _fitting(shapes: dict[str, torch.Size], state: dict[str, Tensor], strict: bo
 def _check_values(state: dict[str, Tensor]) -> None:
     """Raise InputError for weights of no real type and for numbers that no training leaves behind."""
     for name, value in state.items():
-        if name.endswith("num_batches_tracked") and not value.is_complex():
-            continue
-        if not value.is_floating_point():
-            raise InputError(f"{name} is {value.dtype}, expected a floating-point type")
-        if not value.float().isfinite().all():
+        is_count = name.endswith("num_batches_tracked")
+        if value.dtype not in _FLOATS and not (is_count and value.dtype in _INTEGERS):
+            raise InputError(f"{name} is {value.dtype}, expected a floating-point type of 16, 32 or 64 bits")
+        if not value.isfinite().all():
             raise InputError(f"{name} holds values that are not finite")
-        if name.endswith("running_var") and value.min() < 0:
-            raise InputError(f"{name} holds values below 0, which no variance has")
+        if (is_count or name.endswith("running_var")) and value.min() < 0:
+            raise InputError(f"{name} holds values below 0, which no {'count' if is_count else 'variance'} has")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import BinaryIO
 
 import torch
 
-from gac.errors import InputError
+from gac.errors import InputError, quoted
 from gac.files import atomic_write
 
 FORMAT = "gac-checkpoint-1"
@@ -61,7 +62,7 @@ def name_of(path: str | os.PathLike | BinaryIO) -> str:
 def _read(file: BinaryIO, name: str) -> dict:
     start = file.tell()
     try:
-        _check_sums(file)
+        _check_bytes(file)
         payload = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         file.seek(start)
@@ -80,26 +81,49 @@ def _read(file: BinaryIO, name: str) -> dict:
         raise InputError(f"checkpoint {name}: holds a {type(payload).__name__}, expected a dict")
     if payload.get("format", FORMAT) != FORMAT:
         raise InputError(
-            f"checkpoint {name}: format {payload['format']!r} is not known to this version, which reads {FORMAT!r}"
+            f"checkpoint {name}: format {quoted(payload['format'])} is not known to this version,"
+            f" which reads {FORMAT!r}"
         )
     return payload
 
 
-def _check_sums(file: BinaryIO) -> None:
+def _check_bytes(file: BinaryIO) -> None:
     """Raise BadZipFile if a record of a file of torch.save differs from its checksum, which torch.load ignores.
 
-    Files written before PyTorch 1.6 are not archives and have no checksums. Compressed records, which torch.save does
-    not write, are refused: there is no end to what they may unpack to.
+    Files written before PyTorch 1.6 are not archives and have no checksums. There is no end to what compressed records
+    may unpack to and to how often records may overlap, neither of which torch.save writes, and to the size of a
+    bytearray, which torch.load makes: they are refused (the last with UnpicklingError).
     """
     start = file.tell()
     is_archive = file.read(4) == b"PK\x03\x04"
     if is_archive:
         with zipfile.ZipFile(file) as archive:
-            if compressed := [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]:
+            records = archive.infolist()
+            if compressed := [each.filename for each in records if each.compress_type != zipfile.ZIP_STORED]:
                 raise zipfile.BadZipFile(f"{compressed[0]} is compressed")
+            if sum(each.file_size for each in records) > file.seek(0, os.SEEK_END):
+                raise zipfile.BadZipFile("its records overlap")
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
+            for each in records:
+                if each.filename.endswith(".pkl"):
+                    _check_names(archive.open(each))
+    else:
+        file.seek(start)
+        # A number, a version and the system come before the content.
+        for _ in range(4):
+            _check_names(file)
     file.seek(start)
+
+
+def _check_names(pickled: BinaryIO) -> None:
+    """Raise UnpicklingError for what is no pickle, and for what torch.load allows and no checkpoint of networks has."""
+    try:
+        for operation, name, _ in pickletools.genops(pickled):
+            if operation.name == "GLOBAL" and name.endswith(" bytearray"):
+                raise pickle.UnpicklingError(f"it makes a {name}")
+    except ValueError as error:
+        raise pickle.UnpicklingError(f"it is no pickle: {error}") from error
 
 
 def _holds_other_objects(file: BinaryIO) -> bool:

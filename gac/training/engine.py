@@ -374,6 +374,7 @@ class Trainer:
                     raise InputError(f"its entry training.{name} is missing")
                 check_state(name, training[name], part.state_dict)
                 part.load_state_dict(training[name])
+            check_state("ranks", training.get("ranks", 1), dict)
             check_progress(asdict(self.position), self.history, self.config.train.epochs, self.batches)
             if self.position.step:
                 # The rate of the last step: whoever writes the state before the next one finds it there.

@@ -91,6 +91,9 @@ def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:
     """
     if name == "history":
         _validate(name, _History, state)
+        # pydantic takes a tensor of one value for a number; JSON does not.
+        if not all(isinstance(value, int | float) for line in state for value in line.values()):
+            raise _damaged(name, "expected numbers")
     elif name == "totals":
         _check_totals(state)
     elif name == "scaler":
@@ -118,6 +121,7 @@ _ENTRIES: dict[str, type] = {
     "random_state": RandomStateEntry,
     "optimizer": OptimizerEntry,
     "average": AverageEntry,
+    "ranks": PositiveInt,
 }
 
 

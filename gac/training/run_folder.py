@@ -280,7 +280,8 @@ def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> No
         )
     if "totals" not in payload["training"]:
         written_by = payload.get("versions")
-        version = written_by.get("gac") if isinstance(written_by, dict) else "of another version"
+        version = written_by.get("gac") if isinstance(written_by, dict) else None
+        version = version if isinstance(version, str) else "of another version"
         raise InputError(f"cannot resume {checkpoint}: it was written by gac {version}, which can continue it")
     if before["train.epochs"] < after["train.epochs"]:
         logger.warning(
@@ -306,7 +307,11 @@ def check_same_data(payload: Mapping[str, Any], now: DataInfo, checkpoint: Path)
     else:
         # Checkpoints of earlier versions hold only the sizes, or not even those.
         before = payload["training"].get("data", sizes)
-        if not isinstance(before, dict) or before.keys() != sizes.keys():
+        if (
+            not isinstance(before, dict)
+            or before.keys() != sizes.keys()
+            or not all(isinstance(size, int) for size in before.values())
+        ):
             raise InputError(f"cannot resume {checkpoint}: its entry training.data is damaged")
     differing = [f"{before[name]} {name}, now {sizes[name]}" for name in sizes if before[name] != sizes[name]]
     if then is not None and not differing:

@@ -16,6 +16,7 @@ from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.config import Config, ModelConfig
 from gac.errors import InputError
 from gac.models import create_model
+from hostile import wide
 
 
 def test_our_file_gives_the_same_network(tmp_path):
@@ -70,7 +71,7 @@ def bare_but(**changes):
         (lambda folder: {"format": "gac-checkpoint-1"}, "entry model is missing or damaged"),
         (ours_but(num_classes=None), "entry num_classes is missing or damaged"),
         (ours_but(config="x"), "entry config is missing or damaged"),
-        (ours_but(config={"model": 3}), "entry config is damaged"),
+        (ours_but(config={"model": 3}), "its configuration: model must be a section with its fields; got 3"),
         (ours_but(config={"model": {"T": "six"}}), r"model\.T must be a whole number; got 'six'"),
         (ours_but(config={"model": {"colour": 3}}), "colour"),
         (ours_but(model={"stem.conv.weight": 3}), r"other entries: stem\.conv\.weight"),
@@ -90,6 +91,13 @@ def bare_but(**changes):
             bare_but(head__weight=torch.zeros(1).expand(2**40, 32)),
             r"head\.weight has shape .*, more than the file",
         ),
+        (bare_but(head__bias=torch.zeros(4, dtype=torch.float8_e5m2)), r"head\.bias is torch\.float8_e5m2, expected"),
+        (bare_but(stem__norm__num_batches_tracked=torch.tensor(-1)), "num_batches_tracked holds values below 0"),
+        (bare_but(stem__norm__num_batches_tracked=torch.tensor(1j)), "num_batches_tracked is torch.complex64"),
+        (bare_but(head__bias=torch.nested.nested_tensor([torch.zeros(4)])), r"head\.bias is no plain tensor"),
+        (ours_but(epoch=torch.zeros(2)), "entry epoch is damaged"),
+        (ours_but(weights=[]), "entry weights is damaged"),
+        (ours_but(format=wide()), "format a list is not known"),
         (bare_but(head__bias=torch.zeros(4).to_sparse()), r"head\.bias is no plain tensor"),
         (
             bare_but(**{f"stages__0__0__{k}": torch.zeros(1) for k in "abcde"}),

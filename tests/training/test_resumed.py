@@ -1,9 +1,11 @@
 """A checkpoint to resume from is input: what is wrong with it is one line, and leaves no folder behind."""
 
 import copy
+import json
 import logging
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ import torch
 from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
+from gac.evaluation.report import evaluate_checkpoint, format_report
+from gac.options import parse_eval
 from gac.training.engine import train
 from gac.training.run_folder import read_metrics
+from gac.training.totals import TrainingDiverged
+from hostile import LONG, Edited, assert_one_line, edited, fuzz, saved, wide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +60,14 @@ def without(*path: Any) -> Callable[[dict], None]:
     return change
 
 
+def sizes_of_older_files(images: object) -> Callable[[dict], None]:
+    def change(payload: dict) -> None:
+        del payload["data"]
+        payload["training"]["data"] = {"training images": images, "test images": 32, "classes": 3}
+
+    return change
+
+
 def python_state(*words: int) -> tuple:
     return (3, (*words, *[0] * (625 - len(words))), None)
 
@@ -77,6 +91,10 @@ DAMAGE = {
     "seconds": (entry("training", "position", "seconds", value=float("nan")), "training.position.seconds is damaged"),
     "history": (entry("training", "history", value={"epoch": 1}), "training.history is damaged"),
     "history is short": (entry("training", "history", value=[]), "training.history is damaged: 0 lines after 1"),
+    "history of tensors": (
+        entry("training", "history", value=[{"epoch": torch.tensor(1.0)}]),
+        "training.history is damaged: expected numbers",
+    ),
     "history of texts": (entry("training", "history", value=["x"]), "training.history.0 is damaged"),
     "totals": (entry("training", "totals", value=torch.zeros(3)), "training.totals is damaged"),
     "totals are nan": (entry("training", "totals", value=torch.full((8,), torch.nan).double()), "training.totals is"),
@@ -122,6 +140,13 @@ DAMAGE = {
         "training.average.updates is damaged",
     ),
     "data": (entry("data", value=[]), "its entry data"),
+    "sizes": (sizes_of_older_files(torch.zeros(2)), "its entry training.data is damaged"),
+    "ranks": (entry("training", "ranks", value=torch.ones(2)), "training.ranks is damaged"),
+    "text without an end": (entry("config", "model", "T", value=wide()), "model.T must be a whole number; got a list"),
+    "number without an end": (
+        entry("config", "model", "T", value=-(10**500)),
+        "model.T must be at least 1 and at most 10000; got a number of 1661 bits",
+    ),
 }
 
 
@@ -161,3 +186,58 @@ def test_a_finished_run_goes_on_by_the_schedule_of_the_new_length(
     assert rates == pytest.approx([0.05, 0.025, 0.0125])
     with pytest.raises(InputError, match=r"train\.epochs 3 -> 2"):
         train(plain, tmp_path / "run", resume="auto")
+
+
+def write(edited: Edited, rest: dict[str, Any], path: Path) -> bool:
+    """Write a checkpoint, unless torch.save cannot; the weights are not edited: they are most of the entries."""
+    file = saved(rest | edited.content)
+    if file is not None:
+        path.write_bytes(file)
+    return file is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seconds", [0, LONG])
+def test_whatever_is_resumed_is_a_run_or_one_line(seconds: float, checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    content = copy.deepcopy(checkpoint)
+    path, folder, weights = tmp_path / "last.pt", tmp_path / "new", {"model": content.pop("model")}
+
+    def resume(edited: Edited) -> None:
+        if not write(edited, weights, path):
+            return
+        try:
+            train(TINY, folder, resume=str(path))
+        except InputError as error:
+            assert_one_line(error)
+            assert not folder.exists()
+        except TrainingDiverged:
+            # A momentum may be finite and still far too large.
+            pass
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    fuzz(resume, edited(content), examples=12, seconds=seconds)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seconds", [0, LONG])
+def test_whatever_is_evaluated_is_a_report_or_one_line(
+    seconds: float, checkpoint: dict[str, Any], tmp_path: Path
+) -> None:
+    content = copy.deepcopy(checkpoint)
+    path, weights = tmp_path / "best.pt", {"model": content.pop("model")}
+    del content["training"]
+
+    def score(edited: Edited) -> None:
+        if not write(edited, weights, path):
+            return
+        try:
+            parsed = parse_eval(["--checkpoint", str(path)])
+            report = evaluate_checkpoint(parsed.checkpoint, parsed.payload, parsed.config, parsed.network)
+        except InputError as error:
+            assert_one_line(error)
+        else:
+            json.dumps(asdict(report))
+            format_report(report)
+
+    fuzz(score, edited(content), examples=40, seconds=seconds)
