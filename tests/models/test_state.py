@@ -3,11 +3,13 @@
 import copy
 import gc
 import io
+import operator
 import pickle
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -206,3 +208,12 @@ class TestANeuronByItself:
         assert whole.sum() > 0
         node.reset()
         assert node.v == 0.0
+
+
+def test_a_spawned_process_gets_the_network_after_a_call() -> None:
+    # A result that needs a gradient belongs to a graph, which no process can hand to another.
+    net = network().requires_grad_(False)
+    net(images(1))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(operator.call, net, images()).result()
+    assert torch.equal(found, network().requires_grad_(False)(images()))
