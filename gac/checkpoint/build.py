@@ -17,7 +17,7 @@ from gac.errors import InputError, first_few, quoted
 from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
 from gac.models.registry import resolve_coding
-from gac.neuron import Surrogate
+from gac.neuron import PRESETS, Surrogate
 
 logger = logging.getLogger("gac")
 
@@ -65,8 +65,8 @@ def load_checkpoint(
             made for the T of training); by default the one it was trained with, or 6 where the file does not say.
         coding: For a bare state dict in our names without gated attention, whose weights do not show whether it is
             direct, rate, latency or phase.
-        neuron: For a bare state dict, which does not show its neurons: LIF preset, by default the one the authors use
-            with the network.
+        neuron: For a bare state dict in our names, which does not show its neurons: LIF preset. In the authors' names
+            it is by default the one that they use with the network.
         tau: For a bare state dict: the neurons' constant, by default the preset's, as in
             :func:`~gac.models.registry.create_model`; and so for the next three.
         v_threshold: See tau.
@@ -222,13 +222,15 @@ def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor]
             "its weights do not show whether it is direct, rate, latency or phase coding: say it with coding="
             " (eval.py: --model.coding)"
         )
+    constants = {"tau", "v_threshold", "surrogate", "detach_reset"}
+    if in_our_names and "neuron" not in asked and not constants <= asked.keys():
+        raise InputError(
+            "its weights do not show its neurons: say which preset they have with neuron= (eval.py: --model.neuron),"
+            f" {' or '.join(PRESETS)}"
+        )
     if (gated or not in_our_names) and asked.get("coding", known["coding"]) != known["coding"]:
         raise InputError(f"coding={asked['coding']} was asked for, but its weights are those of {known['coding']}")
     assumed = [f"T={DEFAULT_T}"] * (not gated and "T" not in asked)
-    if in_our_names and "neuron" not in asked:
-        own = [name for name in ("tau", "v_threshold", "surrogate", "detach_reset") if name in asked]
-        but = f" but for its {' and '.join(own)}" if own else ""
-        assumed.append(f"the neuron that the authors use with this network{but}")
     if assumed:
         logger.warning("a state dict does not say everything: assuming %s", " and ".join(assumed))
     return state, arguments | known | asked

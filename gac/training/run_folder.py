@@ -190,8 +190,7 @@ class FolderLock:
     has no such locks, and no processes that inherit them: there it is filelock's lock on the file run.held, as nobody
     could read the holder in a file that is locked itself.
 
-    The file stays. It means nothing without its lock, and if it were removed, one process could lock the removed file
-    and another one the file that replaced it.
+    The file, which means nothing without its lock, stays unless the folder has nothing else, as no run has begun in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -213,6 +212,10 @@ class FolderLock:
         file = self.path.open("a+")
         try:
             self._lock(file)
+            if not self._is_there(file):
+                # Its holder removed it between the two lines above; another process may have locked a new one.
+                self._release(file)
+                return self.acquire()
             file.truncate(0)
             now = datetime.now().astimezone()
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %z}\n")
@@ -246,8 +249,18 @@ class FolderLock:
     def close(self) -> None:
         """Release the lock, if it is held."""
         if self._file is not None:
+            # Windows removes no file that is open.
+            if self._without_fcntl is None and self._is_there(self._file) and len(os.listdir(self.path.parent)) == 1:
+                self.path.unlink()
             self._release(self._file)
             self._file = None
+
+    def _is_there(self, file: TextIO) -> bool:
+        """Return whether the file that was opened is the one that has its name now."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def _release(self, file: TextIO) -> None:
         file.close()

@@ -32,7 +32,8 @@ def test_our_file_gives_the_same_network(tmp_path):
 def test_a_bare_state_dict_in_our_names_loads(tmp_path, name, T):
     net = create_model(name, 4, T, width=4, kernel_size=3, reduction=3).eval()
     torch.save(net.state_dict(), tmp_path / "weights.pt")
-    loaded = gac.load_checkpoint(tmp_path / "weights.pt", T=T, coding=None if name.startswith("gac") else "direct")
+    coding, neuron = None if name.startswith("gac") else "direct", "cifar" if "cifar" in name else "imagenet"
+    loaded = gac.load_checkpoint(tmp_path / "weights.pt", T=T, coding=coding, neuron=neuron)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), net(images))
 
@@ -112,7 +113,7 @@ def bare_but(**changes):
 def test_damaged_content_is_one_clear_line(tmp_path, content, message):
     torch.save(content(tmp_path), tmp_path / "damaged.pt")
     with pytest.raises(InputError, match=message) as raised:
-        gac.load_checkpoint(tmp_path / "damaged.pt")
+        gac.load_checkpoint(tmp_path / "damaged.pt", neuron="cifar")
     assert "\n" not in str(raised.value)
 
 
@@ -134,7 +135,7 @@ def test_what_wrappers_and_trainers_add_is_taken_off(wrap: Callable, tmp_path: P
     _, net = our_file(tmp_path)
     torch.save(wrap(net), tmp_path / "wrapped.pt")
     images = torch.randn(2, 1, 8, 8)
-    assert gac.load_checkpoint(tmp_path / "wrapped.pt")(images).equal(net(images))
+    assert gac.load_checkpoint(tmp_path / "wrapped.pt", neuron="cifar")(images).equal(net(images))
 
 
 def test_a_file_that_is_open_and_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,18 +203,19 @@ def test_a_checkpoint_from_before_the_constants_has_those_of_its_preset(tmp_path
     assert gac.load_checkpoint(path)(images).equal(net(images))
 
 
-def test_a_state_dicts_neurons_are_the_authors_unless_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_state_dicts_neurons_have_to_be_said(tmp_path: Path) -> None:
     net = create_model("gac_msresnet18_cifar", 4, 3, width=4, depth=[1, 1, 1], **CHOSEN).eval()
     path = tmp_path / "weights.pt"
     torch.save(net.state_dict(), path)
     images = torch.randn(2, 3, 8, 8)
-    assert gac.load_checkpoint(path, **CHOSEN)(images).equal(net(images))
-    assert "assuming the neuron that the authors use with this network but for its tau and v_threshold" in caplog.text
-    caplog.clear()
-    assert gac.load_checkpoint(path).lif.tau == 2.0
-    assert caplog.messages == [
-        "a state dict does not say everything: assuming the neuron that the authors use with this network"
-    ]
+    for said in ({}, {"neuron": "imagenet"}):
+        assert gac.load_checkpoint(path, **CHOSEN, **said)(images).equal(net(images))
+    assert gac.load_checkpoint(path, neuron="cifar").lif.tau == 2.0
+    for said in ({}, {"tau": 3.0, "v_threshold": 0.6}):
+        with pytest.raises(
+            InputError, match=r"do not show its neurons: .* neuron= \(eval\.py: --model\.neuron\), cifar or"
+        ):
+            gac.load_checkpoint(path, **said)
 
 
 def test_what_contradicts_the_file_is_refused(tmp_path: Path) -> None:

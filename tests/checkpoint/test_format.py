@@ -31,7 +31,7 @@ def test_a_format_of_the_future_is_refused(tmp_path):
 def test_a_file_from_before_archives_has_no_checksums_and_loads(tmp_path):
     net = create_model("gac_msresnet18_cifar", 4, 2, width=4)
     torch.save(net.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert gac.load_checkpoint(tmp_path / "old.pth").T == 2
+    assert gac.load_checkpoint(tmp_path / "old.pth", neuron="cifar").T == 2
 
 
 class Malicious:

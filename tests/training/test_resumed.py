@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,21 @@ def test_a_damaged_state_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_resume_that_fails_leaves_a_folder_as_it_was(checkpoint: dict, tmp_path: Path) -> None:
+    payload = copy.deepcopy(checkpoint)
+    next(iter(DAMAGE.values()))[0](payload)
+    write_checkpoint(tmp_path / "last.pt", payload)
+    for content in ([], ["notes.txt"]):
+        folder = tmp_path / f"existing-{len(content)}"
+        folder.mkdir()
+        for name in content:
+            (folder / name).touch()
+        with pytest.raises(InputError, match="cannot resume"):
+            train(TINY, folder, resume=str(tmp_path / "last.pt"))
+        assert {path.name for path in folder.iterdir()} - {"run.lock"} == set(content)
+        assert (folder / "run.lock").exists() == bool(content)
+
+
 def test_the_checkpoint_itself_is_resumed(checkpoint: dict, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "last.pt", checkpoint)
     train(TINY, tmp_path / "new", resume=str(tmp_path / "last.pt"))
@@ -237,7 +252,7 @@ def test_whatever_is_evaluated_is_a_report_or_one_line(
         except InputError as error:
             assert_one_line(error)
         else:
-            json.dumps(asdict(report))
+            json.dumps(report.to_dict())
             format_report(report)
 
     fuzz(score, edited(content), examples=40, seconds=seconds)

@@ -386,3 +386,21 @@ def test_other_errors_are_the_callers(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="Input/output error"):
         lock.acquire()
     assert not lock.held
+
+
+def test_a_lock_file_that_its_holder_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock_file, removed = FolderLock._lock, []
+
+    def lock_as_its_holder_removes_it(lock: FolderLock, file: object) -> None:
+        lock_file(lock, file)
+        if not removed:
+            removed.append(lock.path.read_text())
+            lock.path.unlink()
+
+    monkeypatch.setattr(FolderLock, "_lock", lock_as_its_holder_removes_it)
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert removed
+    assert lock.path.read_text().startswith(f"process {os.getpid()} ")
+    lock.close()
+    assert not list(tmp_path.iterdir())
