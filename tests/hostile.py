@@ -243,7 +243,7 @@ def saved(content: object, **options: Any) -> bytes | None:
     file = io.BytesIO()
     try:
         torch.save(content, file, **options)
-    except (RuntimeError, NotImplementedError, RecursionError, AttributeError):
+    except (RuntimeError, NotImplementedError, RecursionError, AttributeError, KeyError):
         return None
     return file.getvalue()
 

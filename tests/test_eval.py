@@ -130,7 +130,8 @@ def cifar_shaped(tmp_path: Path) -> list[str]:
     """A state dict without configuration, as the authors' files are, and a data set it fits."""
     torch.manual_seed(0)
     torch.save(create_model("gac_msresnet18_cifar", 10, T=4, width=8).state_dict(), tmp_path / "weights.pt")
-    return ["--checkpoint", str(tmp_path / "weights.pt"), "--data.image_size=8", "--data.synthetic_images=40"]
+    said = ["--model.neuron=cifar", "--data.image_size=8", "--data.synthetic_images=40"]
+    return ["--checkpoint", str(tmp_path / "weights.pt"), *said]
 
 
 def test_a_file_without_configuration_needs_the_data_sets_name(
@@ -161,7 +162,8 @@ def test_the_published_number_stands_beside_the_published_network(
         return replace(data, info=replace(data.info, name="cifar10"))
 
     monkeypatch.setattr("gac.evaluation.report.build_data", small_cifar10)
-    assert eval_main(["--checkpoint", str(tmp_path / "weights.pt"), "--data.name=cifar10", "--device=cpu"]) == 0
+    said = ["--data.name=cifar10", "--model.neuron=cifar", "--device=cpu"]
+    assert eval_main(["--checkpoint", str(tmp_path / "weights.pt"), *said]) == 0
     published = capsys.readouterr().out.splitlines()[-1]
     assert published.startswith("published")
     assert "96.18 %" in published
@@ -176,7 +178,9 @@ def test_the_number_of_time_steps_is_free_without_gated_attention_only(
     torch.save(create_model("msresnet18_cifar", 10, T=1, width=8).state_dict(), tmp_path / "weights.pt")
     plain = ["--checkpoint", str(tmp_path / "weights.pt"), "--data.name=synthetic", "--data.image_size=8"]
     assert "do not show whether it is direct, rate, latency or phase" in error_of(capsys, *plain)
-    plain.append("--model.coding=direct")
+    plain += ["--model.coding=direct"]
+    assert "its weights do not show its neurons: say which preset" in error_of(capsys, *plain)
+    plain += ["--model.neuron=cifar"]
     for options, T in (([], 6), (["--model.T=3"], 3)):
         assert eval_main([*plain, *options, "--device=cpu"]) == 0
         assert capsys.readouterr().out.count("t = 1..") == T
@@ -224,3 +228,14 @@ def test_what_the_terminal_cannot_show_costs_no_result(run: Path, tmp_path: Path
     assert (process.returncode, process.stderr.count("\n")) == (0, 1), process.stderr
     assert json.loads(scores.read_text())["scores"]["images"] == 10
     assert len(predictions.read_text().splitlines()) == 11
+
+
+def test_memory_that_cannot_be_had_is_one_line(
+    cifar_shaped: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gac.memory.available_memory", lambda: 2**28)
+    torch.save(create_model("msresnet18_cifar", 10, T=1, width=8).state_dict(), tmp_path / "weights.pt")
+    options = [*cifar_shaped, "--data.name=synthetic", "--device=cpu", "--model.coding=direct"]
+    error = error_of(capsys, *options, "--model.T=10000")
+    assert "train.eval_batch_size 256 with model.width 8 and model.T 10000 on images of 8 x 8 pixels needs" in error
+    assert eval_main([*options, "--model.T=2"]) == 0

@@ -128,5 +128,5 @@ def test_the_stem_counts_every_frame_in_the_memory_that_is_needed(file: Path, mo
     data = open_data(config, torch.device("cpu"), None, SINGLE_PROCESS)
     for each in (data, replace(data, info=replace(data.info, frames=None))):
         check_memory(config, each, torch.device("cpu"), SINGLE_PROCESS)
-    (_, frames, _), (_, images, _) = needed[:3], needed[3:]
+    (_, frames), (_, images) = needed[:2], needed[2:]
     assert frames - images == 4 * config.train.batch_size * (T - 1) * config.model.width * 8 * 8

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import gac
+from gac.checkpoint import write_checkpoint
+from gac.config import Config, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +24,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 def test_the_coding_picture_is_drawn_from_a_checkpoint(tmp_path):
     torch.manual_seed(0)
     net = gac.create_model("gac_msresnet18_cifar", 10, 2, width=4, depth=[1, 1, 1], in_channels=1)
-    torch.save(net.state_dict(), tmp_path / "net.pt")
+    config = Config(model=ModelConfig(T=2, width=4, depth=[1, 1, 1]))
+    entries = {"model": net.state_dict(), "config": config.to_dict(), "num_classes": 10, "in_channels": 1}
+    write_checkpoint(tmp_path / "net.pt", entries)
     done = run(ROOT / "examples" / "coding_picture.py", tmp_path / "net.pt", tmp_path / "coding.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"wrote {tmp_path / 'coding.png'}: test image ")

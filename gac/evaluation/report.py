@@ -23,6 +23,7 @@ from gac.execution import random_state
 from gac.execution.cuda_graph import check_capturable, select_capture
 from gac.execution.device import check_precision, describe_precision, memory_format, select_device
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
+from gac.execution.footprint import check_evaluation
 from gac.models.ms_resnet import MSResNet
 from gac.version import versions
 
@@ -113,6 +114,8 @@ def evaluate_checkpoint(
         batches = _as_trained(batches, torch.tensor(labels, device=device))
     if amp is None:
         amp = config.train.amp if ours and (config.train.amp != "fp16" or device.type == "cuda") else "off"
+    if device.type == "cpu":
+        ranks.together(lambda: check_evaluation(network, data, config.train, ranks, amp))
     # Rate coding must not draw the same numbers for the images of every rank.
     with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)

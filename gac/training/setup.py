@@ -1,7 +1,7 @@
 """The device, the data set and the network of a training run."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -10,6 +10,7 @@ from gac.checkpoint import initialise, is_ours, read_checkpoint, read_config
 from gac.config import Config, ModelConfig, TrainConfig
 from gac.data import Data, DataInfo, build_data
 from gac.errors import InputError
+from gac.execution import footprint
 from gac.execution.cuda_graph import check_capturable
 from gac.execution.device import check_precision, select_device
 from gac.execution.distributed import Ranks
@@ -128,37 +129,15 @@ def check_memory(config: Config, data: Data, device: torch.device, ranks: Ranks)
     )
     if device.type != "cpu":
         return
-    maps = [channels * height * width for channels, height, width in _feature_maps(network, data)]
-    frames = [1 if _repeats_an_image(network, data) else model.T, *[model.T] * (len(maps) - 1)]
-    outputs = [values * repeats for values, repeats in zip(maps, frames, strict=True)]
-    kept = max(outputs) if train.checkpoint_activations else sum(outputs)
-    size = f"model.T {model.T} on images of {data.info.height} x {data.info.width} pixels"
-    in_bytes = 4 if train.amp == "off" else 2
-    largest = max(_batch_sizes(data, train))
-    for name, images, values, remedy in (
-        ("batch_size", largest // (ranks.size * train.accumulate_steps), kept, " or a larger train.accumulate_steps"),
-        ("eval_batch_size", min(train.eval_batch_size, data.test.size) // ranks.size, max(outputs), ""),
-    ):
-        check_fits(
-            f"train.{name} {getattr(train, name)} with model.width {model.width} and {size}",
-            in_bytes * max(1, images) * values,
-            f"choose smaller ones{remedy}",
-        )
-
-
-def _repeats_an_image(network: MSResNet, data: Data) -> bool:
-    """Return whether the stem runs once for all time steps."""
-    return data.info.frames is None and network.coding_name in ("gac", "direct")
-
-
-def _feature_maps(network: MSResNet, data: Data) -> Iterator[tuple[int, int, int]]:
-    """Yield channels, height and width of the output of the stem and of both convolutions of each block."""
-    height, width = data.info.height, data.info.width
-    # The padded convolutions divide the sides by their strides and round up.
-    for layer in (network.stem, *(conv for stage in network.stages for b in stage for conv in (b.conv1, b.conv2))):
-        stride, _ = layer.conv.stride
-        height, width = -(-height // stride), -(-width // stride)
-        yield layer.conv.out_channels, height, width
+    outputs = footprint.output_values(network, data.info)
+    check_fits(
+        f"train.batch_size {train.batch_size} with {footprint.describe(network, data.info)}",
+        (4 if train.amp == "off" else 2)
+        * max(1, max(_batch_sizes(data, train)) // (ranks.size * train.accumulate_steps))
+        * (max(outputs) if train.checkpoint_activations else sum(outputs)),
+        "choose smaller ones or a larger train.accumulate_steps",
+    )
+    footprint.check_evaluation(network, data, train, ranks, train.amp)
 
 
 def _batch_sizes(data: Data, config: TrainConfig) -> set[int]:
@@ -175,9 +154,9 @@ def _check_batch_norm(network: MSResNet, data: Data, config: TrainConfig, ranks:
     on_each_rank = [batch // ranks.size for batch in _batch_sizes(data, config)]
     if min(images // min(config.accumulate_steps, images) for images in on_each_rank) > 1:
         return
-    values = [height * width * network.T for _, height, width in _feature_maps(network, data)]
+    values = [height * width * network.T for _, height, width in footprint.feature_maps(network, data.info)]
     # The stem normalises one frame in place of T equal ones.
-    if _repeats_an_image(network, data):
+    if footprint.repeats_an_image(network, data.info):
         values[0] //= network.T
     if min(values) == 1:
         raise InputError(

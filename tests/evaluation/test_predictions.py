@@ -176,7 +176,7 @@ def test_images_without_labels_are_classified_and_not_scored(photographs, tree, 
     assert rows == expected
     # A network that does not know the names of its classes.
     torch.save(read_checkpoint(photographs)["model"], tmp_path / "bare.pt")
-    size = ("--data.image_size=16", "--data.resize=18", "--data.workers=0", "--device=cpu")
+    size = ("--data.image_size=16", "--data.resize=18", "--data.workers=0", "--device=cpu", "--model.neuron=imagenet")
     _, rows = run(tmp_path / "bare.pt", "--data.name=imagefolder", "--data.root", str(folder), *size)
     assert {row["prediction2"] for row in rows} <= {"0", "1", "2"}
 
@@ -236,7 +236,13 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path, capsys) -> None:
         network.head.bias[3] = 3e38
         network.head.weight[3] = 3e38
     torch.save(network.state_dict(), tmp_path / "large.pt")
-    data = ("--data.name=synthetic", "--data.image_size=8", "--model.coding=direct", "--device=cpu")
+    data = (
+        "--data.name=synthetic",
+        "--data.image_size=8",
+        "--model.coding=direct",
+        "--model.neuron=cifar",
+        "--device=cpu",
+    )
     command = ("--checkpoint", str(tmp_path / "large.pt"), *data, "--json", str(tmp_path / "out.json"))
     error = error_of(capsys, *command)
     assert "the outputs for 128 of 128 images are not finite in float32, 0 the first of them" in error
