@@ -5,10 +5,12 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as st
 
 from gac.config import FIELDS, SECTIONS
 from gac.errors import InputError
 from gac.options import TrainArguments, parse_train
+from hostile import LONG, fuzz
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 # What readers of YAML and of numbers have stumbled over.
@@ -63,12 +65,7 @@ def check(draw: random.Random, path: Path) -> None:
         os.fsencode(result.output)
 
 
-def test_a_configuration_or_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for seed in range(120):
-        check(random.Random(seed), tmp_path / "run.yaml")
-
-
-@pytest.mark.slow
-def test_a_configuration_or_one_line_many_times(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for seed in range(1000, 13000):
-        check(random.Random(seed), tmp_path / "run.yaml")
+@pytest.mark.parametrize("seconds", [0, LONG])
+def test_a_configuration_or_one_line(seconds: float, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    drawn = st.randoms(use_true_random=False)
+    fuzz(lambda draw: check(draw, tmp_path / "run.yaml"), drawn, examples=100, seconds=seconds)
