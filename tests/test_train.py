@@ -367,7 +367,7 @@ def test_chosen_constants_of_the_neuron_from_the_command_line_to_evaluation(
         "--device=cpu",
     ]
     bare += ["--data.image_size=8", "--data.synthetic_images=40"]
-    for options, same in (([], False), (chosen, True)):
+    for options, same in ((["--model.neuron=cifar"], False), (chosen, True)):
         assert eval_main([*bare, *options]) == 0
         loss = json.loads((tmp_path / "scores.json").read_text())["scores"]["loss"]
         assert (loss == pytest.approx(line["test_loss"])) is same
