@@ -6,6 +6,7 @@ timed family and T, in float64, where rounding decides no spike.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ NETWORK_TESTS = (
     *OPERATION_TESTS,
     *("tests/models/test_fused.py", "tests/models/test_teacher_forcing.py", "tests/benchmarks/test_candidates.py"),
 )
+ON_ONE_GPU = "gpu and not several_gpus"
 VERDICTS = ("failure", "error", "skipped")
 BATCH, LIMIT = 4, 1e-8
 # Of the gate, before the sigmoid. Higher, it is 1 after rounding: the membrane is then on the threshold, where
@@ -40,7 +42,7 @@ BATCH, LIMIT = 4, 1e-8
 LARGEST_SCORE = 6.0
 
 
-def run_tests(paths: Sequence[str], report: Report, marker: str = "gpu") -> None:
+def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) -> None:
     """Run tests of the kernels on a GPU, in a process of their own, and report how many have passed.
 
     Raises MeasurementError if one fails or is skipped, or if there is none.
@@ -59,7 +61,7 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = "gpu") -> None
     bad = [f"{case.get('name')} ({verdict.tag})" for case in cases for verdict in case if verdict.tag in VERDICTS]
     if bad or not cases:
         what = f"{len(bad)} of {len(cases)} tests of the kernels did not pass: {', '.join(bad[:3])}"
-        raise MeasurementError(f"{what}; nothing was timed, see python {' '.join(command)}")
+        raise MeasurementError(f"{what}; nothing was timed, see python {shlex.join(command)}")
     report.line("equality", f"{len(cases)} tests of the kernels passed on this device")
     report.data["kernel_tests"] = len(cases)
 

@@ -55,6 +55,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
         if not backend.cupy_installed():
             pytest.skip("CuPy is not installed")
+    if item.get_closest_marker("several_gpus") is not None and torch.cuda.device_count() < 2:
+        pytest.skip("no second CUDA device")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

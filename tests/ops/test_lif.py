@@ -503,7 +503,7 @@ class TestDevice:
         stream.synchronize()
         assert torch.equal(spikes.cpu(), lif.reference(x, 0.0, CIFAR)[0])
 
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
+    @pytest.mark.several_gpus
     def test_on_another_device(self) -> None:
         assert_kernels_equal_reference(make_input((6, 2, 8, 4, 4), torch.float16, "contiguous", "cuda:1"), 0.0, CIFAR)
         assert torch.cuda.current_device() == 0
