@@ -4,7 +4,7 @@ Ours are written atomically, the authors' are read as they are; neither can run 
 """
 
 from gac.checkpoint.build import FixedT, build_network, initialise, load_checkpoint, load_weights, read_config
-from gac.checkpoint.format import FORMAT, DamagedCheckpoint, is_ours, read_checkpoint, write_checkpoint
+from gac.checkpoint.format import FORMAT, DamagedCheckpoint, is_ours, is_plain, read_checkpoint, write_checkpoint
 
 __all__ = [
     "FORMAT",
@@ -13,6 +13,7 @@ __all__ = [
     "build_network",
     "initialise",
     "is_ours",
+    "is_plain",
     "load_checkpoint",
     "load_weights",
     "read_checkpoint",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gac.checkpoint import authors
-from gac.checkpoint.format import is_ours, name_of, read_checkpoint
+from gac.checkpoint.format import is_ours, is_plain, name_of, read_checkpoint
 from gac.coding import Coding
 from gac.config import Config
 from gac.errors import InputError, first_few, quoted
@@ -213,7 +213,10 @@ def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor]
     """Return the same for a state dict, which shows only sizes; what was ``asked`` for says the rest."""
     state = _unwrapped(payload)
     in_our_names = "stem.conv.weight" in state
-    state = state if in_our_names else authors.convert(state)
+    if not in_our_names:
+        # Before tensors with several names are compared, which not every type can be.
+        _check_values(state)
+        state = authors.convert(state)
     arguments = _infer_arguments(state)
     gated = _SQUEEZE in state
     known = {"T": arguments.get("T", DEFAULT_T), "coding": "gac" if gated else "direct", "neuron": None}
@@ -261,7 +264,7 @@ def _checked_state(state: object) -> dict[str, Tensor]:
             f" {first_few([key if isinstance(key, str) else quoted(key) for key in others])}"
         )
     for name, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+        if not is_plain(value):
             raise InputError(f"{name} is no plain tensor ({value.layout}, {value.dtype})")
         # A stride of 0 makes any size of a few bytes.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():

@@ -138,3 +138,8 @@ def _holds_other_objects(file: BinaryIO) -> bool:
 def is_ours(payload: dict) -> bool:
     """Return whether a checkpoint's content is in our format, which includes the configuration."""
     return "format" in payload
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor that was read has its numbers in memory, one after the other or by strides."""
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)

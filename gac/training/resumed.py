@@ -1,7 +1,7 @@
 """What a checkpoint to resume from may hold: it is input, as a configuration file is."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from pydantic import (
 )
 from torch import Tensor
 
+from gac.checkpoint import is_plain
 from gac.errors import InputError
 
 _Finite = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
@@ -89,6 +90,8 @@ def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:
         fresh: Returns what a run that has just begun with the same configuration would save there. Called only for
             what no other rank has a part in.
     """
+    if not all(map(is_plain, _tensors(state))):
+        raise _damaged(name, "it holds a tensor that is not plain")
     if name == "history":
         _validate(name, _History, state)
         # pydantic takes a tensor of one value for a number; JSON does not.
@@ -135,6 +138,18 @@ def check_progress(position: Mapping[str, Any], history: list, epochs: int, batc
         )
     if len(history) != epoch:
         raise _damaged("history", f"{len(history)} lines after {epoch} epochs")
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries, however deep; each of these is entered once."""
+    seen, waiting = set(), [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def check_optimizer_state(state: Mapping[int, Mapping[str, Any]], shapes: list[torch.Size], names: list[str]) -> None:

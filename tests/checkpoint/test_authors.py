@@ -49,6 +49,14 @@ def test_aliases_that_disagree_are_refused(tmp_path):
         gac.load_checkpoint(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex32])
+def test_aliases_of_a_type_that_cannot_be_compared_are_refused(tmp_path, dtype):
+    name = "layer1.0.conv1_s.bn.bn.bias"
+    path = tampered(tmp_path, lambda state: state.update({name: state[name].to(dtype)}))
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}, expected a floating-point type"):
+        gac.load_checkpoint(path)
+
+
 def test_unknown_keys_are_listed(tmp_path):
     path = tampered(tmp_path, lambda state: state.update({"layer1.0.gate.weight": torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"unknown keys: layer1\.0\.gate\.weight"):

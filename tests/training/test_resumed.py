@@ -98,6 +98,14 @@ DAMAGE = {
     "history of texts": (entry("training", "history", value=["x"]), "training.history.0 is damaged"),
     "totals": (entry("training", "totals", value=torch.zeros(3)), "training.totals is damaged"),
     "totals are nan": (entry("training", "totals", value=torch.full((8,), torch.nan).double()), "training.totals is"),
+    "totals without numbers": (
+        entry("training", "totals", value=torch.empty(8, dtype=torch.float64, device="meta")),
+        "training.totals is damaged: it holds a tensor that is not plain",
+    ),
+    "sparse totals": (
+        entry("training", "totals", value=torch.zeros(8, dtype=torch.float64).to_sparse()),
+        "training.totals is damaged: it holds a tensor that is not plain",
+    ),
     "scaler": (entry("training", "scaler", value={"scale": 1.0}), "training.scaler is damaged"),
     "optimizer": (entry("training", "optimizer", value=3), "training.optimizer is damaged"),
     "optimizer lacks": (
