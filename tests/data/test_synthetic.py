@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
 from gac.data.synthetic import load_synthetic
+from gac.errors import InputError
 
 
 def test_shapes_and_ranges():
@@ -30,3 +32,11 @@ def test_statistics_are_the_uniform_distributions():
     data = load_synthetic(images=4, classes=1, image_size=1)
     assert np.allclose(data.mean, values.mean(), rtol=1e-12)
     assert np.allclose(data.std, values.std(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("images", "image_size"), [(2**50, 8), (512, 10**6), (2**63, 2**63)])
+def test_more_than_the_memory_is_refused_at_once(images, image_size):
+    with pytest.raises(
+        InputError, match=f"data.synthetic_images {images} of data.image_size {image_size} needs .* GiB"
+    ):
+        load_synthetic(images=images, classes=3, image_size=image_size)
