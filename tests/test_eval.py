@@ -239,3 +239,13 @@ def test_memory_that_cannot_be_had_is_one_line(
     error = error_of(capsys, *options, "--model.T=10000")
     assert "train.eval_batch_size 256 with model.width 8 and model.T 10000 on images of 8 x 8 pixels needs" in error
     assert eval_main([*options, "--model.T=2"]) == 0
+
+
+def test_a_checkpoint_that_says_another_T_than_its_weights(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payload = read_checkpoint(run / "best.pt")
+    payload["config"]["model"]["T"] = 6
+    write_checkpoint(tmp_path / "best.pt", payload)
+    error = error_of(capsys, "--checkpoint", str(tmp_path / "best.pt"))
+    assert "T=6 was asked for, but its gated attention is made for T=2" in error

@@ -245,7 +245,7 @@ def _build(payload: dict[str, Any], asked: Mapping[str, Any]) -> MSResNet:
     try:
         return build_network(payload, **asked)
     except FixedT as fixed:
-        if asked["T"] > fixed.T:
+        if "T" not in asked or asked["T"] > fixed.T:
             raise
     network = build_network(payload, **{name: value for name, value in asked.items() if name != "T"})
     logger.info("running all %d time steps and scoring the first %d", network.T, asked["T"])
