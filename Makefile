@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 help:
 	@echo "make demo     install into .venv, train on handwritten digits, evaluate (no download, no GPU needed)"
 	@echo "make test     install into .venv, lint, run all tests but the slow ones"
-	@echo "make test-slow  those: longer training against the original's numbers, fuzzing, compiling (three minutes)"
+	@echo "make test-slow  those: longer training against the original's numbers, fuzzing, compiling (a quarter of an hour)"
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make clean    remove .venv and the demo's run folder"
 	@echo "EXTRAS=dev leaves CuPy out (machines without CUDA wheels); PYTHON=python3.12 picks the interpreter"
