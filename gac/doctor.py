@@ -1,13 +1,15 @@
 """Report which parts of the installation work and what to install for the others: python -m gac.doctor."""
 
-import argparse
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 
+from gac.command_line import Parser
+from gac.errors import InputError
 from gac.execution.device import describe_device
 from gac.execution.environment import describe_environment
 from gac.neuron import PRESETS
@@ -155,10 +157,14 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print all checks; return 0 if what is there works (no GPU is fine), 1 if something installed is broken."""
-    parser = argparse.ArgumentParser(prog="python -m gac.doctor", description=__doc__)
+    """Print all checks; return 0 if what is there works (no GPU is fine), 1 if not, 2 for bad arguments."""
+    parser = Parser("gac.doctor", __doc__)
     parser.epilog = "Exit status 0: what is installed works (no GPU is fine); 1: something installed is broken."
-    parser.parse_args(arguments)
+    try:
+        parser.parse_args(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     healthy = True
     for title, section in SECTIONS.items():
         print(title)

@@ -99,3 +99,8 @@ def test_comparison_finds_wrong_outputs_and_gradients(
 def test_another_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
     assert "mps: neurons run in torch, which has not been tried there" in [check.text for check in doctor.backends()]
+
+
+def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert doctor.main(["--gpu"]) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --gpu; --help lists all options\n"

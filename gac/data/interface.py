@@ -101,6 +101,8 @@ class DataInfo:
             raise InputError(f"its entry {name} is damaged: {first['msg']}") from None
         if info.class_names is not None and len(info.class_names) != info.num_classes:
             raise InputError(f"its entry data is damaged: {len(info.class_names)} names of {info.num_classes} classes")
+        if min(info.height, info.width, info.channels, 1 if info.frames is None else info.frames) < 1:
+            raise InputError(f"its entry data is damaged: images of {info.shape} with {info.channels} channels")
         finite = all(map(math.isfinite, (*info.mean, *info.std))) and all(std > 0 for std in info.std)
         if not (finite and len(info.mean) == len(info.std) == info.channels):
             raise InputError(f"its entry data is damaged: mean {info.mean} and std {info.std}")

@@ -150,6 +150,8 @@ INFO = DataInfo("npz", 2, 1, 8, 8, ("a", "b"), 90, 10, (0.5,), (0.25,), "0" * 64
         ({"name": "npz"}, "its entry data.num_classes is damaged: Field required"),
         (INFO.to_dict() | {"class_names": ["a"]}, "1 names of 2 classes"),
         (INFO.to_dict() | {"std": (0.0,)}, "mean (0.5,) and std (0.0,)"),
+        (INFO.to_dict() | {"height": -1}, "its entry data is damaged: images of -1 x"),
+        (INFO.to_dict() | {"frames": 0}, "its entry data is damaged: images of"),
         (INFO.to_dict() | {"mean": (0.5, 0.5)}, "mean (0.5, 0.5)"),
         (INFO.to_dict() | {"mean": (float("nan"),)}, "mean (nan,)"),
     ],
