@@ -11,12 +11,16 @@ RUN := $(VENV)/bin/python
 comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help install demo test test-slow lint format clean
+# The first seed from that of the configuration on with which rounding to half precision changes no prediction.
+WEIGHTS := train.py --config configs/digits.yaml --train.seed 1001
+
+.PHONY: help install demo weights test test-slow lint format clean
 
 help:
 	@echo "make demo     install into .venv, train on handwritten digits, evaluate (no download, no GPU needed)"
 	@echo "make test     install into .venv, lint, run all tests but the slow ones"
 	@echo "make test-slow  those: longer training against the original's numbers, fuzzing, compiling (a quarter of an hour)"
+	@echo "make weights  train the network that travels in the package again"
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make clean    remove .venv and the demo's run folder"
 	@echo "EXTRAS=dev leaves CuPy out (machines without CUDA wheels); PYTHON=python3.12 picks the interpreter"
@@ -34,6 +38,11 @@ demo: install
 	$(RUN) train.py --config configs/digits.yaml --output runs/demo
 	$(RUN) eval.py --checkpoint runs/demo/best.pt
 
+weights: install
+	rm -rf runs/weights
+	$(RUN) $(WEIGHTS) --output runs/weights
+	$(RUN) -m gac.release --checkpoint runs/weights/best.pt --output gac/weights/digits.safetensors --command "$(WEIGHTS)"
+
 test: install lint
 	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(RUN) -m pytest --numprocesses $(WORKERS) -m "not slow"
 
@@ -49,4 +58,4 @@ format: install
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) runs/demo runs/weights
