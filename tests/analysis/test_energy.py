@@ -150,7 +150,7 @@ class Attention(nn.Module):
 def test_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(InputError, match=r"Attention cannot be counted, .* no rule for aten\._?scaled_dot_product"):
         measure_energy(Attention(), [torch.rand(1, 2, 3, 3)])
-    with pytest.raises(InputError, match="there are none"):
+    with pytest.raises(InputError, match="there are no images"):
         measure_energy(nn.Conv2d(1, 1, 1), [])
     with pytest.raises(InputError, match=r"expected images \[B, C, H, W\] .*, got \[4, 5\]"):
         measure_energy(nn.Linear(5, 1), [torch.rand(4, 5)])
