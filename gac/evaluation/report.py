@@ -117,7 +117,8 @@ def evaluate_checkpoint(
     batches = data.test.epoch(0)
     if labels is not None:
         batches = _as_trained(batches, torch.tensor(labels, device=device))
-    collector = Collector(sample, data.test.size // ranks.size) if sample else None
+    classes = []
+    collector = Collector(sample, data.test.size // ranks.size, classes) if sample else None
     if collector is not None:
         batches = collector.watch(batches)
     if amp is None:
@@ -128,7 +129,7 @@ def evaluate_checkpoint(
     with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)
         step = EvaluationStep(network, device, amp, config.train.channels_last, capture, steps)
-        scores = evaluate(step, batches, ranks, classes := [])
+        scores = evaluate(step, batches, ranks, classes)
     ranks.together(lambda: check_readable("test", data.test.size - scores.images, data.test.size))
     predictions = gather(data.test.yielded(), classes, ranks)
     precision = describe_precision(device, amp)
@@ -137,7 +138,7 @@ def evaluate_checkpoint(
     published = find_published(network, _published_name(data.info, scores.images)) if steps == network.T else None
     kept = None
     if collector is not None and collector.places:
-        images = *collector.images_and_labels(), collector.places
+        images = *collector.images_and_labels(), collector.places, collector.mistakes
         kept = Sample(network, *images, data.info, device, amp, step.order, config.train.seed)
     return Report(
         checkpoint=str(path),
