@@ -17,6 +17,7 @@ from gac.analysis.energy import Energy
 from gac.analysis.firing import LayerFiring
 from gac.analysis.gates import Gates
 from gac.data import DataInfo
+from gac.data.arrays import ArraySet
 from gac.evaluation.predictions import ClassScore
 from gac.evaluation.sample import Mistake
 
@@ -127,7 +128,9 @@ def gate_figure(gates: Gates) -> Figure:
     return figure
 
 
-def gate_maps_figure(images: Tensor, gates: Gates, data: DataInfo, captions: Sequence[str] | None = None) -> Figure:
+def gate_maps_figure(
+    images: Tensor, gates: Gates, data: DataInfo | ArraySet, captions: Sequence[str] | None = None
+) -> Figure:
     """Return images [N, C, H, W] (or event frames [N, T, C, H, W]), each beside its gate at every time step.
 
     The images are normalised as ``data`` says; the gates are the mean over channels, of as many images as ``gates`` has
@@ -218,7 +221,7 @@ def class_accuracy_figure(classes: Sequence[ClassScore]) -> Figure:
     return figure
 
 
-def mistakes_figure(mistakes: Sequence[Mistake], names: Sequence[str], data: DataInfo) -> Figure:
+def mistakes_figure(mistakes: Sequence[Mistake], names: Sequence[str], data: DataInfo | ArraySet) -> Figure:
     """Return the images of mistakes (at least one) with prediction, its probability, and label."""
     columns = min(6, len(mistakes))
     rows = -(-len(mistakes) // columns)
@@ -277,7 +280,7 @@ def _around_half(values: np.ndarray) -> Normalize:
     return Normalize(0.5 - reach, 0.5 + reach)
 
 
-def _show(axes: Axes, image: Tensor, data: DataInfo) -> None:
+def _show(axes: Axes, image: Tensor, data: DataInfo | ArraySet) -> None:
     """Draw a normalised image [C, H, W], or the mean of event frames [T, C, H, W], of which channels are added up."""
     mean, std = (np.reshape(each, (-1, 1, 1)) for each in (data.mean, data.std))
     pixels = image.cpu().numpy() * std + mean
