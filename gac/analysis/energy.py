@@ -24,7 +24,7 @@ IMAGES = 256
 
 _MJ_PER_PJ = 1e-9
 # Operations with weights that SpikingJelly's counters have no rule for.
-_UNCOUNTED = re.compile(r"aten\._?(\w*conv\w*|linear|matmul|\w+mm|mv|addmv|addr|v?dot|einsum|\w*attention\w*)\.\w+")
+_UNCOUNTED = re.compile(r"aten\._?(\w*(conv|attention|rnn|lstm|gru)\w*|linear|matmul|trilinear|\w+m[mv]|mv|v?dot)\.\w+")
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,8 @@ def measure_energy(network: nn.Module, batches: Iterable[Tensor]) -> Energy:
             f"the energy of {type(network).__name__} cannot be counted, as SpikingJelly's op_counter has no rule for"
             f" {first_few(missed)}: use layers that compute by convolution, mm, addmm, bmm or baddbmm"
         )
+    if not counter.layers:
+        raise InputError(f"{type(network).__name__} runs no convolution or linear layer, whose energy could be counted")
     root = f"{type(network).__name__}."
     layers = []
     for number, (name, tally) in enumerate(counter.layers.items()):

@@ -19,8 +19,13 @@ def run(network: nn.Module, batches: Iterable[Tensor]) -> int:
         batches: What it is called with: images [B, C, H, W] or sequences [T, B, C, H, W].
 
     Raises:
-        InputError: If there are no images, and for other shapes.
+        InputError: If there are no images, for other shapes, and for a compiled network.
     """
+    if any(map(_is_compiled, network.modules())):
+        raise InputError(
+            f"{type(network).__name__} is compiled, so that its layers cannot be watched: pass the network that it was"
+            " made from"
+        )
     images = 0
     was_training = network.training
     network.eval()
@@ -54,3 +59,9 @@ def find_layer(network: nn.Module, name: str, kind: type[nn.Module], what: str) 
         there = f"there are {first_few(list(layers))}" if layers else f"the network has no {what}"
         raise InputError(f"there is no {what} {name!r}{suggestion}: {there}")
     return layers[name]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # torch.compile's wrapper is told by its one module: importing its class takes a second.
+    wrapper = "_orig_mod" in module._modules
+    return wrapper or isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None

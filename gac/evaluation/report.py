@@ -19,7 +19,7 @@ from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.predictions import ClassScore, Predictions, gather
 from gac.evaluation.published import PublishedResult, find_published
-from gac.evaluation.sample import Collector, Sample
+from gac.evaluation.sample import Collector, Sample, affordable
 from gac.execution import random_state
 from gac.execution.cuda_graph import check_capturable, select_capture
 from gac.execution.device import check_precision, describe_precision, memory_format, select_device
@@ -118,8 +118,9 @@ def evaluate_checkpoint(
     if labels is not None:
         batches = _as_trained(batches, torch.tensor(labels, device=device))
     classes = []
-    collector = Collector(sample, data.test.size // ranks.size, classes) if sample else None
-    if collector is not None:
+    collector = None
+    if sample:
+        collector = Collector(affordable(sample, data.info, device), data.test.size // ranks.size, classes)
         batches = collector.watch(batches)
     if amp is None:
         amp = config.train.amp if ours and (config.train.amp != "fp16" or device.type == "cuda") else "off"
@@ -139,7 +140,8 @@ def evaluate_checkpoint(
     kept = None
     if collector is not None and collector.places:
         images = *collector.images_and_labels(), collector.places, collector.mistakes
-        kept = Sample(network, *images, data.info, device, amp, step.order, config.train.seed)
+        run = device, amp, step.order, config.train.eval_batch_size, config.train.seed
+        kept = Sample(network, *images, data.info, *run)
     return Report(
         checkpoint=str(path),
         epoch=payload.get("epoch") if ours else None,

@@ -1,6 +1,7 @@
 """Some of the test images, kept with the network that was scored on them, for a closer look at both."""
 
 import heapq
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,9 +13,12 @@ from gac.data import DataInfo
 from gac.data.interface import UNLABELLED
 from gac.execution import random_state
 from gac.execution.device import autocast, network_input
+from gac.memory import available_memory
 from gac.models.ms_resnet import MSResNet
 
-_BATCH = 32
+logger = logging.getLogger("gac")
+
+_LARGEST_BATCH = 32
 _MISTAKES = 12
 
 
@@ -51,6 +55,7 @@ class Sample:
     device: torch.device
     amp: str
     order: torch.memory_format
+    batch_size: int
     seed: int
 
     def __str__(self) -> str:
@@ -58,7 +63,7 @@ class Sample:
 
     def inputs(self) -> Iterator[Tensor]:
         """Yield what the network takes for the images, in small batches: [B, C, H, W] or [T, B, C, H, W]."""
-        for batch in self.images.split(_BATCH):
+        for batch in self.images.split(min(self.batch_size, _LARGEST_BATCH)):
             yield network_input(batch, self.order)
 
     @contextmanager
@@ -69,6 +74,16 @@ class Sample:
         """
         with random_state.apart(self.seed, self.device), autocast(self.device, self.amp):
             yield
+
+
+def affordable(count: int, data: DataInfo, device: torch.device) -> int:
+    """Return how many images may be kept beside everything else, at most ``count``; says so if they are fewer."""
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    of_image = 4 * data.channels * data.height * data.width * (data.frames or 1)
+    fit = count if available is None else max(1, available // 4 // of_image)
+    if fit < count:
+        logger.warning("too little memory to keep %d test images for a closer look: %d are kept", count, fit)
+    return min(count, fit)
 
 
 class Collector:
