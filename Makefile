@@ -17,12 +17,12 @@ WEIGHTS := train.py --config configs/digits.yaml --train.seed 1001
 .PHONY: help install demo weights test test-slow lint format clean
 
 help:
-	@echo "make demo     install into .venv, train on handwritten digits, evaluate (no download, no GPU needed)"
+	@echo "make demo     install into .venv, look into a trained network, train on handwritten digits, evaluate (no download)"
 	@echo "make test     install into .venv, lint, run all tests but the slow ones"
 	@echo "make test-slow  those: longer training against the original's numbers, fuzzing, compiling (a quarter of an hour)"
 	@echo "make weights  train the network that travels in the package again"
 	@echo "make format   let ruff rewrite the sources"
-	@echo "make clean    remove .venv and the demo's run folder"
+	@echo "make clean    remove .venv and the demo's and the weights' run folders"
 	@echo "EXTRAS=dev leaves CuPy out (machines without CUDA wheels); PYTHON=python3.12 picks the interpreter"
 
 install: $(INSTALLED)
@@ -34,6 +34,7 @@ $(INSTALLED): setup.cfg pyproject.toml gac/version.py
 	@touch $@
 
 demo: install
+	$(RUN) -m gac.demo
 	rm -rf runs/demo
 	$(RUN) train.py --config configs/digits.yaml --output runs/demo
 	$(RUN) eval.py --checkpoint runs/demo/best.pt
@@ -58,4 +59,4 @@ format: install
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs/demo runs/weights
+	rm -rf $(VENV) runs/demo runs/demo-pictures runs/weights

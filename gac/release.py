@@ -7,13 +7,13 @@ from pathlib import Path
 
 from gac.checkpoint import is_ours, read_checkpoint, read_config
 from gac.checkpoint.weights import SUFFIX, write_weights
-from gac.command_line import Parser, new_file
+from gac.command_line import Parser, finish, new_file
 from gac.config import Config
 from gac.data import build_data
 from gac.data.arrays import ArrayLoader
 from gac.errors import InputError
 from gac.evaluation.report import Report, evaluate_checkpoint
-from gac.files import ResultsNotWritten, atomic_write, writing
+from gac.files import atomic_write, writing
 
 
 def release(checkpoint: Path, output: Path, command: str) -> str:
@@ -85,22 +85,18 @@ def _scores(report: Report) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 for bad input and 1 for a file that is not written."""
+    """Run the command line and return its exit status: 0, 1 for a file that cannot be written, 2 for bad input."""
     parser = Parser("gac.release", __doc__)
     parser.add("--checkpoint", "file of train.py", type=Path, required=True)
     parser.add("--output", "the file to write", type=new_file(SUFFIX), required=True)
     parser.add("--command", "the command that makes the file again, which is stored in it", required=True)
-    try:
+
+    def run() -> None:
         options = parser.parse_args(arguments)
         print(release(options.checkpoint, options.output, options.command))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ResultsNotWritten as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return finish(run)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

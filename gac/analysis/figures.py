@@ -27,6 +27,7 @@ _INK = "#1a1a1b"
 _BLUE, _ORANGE = "#0072B2", "#E69F00"
 _RATES, _AROUND_HALF = "viridis", "PuOr_r"
 _MOST_CLASSES = 30
+_CORNER = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -169,6 +170,38 @@ def accuracy_figure(top1_by_time: Sequence[float]) -> Figure:
         axes.set_xlabel("time steps t")
         axes.set_ylabel("top-1, %")
         axes.set_title("Accuracy of the mean output over steps 1..t")
+    return figure
+
+
+def prediction_figure(
+    images: Tensor, probabilities: Tensor, data: DataInfo, captions: Sequence[str] | None = None
+) -> Figure:
+    """Return images [N, C, H, W] (or event frames [N, T, C, H, W]), each beside the class probabilities at every step.
+
+    ``probabilities``, [T, N, K], are those of the outputs' mean over the first t steps; the largest has the other
+    colour. The images are normalised as ``data`` says.
+    """
+    steps, count, classes = probabilities.shape
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.5 * (steps + 1), 1.25 * count + 0.5), dpi=150, layout="constrained")
+        grid = figure.subplots(count, steps + 1, squeeze=False)
+        for row, (axes_row, image) in enumerate(zip(grid, images, strict=True)):
+            _show(axes_row[0], image, data)
+            if captions is not None:
+                axes_row[0].set_ylabel(_short(captions[row], 14))
+            for axes, shares in zip(axes_row[1:], probabilities[:, row].cpu().numpy(), strict=True):
+                best = shares.argmax()
+                axes.bar(range(classes), 100 * shares, color=[_ORANGE if k == best else _BLUE for k in range(classes)])
+                axes.annotate(data.class_names[best] if data.class_names else best, (0.97, 0.9), **_CORNER)
+                axes.set_ylim(0, 105)
+                axes.set_yticks((0, 50, 100), ("0", "50", "100 %") if axes is axes_row[1] else ("", "", ""))
+                axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+                axes.tick_params(labelsize=7.5, labelbottom=row == count - 1)
+                axes.grid(axis="y")
+        grid[0, 0].set_title("image")
+        for step, axes in enumerate(grid[0, 1:], 1):
+            axes.set_title(f"t = {step}")
+        figure.supxlabel("class; its probability after steps 1..t", fontsize=9)
     return figure
 
 
