@@ -27,7 +27,6 @@ _INK = "#1a1a1b"
 _BLUE, _ORANGE = "#0072B2", "#E69F00"
 _RATES, _AROUND_HALF = "viridis", "PuOr_r"
 _MOST_CLASSES = 30
-_CORNER = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -192,8 +191,9 @@ def prediction_figure(
             for axes, shares in zip(axes_row[1:], probabilities[:, row].cpu().numpy(), strict=True):
                 best = shares.argmax()
                 axes.bar(range(classes), 100 * shares, color=[_ORANGE if k == best else _BLUE for k in range(classes)])
-                axes.annotate(data.class_names[best] if data.class_names else best, (0.97, 0.9), **_CORNER)
-                axes.set_ylim(0, 105)
+                name = data.class_names[best] if data.class_names else str(best)
+                axes.text(best, 100 * shares[best] + 3, _short(name, 10), ha="center", va="bottom", fontsize=8)
+                axes.set_ylim(0, 125)
                 axes.set_yticks((0, 50, 100), ("0", "50", "100 %") if axes is axes_row[1] else ("", "", ""))
                 axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
                 axes.tick_params(labelsize=7.5, labelbottom=row == count - 1)
@@ -201,7 +201,7 @@ def prediction_figure(
         grid[0, 0].set_title("image")
         for step, axes in enumerate(grid[0, 1:], 1):
             axes.set_title(f"t = {step}")
-        figure.supxlabel("class; its probability after steps 1..t", fontsize=9)
+        figure.supxlabel("class, with its probability after steps 1..t", fontsize=9)
     return figure
 
 
