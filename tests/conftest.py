@@ -60,11 +60,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run: their source compiled for the CPU, or the GPU."""
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the kernels run: their source compiled for the CPU, or the GPU, with convolutions in float32."""
     if request.param == "cpu":
         request.getfixturevalue("kernels_on_cpu")
-    return request.param
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield request.param
 
 
 @pytest.fixture
