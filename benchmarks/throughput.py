@@ -94,7 +94,10 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
         common.release_cached_memory(device)
 
     def time_all(calls: dict[str, Callable[[], object]]) -> dict[str, Timing]:
-        return time_in_turns(calls, device, options.rounds, options.steps, lambda name: workloads[name].rest())
+        def rest(name: str) -> None:
+            workloads[name].rest()
+
+        return time_in_turns(calls, device, options.rounds, options.steps, rest, settle=options.settle)
 
     timings = {"train": time_all({name: workloads[name].train_step for name in peaks})}
     for name, timing in timings["train"].items():
@@ -201,7 +204,9 @@ PARSER.add("--largest-batch", help, action="store_true")
 help = "untimed steps before the first round; the last gives the memory"
 PARSER.add("--warmup", help, type=at_least(2), default=4)
 PARSER.add("--rounds", "turns that every implementation gets", type=at_least(1), default=5)
-PARSER.add("--steps", "timed steps in a turn, after an untimed one", type=at_least(1), default=3)
+PARSER.add("--steps", "timed steps in a turn, after untimed ones", type=at_least(1), default=3)
+help = "seconds of untimed steps in a turn on a GPU: its clock is higher at first than it stays"
+PARSER.add("--settle", help, type=at_least(0), default=1, metavar="SECONDS")
 main = common.program(PARSER, _measure_and_report)
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def raster_figure(spikes: Tensor, layer: str, most: int = 200) -> Figure:
         axes.set_ylim(len(of_neurons) - 0.5, -0.5)
         axes.set_xticks(_steps(steps)[1])
         axes.set_xlabel("time step")
-        axes.set_ylabel("neuron" if every == 1 else f"neuron (one of {every} shown)")
+        axes.set_ylabel("neuron" if every == 1 else f"neuron (one in {every} shown)")
         axes.set_title(f"{layer}: {100 * of_neurons.mean():.1f} % of {len(of_neurons)} neurons spike in a step")
     return figure
 

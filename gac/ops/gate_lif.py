@@ -95,9 +95,13 @@ def _gradients(
     return grad_x, temporal.new_empty(temporal.shape), torch.empty_like(grad_x)
 
 
+# Blocks for each that runs at once: with so many, the last to run leave few multiprocessors idle.
+_WAVES = 4
+
+
 def _blocks_per_image(kernel: Kernel, x: Tensor, width: int) -> int:
     needed = -(-x[0].numel() // (channels.THREADS * width))
-    return max(1, min(needed, launch.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
+    return min(needed, -(-_WAVES * launch.resident_blocks(kernel, channels.THREADS, x.device) // len(x)))
 
 
 @operators.implement("gac::gate_lif")

@@ -77,7 +77,7 @@ def test_a_raster_has_a_dash_for_each_spike(most: int) -> None:
     }
     every = 1 if most == 200 else 6
     assert dashes == {(t, n) for t, n in spikes.flatten(1).nonzero().tolist() if n % every == 0}
-    assert ("one of 6" in axes.get_ylabel()) is (every == 6)
+    assert ("one in 6" in axes.get_ylabel()) is (every == 6)
     assert axes.get_title() == f"lif: {100 * spikes.mean():.1f} % of 40 neurons spike in a step"
 
 

@@ -84,7 +84,7 @@ def test_constant_channel(device: str) -> None:
     assert mean[3] == y[0, 0, 3, 0, 0]
     assert 0 <= variance[3] <= unbiased[3] < 1e-8
     _, inverse_std = batch_norm.statistics(torch.stack((mean, variance, unbiased)), fused.EPS)
-    assert inverse_std[3] == pytest.approx(fused.EPS**-0.5, rel=1e-3)
+    assert inverse_std[3].item() == pytest.approx(fused.EPS**-0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

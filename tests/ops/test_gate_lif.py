@@ -119,7 +119,8 @@ def test_gate_at_the_ends_of_its_range(device: str) -> None:
     x, spatial = torch.full(shape, 2.0, device=device), torch.ones(shape, device=device)
     temporal = torch.tensor([[0.0], [200.0], [-200.0]], device=device)
     leaves = x, temporal, spatial
-    (membrane, _), gradients = fused.run(gate(gate_lif.gate_lif, CIFAR), leaves, [torch.ones(3, *shape), None])
+    grad_membrane = torch.ones(3, *shape, device=device)
+    (membrane, _), gradients = fused.run(gate(gate_lif.gate_lif, CIFAR), leaves, [grad_membrane, None])
     assert membrane[:, 0, 0, 0, 0].tolist() == [0.5, 1.0, 0.0]
     assert all(gradient.isfinite().all() for gradient in gradients)
 

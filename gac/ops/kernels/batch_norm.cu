@@ -5,6 +5,9 @@
 #include "normalization.cuh"
 #include "tile.cuh"
 
+// Of one tensor only, unlike in the other kernels.
+constexpr int kMomentRowsInFlight = 8;
+
 // Partials [gridDim.x, 3, channels]: number of rows, mean, and sum of squared deviations from it, of the rows of each
 // block. y is [rows, channels]. Values are taken relative to the block's first row, so that a mean that is large
 // against the deviations does not cancel them.
@@ -21,17 +24,17 @@ __global__ void __launch_bounds__(kThreads, 1) batch_moments_partials(
         const auto first = load_vector<kWidth>(y + first_of_block * channels + tile.channel);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) origin[i] = to_float(first[i]);
-#pragma unroll 4
-        for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
-            const auto value = load_vector<kWidth>(y + row * channels + tile.channel);
-            rows_seen += 1.0f;
+        for_rows<kMomentRowsInFlight>(
+            tile, rows, [&](long long row) { return load_vector<kWidth>(y + row * channels + tile.channel); },
+            [&](long long, const Vector<Element, kWidth>& value) {
+                rows_seen += 1.0f;
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                const float deviation = to_float(value[i]) - origin[i];
-                sum[i] += deviation;
-                sum_of_squares[i] += deviation * deviation;
-            }
-        }
+                for (int i = 0; i < kWidth; ++i) {
+                    const float deviation = to_float(value[i]) - origin[i];
+                    sum[i] += deviation;
+                    sum_of_squares[i] += deviation * deviation;
+                }
+            });
     }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) count[i] = rows_seen;

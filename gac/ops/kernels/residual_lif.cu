@@ -123,21 +123,29 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_inputs(
         shortcut_weight_of, shortcut_mean_of, shortcut_inverse_std_of, sums, kNormShortcut ? sums + 2 * channels : sums,
         inverse_count, tile.channel);
 
-#pragma unroll 4
-    for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
-        const long long element = row * channels + tile.channel;
-        const auto g = load_vector<kWidth>(grad + element);
-        const auto y_row = load_vector<kWidth>(y + element);
-        Vector<Element, kWidth> shortcut_row;
-        if (kNormShortcut) shortcut_row = load_vector<kWidth>(shortcut + element);
-        float grad_y_row[kWidth], grad_shortcut_row[kWidth];
+    struct Row {
+        Vector<Element, kWidth> grad, y, shortcut;
+    };
+    for_rows<4>(
+        tile, rows,
+        [&](long long row) {
+            const long long element = row * channels + tile.channel;
+            Row loaded;
+            loaded.grad = load_vector<kWidth>(grad + element);
+            loaded.y = load_vector<kWidth>(y + element);
+            if (kNormShortcut) loaded.shortcut = load_vector<kWidth>(shortcut + element);
+            return loaded;
+        },
+        [&](long long row, const Row& loaded) {
+            const long long element = row * channels + tile.channel;
+            float grad_y_row[kWidth], grad_shortcut_row[kWidth];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-            grad_y_row[i] = norm.apply(i, to_float(y_row[i]), to_float(g[i]));
-            if (kNormShortcut)
-                grad_shortcut_row[i] = shortcut_norm.apply(i, to_float(shortcut_row[i]), to_float(g[i]));
-        }
-        store_floats(grad_y, element, grad_y_row);
-        if (kNormShortcut) store_floats(grad_shortcut, element, grad_shortcut_row);
-    }
+            for (int i = 0; i < kWidth; ++i) {
+                const float g = to_float(loaded.grad[i]);
+                grad_y_row[i] = norm.apply(i, to_float(loaded.y[i]), g);
+                if (kNormShortcut) grad_shortcut_row[i] = shortcut_norm.apply(i, to_float(loaded.shortcut[i]), g);
+            }
+            store_floats(grad_y, element, grad_y_row);
+            if (kNormShortcut) store_floats(grad_shortcut, element, grad_shortcut_row);
+        });
 }

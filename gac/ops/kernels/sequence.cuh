@@ -2,7 +2,7 @@
 #pragma once
 #include "vector.cuh"
 
-// Loads the time steps start .. start + kSteps - 1; all loads are issued before any result is used.
+// Loads the time steps start .. start + kSteps - 1; no load waits for another.
 template <int kSteps, bool kWholeSequence, int kWidth, typename Element>
 __device__ __forceinline__ void load_chunk(
     const Element* sequence, int start, int T, long long frame_size, long long neuron,

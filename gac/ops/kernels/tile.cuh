@@ -41,6 +41,22 @@ private:
     long long block_, blocks_;
 };
 
+// Calls use(row, load(row)) for each of the thread's rows, in their order. The loads of kBatch rows are issued before the
+// first is used: one row's few bytes in flight would leave most of the memory's bandwidth unused.
+template <int kBatch, int kWidth, typename Load, typename Use>
+__device__ __forceinline__ void for_rows(const Tile<kWidth>& tile, long long rows, Load load, Use use) {
+    const long long step = tile.row_step();
+    for (long long first = tile.first_row(); first < rows; first += kBatch * step) {
+        decltype(load(first)) loaded[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+            if (first + j * step < rows) loaded[j] = load(first + j * step);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+            if (first + j * step < rows) use(first + j * step, loaded[j]);
+    }
+}
+
 // Adds up kWidth values of each thread over the rows of the block, always in the same order, and calls
 // write(i, sum) for the channels channel + i of each lane in its first row. All threads of the block must call it.
 template <int kWidth, typename Write>
