@@ -34,7 +34,9 @@ def demo(output: Path) -> None:
     """Score the network, write the pictures into a folder and print what was found. Raises ResultsNotWritten."""
     file = FOLDER / f"{NETWORK}{SUFFIX}"
     payload = read_weights(file)
-    report = evaluate_checkpoint(file, payload, read_config(payload), sample=_SAMPLE)
+    # On a GPU the kernels would be compiled first, which takes longer than all of this.
+    config = replace(read_config(payload), device="cpu")
+    report = evaluate_checkpoint(file, payload, config, sample=_SAMPLE)
     print(format_report(report))
     print(f"trained by  {payload['command']}")
     sample = report.sample
