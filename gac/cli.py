@@ -17,6 +17,7 @@ from typing import BinaryIO
 import torch
 
 from gac.analysis.energy import IMAGES, format_energy, measure_energy
+from gac.analysis.report import write_report
 from gac.errors import InputError
 from gac.evaluation.report import evaluate_checkpoint, format_report
 from gac.execution.distributed import Ranks, is_lost_connection, process_group
@@ -101,15 +102,16 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
         ranks,
         amp=parsed.amp,
         unlabelled=parsed.predictions is not None,
-        sample=IMAGES if parsed.energy else 0,
+        sample=IMAGES if parsed.energy or parsed.report is not None else 0,
     )
     if not ranks.is_main:
         return 0
     text, values = format_report(report), report.to_dict()
-    if parsed.energy:
+    if report.sample is not None:
         sample = report.sample
         with sample.running():
             energy = measure_energy(sample.network, sample.inputs())
+    if parsed.energy:
         text += f"\n\nenergy of an image over T={sample.network.T} steps, mean over {sample}\n{format_energy(energy)}"
         values["energy"] = {"data": str(sample)} | energy.to_dict()
     # Files are written before anything is printed, but one that cannot be written costs no other result.
@@ -120,6 +122,8 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
             last_first.callback(_write, parsed.json, lambda file: file.write(content))
         if parsed.predictions is not None:
             last_first.callback(_write, parsed.predictions, report.write_predictions)
+        if parsed.report is not None:
+            last_first.callback(write_report, report, parsed.sha256, energy, parsed.report)
     return 0
 
 

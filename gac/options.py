@@ -6,6 +6,7 @@ Both spell every value as text, which means the same in either place; options an
 
 import argparse
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import yaml
 from gac.checkpoint import is_ours, read_checkpoint, read_config
 from gac.config import EVALUATION_FIELDS, FIELDS, SECTIONS, Config, FieldError
 from gac.errors import InputError, abridged
-from gac.files import check_writable, user_path
+from gac.files import check_new_folder, check_writable, user_path
 
 # A value as it is written, None for YAML's null, and where it stands in a file.
 _Written = tuple[str | None, str]
@@ -45,7 +46,7 @@ class EvalArguments(NamedTuple):
 
     ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding,
     neuron and its constants, which :func:`gac.checkpoint.build_network` takes, ``amp`` that of train.amp, None if
-    there is none.
+    there is none, ``sha256`` the digest of the checkpoint's file.
     """
 
     checkpoint: Path
@@ -56,6 +57,8 @@ class EvalArguments(NamedTuple):
     json: Path | None
     predictions: Path | None
     energy: bool
+    report: Path | None
+    sha256: str
 
 
 def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
@@ -98,7 +101,7 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     """Return what a command line of eval.py asks for, with the checkpoint read. Raises InputError."""
     given, overrides = _read_command_line(
         arguments,
-        "eval.py --checkpoint FILE [--json FILE] [--predictions FILE] [--energy]",
+        "eval.py --checkpoint FILE [--json FILE] [--predictions FILE] [--energy] [--report FOLDER]",
         "Score the network of a checkpoint on a test set. Defaults are the values it was trained with; a checkpoint of "
         "the authors holds none, so --data.name is required with it. Of what a checkpoint says, data.download is never "
         "followed, and data.root only where it exists on this machine.",
@@ -110,13 +113,16 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
             " there, as CSV. With it data.name imagefolder also takes a folder of images without class folders.",
             "--energy": "Count the operations of each layer on some of the test images and print the energy of an image"
             " in two conventions; see docs/energy.md.",
+            "--report FOLDER": "Write a page about the network there, index.html, with all tables and figures behind"
+            " it: accuracy, energy, firing rates, spikes, gates. The folder must be new or empty.",
         },
         EVALUATION_FIELDS,
     )
     if not given.get("checkpoint"):
         raise InputError("--checkpoint is required: name a file, for example --checkpoint runs/digits/best.pt")
     path = Path(given["checkpoint"])
-    payload = read_checkpoint(path)
+    digest = hashlib.sha256()
+    payload = read_checkpoint(path, digest)
     if not is_ours(payload) and "data.name" not in overrides:
         raise InputError(
             f"checkpoint {path} does not say what it was trained on: name it with --data.name, for example"
@@ -151,7 +157,8 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
         if (other := used.setdefault(os.path.realpath(outputs[name]), f"--{name}")) != f"--{name}":
             raise InputError(f"--{name} {outputs[name]} is the file of {other} too: choose another one")
     files = outputs.get("json"), outputs.get("predictions")
-    return EvalArguments(path, payload, config, network, amp, *files, "energy" in given)
+    report = check_new_folder(Path(given["report"]), "--report") if "report" in given else None
+    return EvalArguments(path, payload, config, network, amp, *files, "energy" in given, report, digest.hexdigest())
 
 
 # What the options that are no fields call a value that names a file or a folder.

@@ -37,6 +37,8 @@ _STYLE = {
     "grid.linewidth": 0.5,
     "legend.frameon": False,
     "image.interpolation": "nearest",
+    # The name of a class may have dollars in it.
+    "text.parse_math": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), _INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
 }
