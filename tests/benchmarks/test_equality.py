@@ -162,12 +162,9 @@ class TestTheSuiteAsTheGate:
         monkeypatch.setenv("GAC_KERNEL_CACHE", str(tmp_path / "cache"))
         path = tmp_path / "test_gate.py"
         path.write_text(self.PASSES)
-        for expected in (
-            "1 tests of the kernels passed on this device\n",
-            "on this device before, with these sources\n",
-        ):
+        for expected in ("passed on this device", "passed on this device before, with these sources"):
             run_tests([str(path)], report, "here")
-            assert expected in capsys.readouterr().out
+            assert capsys.readouterr().out.endswith(f"1 tests of the kernels {expected}\n")
             assert report.data.pop("kernel_tests") == 1
         report.environment["torch"] = "another"
         run_tests([str(path)], report, "here")
