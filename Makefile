@@ -14,13 +14,14 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # The first seed from that of the configuration on with which rounding to half precision changes no prediction.
 WEIGHTS := train.py --config configs/digits.yaml --train.seed 1001
 
-.PHONY: help install demo weights test test-slow lint format clean
+.PHONY: help install gpu demo weights test test-slow lint format clean
 
 help:
 	@echo "make demo     install into .venv, look into a trained network, train on handwritten digits, evaluate (no download)"
 	@echo "make test     install into .venv, lint, run all tests but the slow ones"
 	@echo "make test-slow  those: longer training against the original's numbers, fuzzing, compiling (a quarter of an hour)"
 	@echo "make weights  train the network that travels in the package again"
+	@echo "make gpu      on a machine with a GPU: check the kernels, measure, verdicts (25 minutes; GPU=--quick 5)"
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make clean    remove .venv and the demo's and the weights' run folders"
 	@echo "EXTRAS=dev leaves CuPy out (machines without CUDA wheels); PYTHON=python3.12 picks the interpreter"
@@ -49,6 +50,10 @@ test: install lint
 
 test-slow: install
 	$(KEEP_MEMORY) $(RUN) -m pytest -m slow
+
+# GPU=... are options of benchmarks.gpu, such as --quick or --data cifar10.npz.
+gpu: install
+	$(RUN) -m benchmarks.gpu $(GPU)
 
 lint: install
 	$(RUN) -m ruff check .
