@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 import matplotlib as mpl
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -16,6 +19,7 @@ from torch import Tensor
 from gac.analysis.energy import Energy
 from gac.analysis.firing import LayerFiring
 from gac.analysis.gates import Gates
+from gac.analysis.saliency import Saliency
 from gac.data import DataInfo
 from gac.data.arrays import ArraySet
 from gac.evaluation.predictions import ClassScore
@@ -155,6 +159,43 @@ def gate_maps_figure(
         for step, axes in enumerate(grid[0, 1:], 1):
             axes.set_title(f"t = {step}")
         figure.colorbar(drawn, ax=grid, label="gate, mean over channels", shrink=min(1.0, 2 / count))
+    return figure
+
+
+def saliency_figure(
+    images: Tensor, saliency: Saliency, data: DataInfo | ArraySet, captions: Sequence[str] | None = None
+) -> Figure:
+    """Return images [N, C, H, W] (or event frames [N, T, C, H, W]) under their saliency maps, and the spikes beside.
+
+    The maps are those of the mean over time and of each time step, in parts of the image's largest mean and of its
+    largest value in any step; what is negative, and speaks against the class, is left out. The images are normalised
+    as ``data`` says.
+    """
+    spikes = saliency.spikes.numpy()
+    by_time, mean = (maps.clamp(min=0) for maps in (saliency.maps, saliency.mean[:, None]))
+    shares = torch.cat([maps / maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-30) for maps in (mean, by_time)], 1)
+    shares = F.interpolate(shares, images.shape[-2:], mode="bilinear").numpy()
+    titles = ["image", "mean over t", *(f"t = {step}" for step in range(1, shares.shape[1])), "spikes"]
+    with mpl.rc_context(_STYLE):
+        size = 1.0 * len(titles) + 1.8, 1.0 * len(images) + 0.9
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        grid = figure.subplots(len(images), len(titles), squeeze=False)
+        for row, (axes_row, image) in enumerate(zip(grid, images, strict=True)):
+            for axes in axes_row[:-1]:
+                _show(axes, image, data)
+            for axes, share in zip(axes_row[1:-1], shares[row], strict=True):
+                # The image is seen where nothing speaks for the class.
+                axes.imshow(share, cmap=_RATES, vmin=0, vmax=1, alpha=0.8 * share)
+            counted = axes_row[-1].imshow(spikes[row], cmap="gray", vmin=0, vmax=max(1, spikes.max()))
+            _bare(axes_row[-1])
+            if captions is not None:
+                lines = (_short(line, 16) for line in captions[row].splitlines())
+                axes_row[0].set_ylabel("\n".join(lines), fontsize=8)
+        for axes, title in zip(grid[0], titles, strict=True):
+            axes.set_title(title)
+        maps = ScalarMappable(Normalize(0, 1), _RATES)
+        for drawn, label in ((counted, f"spikes in {saliency.spiking_layer}"), (maps, f"Grad-CAM of {saliency.layer}")):
+            figure.colorbar(drawn, ax=grid, label=label, shrink=min(1.0, 2 / len(images)))
     return figure
 
 

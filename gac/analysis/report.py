@@ -4,20 +4,23 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jinja2
 from matplotlib.figure import Figure
 
 from gac.analysis import figures
-from gac.analysis.energy import PUBLISHED_NOTE, Energy
+from gac.analysis.energy import PUBLISHED_NOTE, Energy, measure_energy
 from gac.analysis.firing import LayerFiring, measure_firing, record_spikes
 from gac.analysis.gates import Gates, measure_gates
+from gac.analysis.saliency import Saliency, measure_saliency
 from gac.evaluation.evaluate import Evaluation
 from gac.evaluation.report import Report
-from gac.evaluation.sample import undecided
+from gac.evaluation.sample import Sample, undecided
+from gac.execution.footprint import feature_maps
 from gac.files import atomic_folder, writing
 
 _TEMPLATE = "report.html.jinja"
@@ -76,7 +79,9 @@ class Picture:
         return round(96 * self.figure.get_figwidth())
 
 
-def write_report(report: Report, sha256: str, energy: Energy, folder: Path, replace: bool = False) -> None:
+def write_report(
+    report: Report, sha256: str, energy: Energy, folder: Path, layer: str | None = None, may_replace: bool = False
+) -> None:
     """Write index.html, which needs nothing else, and the CSV, JSON, PNG and SVG files behind it to a new folder.
 
     The folder appears once everything is in it.
@@ -86,23 +91,26 @@ def write_report(report: Report, sha256: str, energy: Energy, folder: Path, repl
         sha256: Digest of the checkpoint's file.
         energy: What :func:`gac.analysis.energy.measure_energy` says of the network on the sample.
         folder: Missing or empty.
-        replace: Whether the folder may hold an earlier report, which is deleted, and nothing else.
+        layer: Of which saliency maps are drawn, by default that of :func:`default_layer`.
+        may_replace: Whether the folder may hold an earlier report, which is deleted, and nothing else.
 
     Raises:
+        InputError: If there is no such layer, or its output is not [T, B, C, H, W].
         ResultsNotWritten: If the folder holds something else or cannot be written.
     """
-    write_files(report_files(report, sha256, energy), folder, replace)
+    write_files(report_files(report, sha256, energy, layer), folder, may_replace)
 
 
-def report_files(report: Report, sha256: str, energy: Energy) -> dict[str, bytes]:
+def report_files(report: Report, sha256: str, energy: Energy, layer: str | None = None) -> dict[str, bytes]:
     """Return the files of a report by name; see :func:`write_report`."""
     sample = report.sample
+    layer = layer or default_layer(sample)
     with sample.running():
         firing = measure_firing(sample.network, sample.inputs())
         gates = None
         if report.coding == "gac":
             (gates,) = measure_gates(sample.network, sample.inputs(), maps=0)
-        pictures = dict(_pictures(report, energy, firing, gates))
+        pictures = dict(_pictures(report, energy, firing, gates, layer))
     tables = dict(_tables(report, energy, firing, gates))
     files = {f"tables/{name}.csv": _encode(table.to_csv()) for name, table in tables.items()}
     predictions = io.BytesIO()
@@ -129,6 +137,7 @@ def report_files(report: Report, sha256: str, energy: Energy) -> dict[str, bytes
             channels=sum(layer.spikes.shape[1] for layer in firing),
             dead=sum(len(layer.dead_channels) for layer in firing),
             gates=gates,
+            layer=layer,
             tables=tables,
             pictures=pictures,
             svgs=svgs,
@@ -148,17 +157,65 @@ def report_files(report: Report, sha256: str, energy: Energy) -> dict[str, bytes
     return files
 
 
-def write_files(files: Mapping[str, bytes], folder: Path, replace: bool) -> None:
+def write_files(files: Mapping[str, bytes], folder: Path, may_replace: bool) -> None:
     """Write the files of a report to a folder; see :func:`write_report`."""
-    with writing(folder), atomic_folder(folder, _is_report if replace else lambda path: False) as made:
+    with writing(folder), atomic_folder(folder, is_report if may_replace else lambda path: False) as made:
         for name, content in files.items():
             path = made / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
 
 
-def _is_report(folder: Path) -> bool:
-    """Return whether a folder holds a report and nothing else."""
+def energy_of(report: Report) -> Energy:
+    """Return the energy of a report's network on its sample of images."""
+    with report.sample.running():
+        return measure_energy(report.sample.network, report.sample.inputs())
+
+
+def write_saliency(report: Report, file: BinaryIO, layer: str | None = None, most: int = 8) -> None:
+    """Write a PNG of ``most`` of the sample's images, evenly spread, under the saliency maps of a layer.
+
+    The layer is by default that of :func:`default_layer`. Raises InputError as
+    :func:`gac.analysis.saliency.measure_saliency` does.
+    """
+    sample = report.sample
+    every = -(-len(sample.images) // most)
+    shown = replace(sample, images=sample.images[::every], labels=sample.labels[::every], places=sample.places[::every])
+    with shown.running():
+        saliency = explain(shown, layer or default_layer(shown))
+    saliency_figure(shown, saliency, report.class_names).savefig(file, format="png")
+
+
+def default_layer(sample: Sample) -> str:
+    """Return the name of the last stage whose maps have at least 4 x 4 pixels: smaller ones show no place."""
+    _, *sizes = feature_maps(sample.network, sample.data)
+    ends = accumulate(2 * len(stage) for stage in sample.network.stages)
+    fit = [number for number, end in enumerate(ends) if min(sizes[end - 1][1:]) >= 4]
+    return f"stages.{max(fit, default=0)}"
+
+
+def explain(sample: Sample, layer: str) -> Saliency:
+    """Return the saliency of a layer on a sample that is running, image by image, as gradients take memory."""
+    return measure_saliency(sample.network, replace(sample, batch_size=1).inputs(), layer)
+
+
+def saliency_figure(sample: Sample, saliency: Saliency, names: Sequence[str]) -> Figure:
+    """Return the figure of a sample's saliency, which says what each image is and what it is taken for."""
+    captions = [
+        f"{caption}\ntaken for {names[target]}"
+        for caption, target in zip(_captions(sample, names), saliency.targets.tolist(), strict=True)
+    ]
+    return figures.saliency_figure(sample.images, saliency, sample.data, captions)
+
+
+def _captions(sample: Sample, names: Sequence[str]) -> list[str]:
+    if sample.data.num_classes:
+        return [f"label {names[label]}" for label in sample.labels.tolist()]
+    return [f"image {place}" for place in sample.places]
+
+
+def is_report(folder: Path) -> bool:
+    """Return whether a folder holds a report and nothing else; an empty one does not."""
     try:
         listed = json.loads((folder / "report.json").read_bytes())["files"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -315,9 +372,9 @@ def _rasters(firing: Sequence[LayerFiring]) -> dict[str, str]:
 
 
 def _pictures(
-    report: Report, energy: Energy, firing: Sequence[LayerFiring], gates: Gates | None
+    report: Report, energy: Energy, firing: Sequence[LayerFiring], gates: Gates | None, layer: str
 ) -> Iterator[tuple[str, Picture]]:
-    """Yield the figures by name; the sample must be running."""
+    """Yield the figures by name, saliency that of a ``layer``; the sample must be running."""
     sample, scores, names = report.sample, report.scores, report.class_names
     if isinstance(scores, Evaluation):
         steps = ", ".join(f"{top1:.2f}" for top1 in scores.top1_by_time)
@@ -352,10 +409,7 @@ def _pictures(
                 ),
             )
     shown, probabilities = undecided(sample, _SHOWN)
-    if shown.data.num_classes:
-        captions = [f"label {names[label]}" for label in shown.labels]
-    else:
-        captions = [f"image {place}" for place in shown.places]
+    captions = _captions(shown, names)
     yield (
         "predictions",
         Picture(
@@ -382,13 +436,13 @@ def _pictures(
             "Heat map: firing rate of each layer at each time step; the table below has the numbers",
         ),
     )
-    for name, layer in _rasters(firing).items():
-        spikes = record_spikes(shown.network, next(shown.inputs()), layer)
+    for name, spiking in _rasters(firing).items():
+        spikes = record_spikes(shown.network, next(shown.inputs()), spiking)
         yield (
             name,
             Picture(
-                figures.raster_figure(spikes[:, 0], f"{layer}, {captions[0]}"),
-                f"Raster: which neurons of layer {layer} spike at which time step for one image ({captions[0]})",
+                figures.raster_figure(spikes[:, 0], f"{spiking}, {captions[0]}"),
+                f"Raster: which neurons of layer {spiking} spike at which time step for one image ({captions[0]})",
             ),
         )
     if gates is not None:
@@ -407,3 +461,12 @@ def _pictures(
                 f"Test images, each beside its gate at every time step, mean over channels: {', '.join(captions)}",
             ),
         )
+    saliency = explain(shown, layer)
+    yield (
+        "saliency",
+        Picture(
+            saliency_figure(shown, saliency, names),
+            f"Test images under the Grad-CAM of layer {layer}, mean over time and at each time step, and beside the"
+            f" spikes of layer {saliency.spiking_layer}",
+        ),
+    )

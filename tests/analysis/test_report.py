@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from browser import Browser, headless_chromium
-from gac.analysis.energy import measure_energy
 from gac.analysis.firing import measure_firing
-from gac.analysis.report import report_files, write_files
+from gac.analysis.report import energy_of, report_files, write_files
 from gac.checkpoint import read_config
 from gac.checkpoint.weights import FOLDER, read_weights
 from gac.evaluation.published import PublishedResult
@@ -38,14 +37,12 @@ def scored(one_thread: None) -> Report:
 @pytest.fixture(scope="module")
 def folder(scored: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "page"
-    write_files(files_of(scored), folder, replace=False)
+    write_files(files_of(scored), folder, may_replace=False)
     return folder
 
 
 def files_of(report: Report) -> dict[str, bytes]:
-    with report.sample.running():
-        energy = measure_energy(report.sample.network, report.sample.inputs())
-    return report_files(report, "0123456789abcdef", energy)
+    return report_files(report, "0123456789abcdef", energy_of(report))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +87,17 @@ def test_tables_and_json_have_what_was_measured(scored: Report, folder: Path) ->
 def test_every_figure_is_drawn_twice(folder: Path) -> None:
     svgs, pngs = (sorted(path.stem for path in folder.glob(f"figures/*.{kind}")) for kind in ("svg", "png"))
     assert svgs == pngs
-    assert {"accuracy", "classes", "confusion", "energy", "firing", "gates", "gate_maps", "mistakes"} <= set(svgs)
+    assert {
+        "accuracy",
+        "classes",
+        "confusion",
+        "energy",
+        "firing",
+        "gates",
+        "gate_maps",
+        "mistakes",
+        "saliency",
+    } <= set(svgs)
     for path in folder.glob("figures/*.png"):
         with Image.open(path) as picture:
             assert len(set(picture.convert("L").get_flattened_data())) > 20
@@ -128,16 +135,16 @@ def test_a_page_of_images_without_labels_has_no_scores(scored: Report) -> None:
 def test_only_an_earlier_report_is_replaced(folder: Path, tmp_path: Path) -> None:
     files = {name: (folder / name).read_bytes() for name in json.loads((folder / "report.json").read_text())["files"]}
     page = tmp_path / "page"
-    write_files(files, page, replace=False)
+    write_files(files, page, may_replace=False)
     with pytest.raises(ResultsNotWritten, match="no empty folder"):
-        write_files(files, page, replace=False)
-    write_files(files | {"index.html": b"newer"}, page, replace=True)
+        write_files(files, page, may_replace=False)
+    write_files(files | {"index.html": b"newer"}, page, may_replace=True)
     assert (page / "index.html").read_bytes() == b"newer"
     for name, content in (("tables/mine.txt", ""), ("report.json", "[]")):
         (page / name).write_text(content)
         before = sorted(page.rglob("*"))
         with pytest.raises(ResultsNotWritten, match=f"cannot write {re.escape(str(page))}: .*no empty folder"):
-            write_files(files, page, replace=True)
+            write_files(files, page, may_replace=True)
         assert sorted(page.rglob("*")) == before
     assert list(tmp_path.iterdir()) == [page]
 
