@@ -112,8 +112,9 @@ def choose_backend(
 ) -> Literal["cupy", "torch"]:
     """Return what runs an operation on ``x``: the CUDA kernels ("cupy") or torch.
 
-    "auto" is the kernels for a float32, float16 or bfloat16 tensor on a CUDA device where CuPy works, else torch;
-    each choice is logged once, as a warning where a CUDA device runs without the kernels. ``unsupported`` says why the kernels do not have the operation asked for, if so.
+    "auto" is the kernels for a float32, float16 or bfloat16 tensor on a CUDA device where CuPy works, else torch; each
+    choice is logged once, as a warning where a CUDA device runs without the kernels. ``unsupported`` says why the
+    kernels do not have the operation asked for, if so.
 
     Raises:
         InputError: For "cupy" where the kernels cannot run, and for an unknown name.
