@@ -24,7 +24,7 @@ from gac.execution.footprint import feature_maps
 from gac.files import atomic_folder, writing
 
 _TEMPLATE = "report.html.jinja"
-_SHOWN = 4
+SHOWN = 4
 """Test images of which predictions, gates and spikes are drawn."""
 
 
@@ -408,7 +408,7 @@ def _pictures(
                     f"Test images that the network takes for another class: {what}",
                 ),
             )
-    shown, probabilities = undecided(sample, _SHOWN)
+    shown, probabilities = undecided(sample, SHOWN)
     captions = _captions(shown, names)
     yield (
         "predictions",
