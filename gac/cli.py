@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from gac.analysis.energy import IMAGES, format_energy
-from gac.analysis.report import energy_of, is_report, write_report, write_saliency
+from gac.analysis.report import check_replaceable, energy_of, write_report, write_saliency
 from gac.analysis.running import find_layer
 from gac.checkpoint import build_network, read_checkpoint
 from gac.config import Config
@@ -94,8 +94,8 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
         return 0 if learnt else 1
     else:
         folder = parsed.output / "report"
-        if parsed.report and folder.exists() and not is_report(folder):
-            raise InputError(f"{folder} holds something else than a report, which --report would write there: move it")
+        if parsed.report:
+            ranks.on_main(lambda: check_replaceable(folder))
         train(parsed.config, parsed.output, parsed.resume, ranks=ranks)
         if parsed.report:
             _report(parsed.config, parsed.output / "best.pt", folder, ranks)

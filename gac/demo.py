@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gac.analysis.report import SHOWN, energy_of, write_report
+from gac.analysis.report import SHOWN, check_replaceable, energy_of, write_report
 from gac.checkpoint import read_config
 from gac.checkpoint.weights import FOLDER, SUFFIX, read_weights
 from gac.command_line import Parser, finish
@@ -26,7 +26,15 @@ _SAMPLE = 256
 
 
 def demo(output: Path) -> None:
-    """Score the network, print what was found and write the report page into a folder. Raises ResultsNotWritten."""
+    """Score the network, print what was found and write the report page into a folder.
+
+    Raises:
+        InputError: If the folder holds something else than an earlier page.
+        ResultsNotWritten: If it cannot be written.
+    """
+    check_replaceable(output)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     file = FOLDER / f"{NETWORK}{SUFFIX}"
     payload = read_weights(file)
     # On a GPU the kernels would be compiled first, which takes longer than all of this.
@@ -46,8 +54,6 @@ def demo(output: Path) -> None:
     ):
         answers = " ".join(report.class_names[k] for k in classes)
         print(f"test image  {place}: label {report.class_names[label]}, taken for {answers} after 1..t steps")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
     write_report(report, hashlib.sha256(file.read_bytes()).hexdigest(), energy, output, may_replace=True)
     print(f"pictures    {output / 'figures'}: gates, spikes, firing rates, energy, saliency and others")
     print(f"all of it   {output / 'index.html'}")

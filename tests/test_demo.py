@@ -63,8 +63,11 @@ def test_energy_names_both_conventions_and_the_images(done):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--output", str(tmp_path / "file")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: cannot write {tmp_path / 'file'}: ")
+    assert main(["--output", str(tmp_path / "file" / "page")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'file' / 'page'}: ")
+    assert main(["--output", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path} holds something else than a report")
     assert main(["--outptu", "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--outptu" in line

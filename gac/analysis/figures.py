@@ -221,9 +221,11 @@ def prediction_figure(
     """Return images [N, C, H, W] (or event frames [N, T, C, H, W]), each beside the class probabilities at every step.
 
     ``probabilities``, [T, N, K], are those of the outputs' mean over the first t steps; the largest has the other
-    colour. The images are normalised as ``data`` says.
+    colour. Of more than 30 classes each image has the 10 that are most probable at any step. The images are normalised
+    as ``data`` says.
     """
     steps, count, classes = probabilities.shape
+    few = classes <= _MOST_CLASSES
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(1.5 * (steps + 1), 1.25 * count + 0.5), dpi=150, layout="constrained")
         grid = figure.subplots(count, steps + 1, squeeze=False)
@@ -231,20 +233,24 @@ def prediction_figure(
             _show(axes_row[0], image, data)
             if captions is not None:
                 axes_row[0].set_ylabel(_short(captions[row], 14))
-            for axes, shares in zip(axes_row[1:], probabilities[:, row].cpu().numpy(), strict=True):
+            of_image = probabilities[:, row].cpu()
+            shown = torch.arange(classes) if few else of_image.amax(0).topk(10).indices.sort().values
+            for axes, shares in zip(axes_row[1:], of_image[:, shown].numpy(), strict=True):
                 best = shares.argmax()
-                axes.bar(range(classes), 100 * shares, color=[_ORANGE if k == best else _BLUE for k in range(classes)])
-                name = data.class_names[best] if data.class_names else str(best)
+                colors = [_ORANGE if k == best else _BLUE for k in range(len(shown))]
+                axes.bar(range(len(shown)), 100 * shares, color=colors)
+                name = data.class_names[shown[best]] if data.class_names else str(int(shown[best]))
                 axes.text(best, 100 * shares[best] + 3, _short(name, 10), ha="center", va="bottom", fontsize=8)
                 axes.set_ylim(0, 125)
                 axes.set_yticks((0, 50, 100), ("0", "50", "100 %") if axes is axes_row[1] else ("", "", ""))
                 axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-                axes.tick_params(labelsize=7.5, labelbottom=row == count - 1)
+                axes.tick_params(labelsize=7.5, labelbottom=few and row == count - 1)
                 axes.grid(axis="y")
         grid[0, 0].set_title("image")
         for step, axes in enumerate(grid[0, 1:], 1):
             axes.set_title(f"t = {step}")
-        figure.supxlabel("class, with its probability after steps 1..t", fontsize=9)
+        which = "class" if few else "the 10 most probable classes"
+        figure.supxlabel(f"{which}, with probability after steps 1..t", fontsize=9)
     return figure
 
 

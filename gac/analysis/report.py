@@ -17,6 +17,7 @@ from gac.analysis.energy import PUBLISHED_NOTE, Energy, measure_energy
 from gac.analysis.firing import LayerFiring, measure_firing, record_spikes
 from gac.analysis.gates import Gates, measure_gates
 from gac.analysis.saliency import Saliency, measure_saliency
+from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation
 from gac.evaluation.report import Report
 from gac.evaluation.sample import Sample, undecided
@@ -212,6 +213,12 @@ def _captions(sample: Sample, names: Sequence[str]) -> list[str]:
     if sample.data.num_classes:
         return [f"label {names[label]}" for label in sample.labels.tolist()]
     return [f"image {place}" for place in sample.places]
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError if a report cannot replace what is in a folder: before hours of work rather than after them."""
+    if folder.exists() and not is_report(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} holds something else than a report, which would be written there: move it away")
 
 
 def is_report(folder: Path) -> bool:
