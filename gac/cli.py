@@ -98,24 +98,24 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
             ranks.on_main(lambda: check_replaceable(folder))
         train(parsed.config, parsed.output, parsed.resume, ranks=ranks)
         if parsed.report:
-            _report(parsed.config, parsed.output / "best.pt", folder, ranks)
+            # By one process, which sees all images.
+            ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder))
     return 0
 
 
-def _report(config: Config, checkpoint: Path, folder: Path, ranks: Ranks) -> None:
+def _report(config: Config, checkpoint: Path, folder: Path) -> None:
     """Write the report of a run's best network."""
     digest = hashlib.sha256()
-    payload = ranks.on_main(lambda: read_checkpoint(checkpoint, digest))
-    report = evaluate_checkpoint(checkpoint, payload, config, ranks=ranks, sample=IMAGES)
-    if ranks.is_main:
-        write_report(report, digest.hexdigest(), energy_of(report), folder, may_replace=True)
-        logger.info("a page about it: %s", folder / "index.html")
+    payload = read_checkpoint(checkpoint, digest)
+    report = evaluate_checkpoint(checkpoint, payload, config, sample=IMAGES)
+    write_report(report, digest.hexdigest(), energy_of(report), folder, may_replace=True)
+    logger.info("a page about it: %s", folder / "index.html")
 
 
 @_program
 def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
     """Run eval.py's command line and return its exit status."""
-    parsed = ranks.together(lambda: parse_eval(arguments))
+    parsed = ranks.together(lambda: parse_eval(arguments, ranks.size))
     if parsed.layer is not None:
         # Its name is known to be right before hours of work rather than after them.
         options = {name: value for name, value in parsed.network.items() if name != "T"}

@@ -105,8 +105,11 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
     return TrainArguments(config, output, given.get("resume"), *flags)
 
 
-def parse_eval(arguments: Sequence[str]) -> EvalArguments:
-    """Return what a command line of eval.py asks for, with the checkpoint read. Raises InputError."""
+def parse_eval(arguments: Sequence[str], processes: int = 1) -> EvalArguments:
+    """Return what a command line of eval.py, run by so many processes, asks for, with the checkpoint read.
+
+    Raises InputError.
+    """
     given, overrides = _read_command_line(
         arguments,
         "eval.py --checkpoint FILE [--json FILE] [--predictions FILE] [--energy] [--report FOLDER] "
@@ -134,6 +137,9 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     )
     if not given.get("checkpoint"):
         raise InputError("--checkpoint is required: name a file, for example --checkpoint runs/digits/best.pt")
+    if processes > 1 and {"report", "saliency"} & given.keys():
+        # One that has a part of the images would call them all of them.
+        raise InputError("--report and --saliency are for a single process: start eval.py without torchrun")
     path = Path(given["checkpoint"])
     digest = hashlib.sha256()
     payload = read_checkpoint(path, digest)

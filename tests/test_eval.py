@@ -17,6 +17,7 @@ from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.cli import eval_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
+from gac.errors import InputError
 from gac.options import parse_eval
 from gac.training.engine import train
 from recorded_graph import CaptureByRecording
@@ -312,6 +313,8 @@ def test_a_report_and_saliency_are_of_the_file_that_was_scored(
     assert error_of(capsys, *command, "stage.0").startswith(
         "error: there is no layer 'stage.0' (did you mean stages.0?): there are stem, stem.conv, stem.norm and "
     )
+    with pytest.raises(InputError, match="without torchrun"):
+        parse_eval(command[:-1], processes=2)
     assert "add one of them" in error_of(capsys, *command[:2], "--layer", "stages.0")
     command = ["--checkpoint", str(run / "best.pt"), "--report", str(folder)]
     for place, reason in ((run / "best.pt", "expected a new folder"), (tmp_path / "no" / "page", "in one that exists")):

@@ -205,7 +205,9 @@ def accuracy_figure(top1_by_time: Sequence[float]) -> Figure:
     with _panel(min(6.4, 2.6 + 0.4 * len(steps)), 2.6) as (figure, axes):
         axes.plot(steps, top1_by_time, color=_BLUE, marker="o", markersize=4.5)
         for step, top1 in zip(steps, top1_by_time, strict=True) if len(steps) <= 10 else ():
-            axes.annotate(f"{top1:.2f}", (step, top1), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            # Beside a line that rises from the first point.
+            offset = (0, -12) if step == 1 and top1 < max(top1_by_time[:2]) else (0, 6)
+            axes.annotate(f"{top1:.2f}", (step, top1), offset, textcoords="offset points", ha="center", fontsize=8)
         axes.set_xticks(_steps(len(steps))[1])
         axes.margins(x=0.1, y=0.2)
         axes.grid(axis="y")
