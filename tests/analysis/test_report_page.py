@@ -121,14 +121,16 @@ def test_the_page_says_what_the_network_is_and_needs_nothing_else(scored: Report
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_a_page_of_images_without_labels_has_no_scores(scored: Report) -> None:
+def test_a_page_has_no_scores_without_labels_and_no_gates_without_gated_attention(scored: Report) -> None:
     sample = replace(scored.sample, images=scored.sample.images[:6], mistakes=[])
     sample = replace(sample, data=replace(sample.data, num_classes=0))
     unlabelled = replace(scored, scores=Unscored(360, 1.0), published=None, classes=None, confusion=None, sample=sample)
+    unlabelled = replace(unlabelled, coding="direct")
     files = files_of(unlabelled)
     page = files["index.html"].decode()
     assert "top-1" not in page
     assert "Firing rates" in page
+    assert "Gates" not in page
     assert "tables/classes.csv" not in files
 
 
