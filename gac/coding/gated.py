@@ -12,6 +12,8 @@ from gac.neuron import LIFNode
 from gac.ops.watchers import refuse_symbolic
 
 TemporalInit = Literal["default", "alive"]
+Gate = Literal["both", "temporal", "spatial_channel"]
+"""The attentions that a gate has: both, as published, or one alone, for ablations."""
 
 
 class TemporalAttention(nn.Module):
@@ -85,7 +87,7 @@ class GatedAttentionUnit(nn.Module):
     """The gate: sigmoid(TA(x) * SCA(x)) * spikes.
 
     ``x`` is [T, B, C, H, W], or one frame [B, C, H, W] that stands for T equal ones and is then computed once;
-    ``spikes`` and the output are [T, B, C, H, W].
+    ``spikes`` and the output are [T, B, C, H, W]. An ablation has 1 in place of TA(x) or SCA(x), and no weights for it.
     """
 
     def __init__(
@@ -95,14 +97,21 @@ class GatedAttentionUnit(nn.Module):
         kernel_size: int = 4,
         reduction: int = 2,
         temporal_init: TemporalInit = "default",
+        gate: Gate = "both",
     ) -> None:
         super().__init__()
-        self.temporal = TemporalAttention(T, reduction, temporal_init)
-        self.spatial_channel = SpatialChannelAttention(channels, kernel_size)
+        self.T = T
+        self.temporal = None if gate == "spatial_channel" else TemporalAttention(T, reduction, temporal_init)
+        self.spatial_channel = None if gate == "temporal" else SpatialChannelAttention(channels, kernel_size)
+
+    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return TA(x), [T, B], and SCA(x), shaped like ``x``; ones for the one that an ablation leaves out."""
+        temporal = x.new_ones(self.T, x.shape[-4]) if self.temporal is None else self.temporal(x)
+        return temporal, torch.ones_like(x) if self.spatial_channel is None else self.spatial_channel(x)
 
     def forward(self, x: Tensor, spikes: Tensor) -> Tensor:
-        temporal = self.temporal(x)[:, :, None, None, None]  # [T, B, 1, 1, 1]
-        return torch.sigmoid(temporal * self.spatial_channel(x)) * spikes
+        temporal, spatial_channel = self.attention(x)
+        return torch.sigmoid(temporal[:, :, None, None, None] * spatial_channel) * spikes
 
 
 class GatedAttentionCoding(nn.Module, base.MultiStepModule):
@@ -120,10 +129,11 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
         reduction: The temporal attention has max(1, T // reduction) hidden units.
         temporal_init: "default" (the authors') or "alive" (see :class:`TemporalAttention`).
         neuron: The spiking layer; by default the authors' CIFAR preset.
+        gate: "both" attentions, or for ablations "temporal" or "spatial_channel" alone.
 
     Raises:
-        InputError: For T, channels, kernel_size or reduction below 1, and in forward for an input whose shape does
-            not fit.
+        InputError: For T, channels, kernel_size or reduction below 1, unknown names, and in forward for an input whose
+            shape does not fit.
     """
 
     def __init__(
@@ -134,33 +144,36 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
         reduction: int = 2,
         temporal_init: TemporalInit = "default",
         neuron: LIFNode | None = None,
+        gate: Gate = "both",
     ) -> None:
         super().__init__()
         sizes = {"T": T, "channels": channels, "kernel_size": kernel_size, "reduction": reduction}
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be an integer >= 1, got {value!r}")
-        if temporal_init not in get_args(TemporalInit):
-            raise InputError(f"temporal_init must be one of {', '.join(get_args(TemporalInit))}, got {temporal_init!r}")
+        for name, value, choices in (("temporal_init", temporal_init, TemporalInit), ("gate", gate, Gate)):
+            if value not in get_args(choices):
+                raise InputError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
         self.step_mode = "m"
         self.channels = channels
         self.lif = neuron if neuron is not None else LIFNode()
         if isinstance(self.lif, LIFNode):
             self.lif.keeps_state = False
-        self.gate = GatedAttentionUnit(T, channels, kernel_size, reduction, temporal_init)
+        self.gate = GatedAttentionUnit(T, channels, kernel_size, reduction, temporal_init, gate)
 
     @property
     def T(self) -> int:
-        """Number of time steps, for which the temporal attention has weights: another one is refused."""
-        return self.gate.temporal.squeeze.in_features
+        """Number of time steps; a temporal attention has weights for it, and another one is then refused."""
+        return self.gate.T
 
     @T.setter
     def T(self, value: int) -> None:
-        if value != self.T:
+        if value != self.T and self.gate.temporal is not None:
             raise InputError(
                 f"T of gated attention coding is fixed, as its temporal attention has weights for {self.T} time steps: "
                 f"make a network with T={value!r} instead"
             )
+        self.gate.T = value
 
     def extra_repr(self) -> str:
         return f"T={self.T}, channels={self.channels}"

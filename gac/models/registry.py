@@ -61,7 +61,7 @@ def create_model(
         surrogate: The same for the surrogate gradient: one of ``gac.neuron.SURROGATES``, with SpikingJelly's default
             alpha.
         detach_reset: The same for whether the reset is constant in the backward pass.
-        **options: in_channels, width, kernel_size, reduction, temporal_init and backend of
+        **options: in_channels, width, kernel_size, reduction, temporal_init, gate and backend of
             :class:`~gac.models.ms_resnet.MSResNet`.
 
     Raises:
@@ -94,8 +94,8 @@ def describe(net: MSResNet) -> list[str]:
     """Return what a user should know about a network before training it, one line per fact."""
     parameters = sum(p.numel() for p in net.parameters())
     lines = [f"{parameters / 1e6:.3f} M parameters, T={net.T}, {net.coding_name} coding"]
-    if isinstance(net.coding, GatedAttentionCoding):
-        temporal = net.coding.gate.temporal
+    temporal = net.coding.gate.temporal if isinstance(net.coding, GatedAttentionCoding) else None
+    if temporal is not None:
         dead, units = temporal.dead_units(), temporal.squeeze.out_features
         line = f"temporal attention: {dead} of {units} hidden units dead for static images (maximum path)"
         if dead == units:
