@@ -110,12 +110,12 @@ def coding_figure(
         places = [names.index(row["coding"]) for row in rows]
         left.scatter([row["top1"] for row in rows], places, color=COLORS["forward"], s=14, label="one run")
         for place, each in enumerate(summary):
-            style = {"color": COLORS["backward"], "capsize": 2.5, "linewidth": 1.4}
+            top1, gain = each["top1"], each["gain"]
+            style = {"color": COLORS["backward"], "capsize": 2.5, "linewidth": 1.4, "marker": "D", "markersize": 4}
             label = "mean ± standard deviation" if place == 0 else None
-            left.errorbar(each["top1"], place + 0.25, xerr=each["top1_std"], marker="D", ms=4, label=label, **style)
-            if each["gain_interval"] is not None:
-                reach = each["gain_interval"][1] - each["gain"]
-                right.errorbar(each["gain"], place, xerr=reach, marker="D", ms=4, **style)
+            left.errorbar(top1["mean"], place + 0.25, xerr=top1["std"], label=label, **style)
+            if gain["interval"] is not None:
+                right.errorbar(gain["mean"], place, xerr=gain["interval"][1] - gain["mean"], **style)
         right.axvline(0, color="#444444", linewidth=0.8)
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
