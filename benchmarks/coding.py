@@ -5,9 +5,10 @@ of its own below --output. gac-temporal and gac-spatial-channel are gated attent
 Seeds are train.seed and the numbers after it; runs of one seed see the same images in the same order. Top-1 is that of
 the last epoch, as the best one is chosen on the test images. A difference is gac minus the other coding at the same
 seed, in percentage points; its 95 % interval (Student's t, each by itself) is over seeds and says nothing of other test
-images, sizes and budgets. images/s is the median of a run's training epochs, then the mean of runs. Started again
-after any stop, even kill -9, it goes on from the last checkpoint. With several devices start it for each --device, with
-one --output: each process takes the runs that no other has, and the same command in the end shows all.
+images, sizes and budgets. Energy is what eval.py --energy counts for last.pt, images/s the median of a run's training
+epochs; both are means over runs. Started again after any stop, even kill -9, it goes on from the last checkpoint. With
+several devices start it for each --device, with one --output: each process takes the runs that no other has, and the
+same command in the end shows all.
 """
 
 import math
@@ -25,11 +26,13 @@ from scipy.stats import t as student
 
 from benchmarks import plot
 from benchmarks.common import MeasurementError, Report, Table, grouped, make_parser, program
-from gac.checkpoint import build_network, read_checkpoint, read_config
+from gac.analysis.energy import IMAGES, measure_energy
+from gac.checkpoint import read_checkpoint, read_config
 from gac.coding import Coding
 from gac.command_line import at_least
 from gac.config import Config
 from gac.errors import InputError
+from gac.evaluation.report import evaluate_checkpoint
 from gac.files import ResultsNotWritten
 from gac.models import create_model
 from gac.options import parse_train
@@ -46,10 +49,12 @@ CODINGS = {
     "gac-spatial-channel": ("gac", "spatial_channel"),
     **{coding: (coding, "both") for coding in get_args(Coding) if coding != "gac"},
 }
+# What a summary has the mean over runs of, beside top-1.
+MEANS = ("paper_mj", "full_mj", "images_per_second")
 RUNS = Table(("coding", 19), ("seed", 5), ("last top-1", 10), ("best top-1", 10), ("images/s", 9))
 SUMMARY = Table(
-    *(("coding", 19), ("runs", 4), ("top-1", 6), ("std", 5), ("gac minus it", 12), ("std", 5), ("[95 % interval]", 16)),
-    *(("parameters", 10), ("images/s", 9)),
+    *(("coding", 19), ("runs", 4), ("top-1", 6), ("std", 5), ("gac minus it", 12), ("[95 % interval]", 16)),
+    *(("parameters", 10), ("paper mJ", 8), ("full mJ", 8), ("images/s", 9)),
 )
 
 
@@ -66,22 +71,26 @@ def run(config: Config, folder: Path) -> dict[str, Any] | None:
     would go on with another learning rate.
     """
     if (found := Checkpoints(folder).read()) is not None:
-        epochs = read_config(found[1]).train.epochs
-        if epochs != config.train.epochs:
-            raise InputError(
-                f"{folder} holds a run of {epochs} epochs, not {config.train.epochs}: choose another --output"
-            )
+        epochs, asked = read_config(found[1]).train.epochs, config.train.epochs
+        if epochs != asked:
+            raise InputError(f"{folder} holds a run of {epochs} epochs, not {asked}: choose another --output")
     try:
         train(config, folder, resume="auto")
     except FolderInUse:
         return None
     payload = read_checkpoint(folder / "last.pt")
-    network, history = build_network(payload), payload["training"]["history"]
+    history = payload["training"]["history"]
+    scored = evaluate_checkpoint(folder / "last.pt", payload, config, sample=IMAGES)
+    with scored.sample.running():
+        energy = measure_energy(scored.sample.network, scored.sample.inputs())
     return {
         "top1": history[-1]["test_top1"],
         "best_top1": max(epoch["test_top1"] for epoch in history),
         "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": scored.parameters,
+        "energy_images": energy.images,
+        "paper_mj": energy.paper_mj,
+        "full_mj": energy.full_mj,
         "history": history,
     }
 
@@ -106,7 +115,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "top1": spread([row["top1"] for row in runs]),
             "gain": spread([gac[row["seed"]] - row["top1"] for row in runs if coding != "gac" and row["seed"] in gac]),
             "parameters": runs[0]["parameters"],
-            "images_per_second": statistics.mean(row["images_per_second"] for row in runs),
+            **{name: statistics.mean(row[name] for row in runs) for name in MEANS},
         }
         for (coding,), runs in grouped(rows, "coding").items()
     ]
@@ -129,7 +138,8 @@ def _show(each: dict[str, Any]) -> None:
     top1, gain = each["top1"], each["gain"]
     interval = "-" if gain["interval"] is None else "[{:+.2f}, {:+.2f}]".format(*gain["interval"])
     cells = number(top1["mean"], ".2f"), number(top1["std"], ".2f"), number(gain["mean"], "+.2f")
-    cells += number(gain["std"], ".2f"), interval, f"{each['parameters']:,}", f"{each['images_per_second']:.0f}"
+    energies = (f"{each[name]:.4f}" for name in ("paper_mj", "full_mj"))
+    cells += interval, f"{each['parameters']:,}", *energies, f"{each['images_per_second']:.0f}"
     SUMMARY.row(each["coding"], each["runs"], *cells)
 
 
@@ -141,10 +151,8 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
     if config.model.coding is not None or config.model.gate != "both":
         raise InputError("model.coding and model.gate are what is compared: leave them out and choose --codings")
     seeds = range(config.train.seed, config.train.seed + options.seeds)
-    runs = {
-        (coding, seed): configuration(config, coding, seed)
-        for seed, coding in product(seeds, dict.fromkeys(options.codings))
-    }
+    places = product(seeds, dict.fromkeys(options.codings))
+    runs = {(coding, seed): configuration(config, coding, seed) for seed, coding in places}
     for each in runs.values():
         # What one of them cannot have is said before the first one is trained.
         with torch.device("meta"):
@@ -167,8 +175,7 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
         RUNS.row(coding, seed, *(f"{row[key]:.2f}" for key in ("top1", "best_top1")), f"{row['images_per_second']:.0f}")
         rows.append({"coding": coding, "seed": seed, **row})
         report.add("runs", rows[-1:])
-    summary = summarise(rows)
-    report.add("codings", summary)
+    report.add("codings", summary := summarise(rows))
     print()
     SUMMARY.header()
     for each in summary:

@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import coding, plot
-from gac.checkpoint import load_checkpoint, read_checkpoint
+from gac.analysis.energy import measure_energy
+from gac.checkpoint import read_checkpoint
 from gac.config import Config
-from gac.data import build_data
-from gac.evaluation.evaluate import EvaluationStep, evaluate
+from gac.evaluation.report import evaluate_checkpoint
 from gac.training.run_folder import read_metrics
 from gac.training.totals import TrainingDiverged
 
@@ -59,19 +59,18 @@ def test_every_run_is_the_one_that_its_row_says(compared):
         assert row["images_per_second"] > 0
 
 
-def test_a_row_has_the_accuracy_of_the_network_in_its_folder(compared):
+def test_a_row_is_what_the_network_in_its_folder_scores(compared):
     for row in json.loads((compared / "result.json").read_text())["runs"]:
-        if row["coding"] == "rate":
-            # Its spikes are drawn anew.
-            continue
-        folder = compared / "runs" / f"{row['coding']}-{row['seed']}"
-        config = Config.from_dict(read_checkpoint(folder / "last.pt")["config"])
-        network = load_checkpoint(folder / "last.pt")
-        sizes = {"device": "cpu", "batch_size": 1, "eval_batch_size": 24, "seed": 0, "splits": ("test",)}
-        data = build_data(config.data, normalize=config.model.takes_normalized_images, **sizes)
-        found = evaluate(EvaluationStep(network, torch.device("cpu")), data.test.epoch(0))
-        assert found.top1 == row["top1"]
-        assert sum(p.numel() for p in network.parameters()) == row["parameters"]
+        file = compared / "runs" / f"{row['coding']}-{row['seed']}" / "last.pt"
+        payload = read_checkpoint(file)
+        scored = evaluate_checkpoint(file, payload, Config.from_dict(payload["config"]), sample=100)
+        assert scored.parameters == row["parameters"]
+        with scored.sample.running():
+            energy = measure_energy(scored.sample.network, scored.sample.inputs())
+        assert (row["energy_images"], row["paper_mj"], row["full_mj"]) == (24, energy.paper_mj, energy.full_mj)
+        assert 0 < row["paper_mj"] <= row["full_mj"]
+        # The spikes of rate coding are drawn anew.
+        assert row["coding"] == "rate" or scored.scores.top1 == row["top1"]
 
 
 def test_the_summary_and_the_picture_have_every_coding(compared):
@@ -214,6 +213,7 @@ def test_bad_input_is_one_line_before_anything_is_trained(tmp_path, options, mes
 def rows(**top1: list[float]) -> list[dict]:
     return [
         {"coding": name, "seed": seed, "top1": value, "parameters": 5, "images_per_second": 10.0 * seed}
+        | {"paper_mj": 1.0 * seed, "full_mj": 2.0 * seed}
         for name, values in top1.items()
         for seed, value in enumerate(values, 1)
     ]
@@ -231,6 +231,7 @@ def test_differences_are_paired_by_seed():
     assert direct["gain"]["std"] == pytest.approx(std)
     assert direct["gain"]["interval"] == pytest.approx((4 / 3 - half, 4 / 3 + half), abs=1e-3)
     assert (rate["runs"], rate["gain"]["mean"], rate["images_per_second"]) == (2, 0.5, 15.0)
+    assert (rate["paper_mj"], rate["full_mj"]) == (1.5, 3.0)
 
 
 @pytest.mark.parametrize(
