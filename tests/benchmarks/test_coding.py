@@ -132,7 +132,7 @@ def test_a_run_in_use_is_left_to_its_process(compared, capsys):
 def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     """kill -9 while the second run trains: the first stays as it is, and both end as they do without the kill."""
     options = ("--train.epochs", "12", "--train.checkpoint_steps", "1")
-    arguments = command(tmp_path, "--codings", "direct", "--seeds", "2", options=options)
+    arguments = command(tmp_path, "--codings", "direct", options=options)
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.coding", *arguments],
         cwd=ROOT,
@@ -158,7 +158,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     assert (first / "last.pt").read_bytes() == finished
     untouched = tmp_path / "untouched"
     untouched.mkdir()
-    assert coding.main(command(untouched, "--codings", "direct", "--seeds", "2", options=options)) == 0
+    assert coding.main(command(untouched, "--codings", "direct", options=options)) == 0
     expected = json.loads((untouched / "result.json").read_text())["runs"]
     for found, wanted in zip(runs, expected, strict=True):
         clocks = ("seconds", "images_per_second")
