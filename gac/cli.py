@@ -110,7 +110,7 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
         sample = report.sample
         with sample.running():
             energy = measure_energy(sample.network, sample.inputs())
-        text += f"\n\nenergy of an image, mean over {sample}\n{format_energy(energy)}"
+        text += f"\n\nenergy of an image over T={sample.network.T} steps, mean over {sample}\n{format_energy(energy)}"
         values["energy"] = {"data": str(sample)} | energy.to_dict()
     # Files are written before anything is printed, but one that cannot be written costs no other result.
     with ExitStack() as last_first:

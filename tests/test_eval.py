@@ -264,8 +264,17 @@ def test_energy_is_that_of_the_test_images_and_repeats(
     assert results[0][1] == results[1][1]
     out, energy = results[0]
     assert energy["data"] == "10 of the 10 test images of synthetic, evenly spread"
-    assert f"energy of an image, mean over {energy['data']}\n" in out
+    assert f"energy of an image over T=2 steps, mean over {energy['data']}\n" in out
     (total,) = (line.split() for line in out.splitlines() if line.startswith("total "))
     assert total[-2:] == [f"{energy['paper_mj']:.6f}", f"{energy['full_mj']:.6f}"]
     assert energy["images"] == 10
     assert energy["macs"] > 0
+
+
+def test_fewer_images_are_kept_where_the_memory_is_small(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gac.evaluation.sample.available_memory", lambda: 4 * 4 * (3 * 8 * 8 * 4))
+    assert eval_main(["--checkpoint", str(run / "best.pt"), "--energy", "--device=cpu"]) == 0
+    assert "too little memory to keep 256 test images for a closer look: 4 are kept" in caplog.text
+    assert "mean over 4 of the 10 test images of synthetic" in capsys.readouterr().out

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional, op_counter
+from spikingjelly.activation_based import op_counter
 from torch import Tensor, nn
 
+from gac.analysis.running import run
 from gac.errors import InputError, first_few
 
 MAC_PJ = 4.6
@@ -23,7 +24,7 @@ IMAGES = 256
 
 _MJ_PER_PJ = 1e-9
 # Operations with weights that SpikingJelly's counters have no rule for.
-_UNCOUNTED = re.compile(r"aten\._?(\w*conv\w*|linear|matmul|\w+mm|mv|addmv|addr|v?dot|einsum|\w*attention\w*)\.\w+")
+_UNCOUNTED = re.compile(r"aten\._?(\w*(conv|attention|rnn|lstm|gru)\w*|linear|matmul|trilinear|\w+m[mv]|mv|v?dot)\.\w+")
 
 
 @dataclass(frozen=True)
@@ -138,41 +139,23 @@ def _dense_macs(func: Any, args: tuple, x: Tensor, weight: Tensor, out: Tensor) 
 def measure_energy(network: nn.Module, batches: Iterable[Tensor]) -> Energy:
     """Return the energy of a network, of any kind, on images: what each layer computes is counted while it runs.
 
-    Args:
-        network: Runs in evaluation mode and returns to the mode it was in. SpikingJelly's neurons are reset before each
-            batch and after the last.
-        batches: What the network is called with: images [B, C, H, W] or sequences [T, B, C, H, W]. What a network
-            computes for each of T equal frames is counted T times; this package's computes it once.
+    The arguments are those of :func:`gac.analysis.running.run`. What a network computes for each of T equal frames is
+    counted T times; this package's compute it once.
 
     Raises:
         InputError: If there are no images, and for operations with weights that cannot be counted.
     """
     counter = _ByLayer()
-    images = 0
-    was_training = network.training
-    network.eval()
-    # In inference mode the counters would see linear layers and convolutions as operations that they have no rule for.
-    try:
-        with torch.inference_mode(False), torch.no_grad(), op_counter.DispatchCounterMode([counter]) as mode:
-            for batch in batches:
-                if batch.dim() not in (4, 5):
-                    raise InputError(
-                        f"expected images [B, C, H, W] or sequences [T, B, C, H, W], got {list(batch.shape)}"
-                    )
-                functional.reset_net(network)
-                network(batch)
-                images += batch.shape[-4]
-        unsupported = mode.get_unsupported(counter)
-    finally:
-        functional.reset_net(network)
-        network.train(was_training)
-    if images == 0:
-        raise InputError("energy is measured on images, and there are none")
+    with op_counter.DispatchCounterMode([counter]) as mode:
+        images = run(network, batches)
+    unsupported = mode.get_unsupported(counter)
     if missed := sorted(name for name in unsupported if _UNCOUNTED.fullmatch(name)):
         raise InputError(
             f"the energy of {type(network).__name__} cannot be counted, as SpikingJelly's op_counter has no rule for"
             f" {first_few(missed)}: use layers that compute by convolution, mm, addmm, bmm or baddbmm"
         )
+    if not counter.layers:
+        raise InputError(f"{type(network).__name__} runs no convolution or linear layer, whose energy could be counted")
     root = f"{type(network).__name__}."
     layers = []
     for number, (name, tally) in enumerate(counter.layers.items()):

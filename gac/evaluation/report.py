@@ -19,7 +19,7 @@ from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.predictions import ClassScore, Predictions, gather
 from gac.evaluation.published import PublishedResult, find_published
-from gac.evaluation.sample import Collector, Sample
+from gac.evaluation.sample import Collector, Sample, affordable
 from gac.execution import random_state
 from gac.execution.cuda_graph import check_capturable, select_capture
 from gac.execution.device import check_precision, describe_precision, memory_format, select_device
@@ -117,8 +117,10 @@ def evaluate_checkpoint(
     batches = data.test.epoch(0)
     if labels is not None:
         batches = _as_trained(batches, torch.tensor(labels, device=device))
-    collector = Collector(sample, data.test.size // ranks.size) if sample else None
-    if collector is not None:
+    classes = []
+    collector = None
+    if sample:
+        collector = Collector(affordable(sample, data.info, device), data.test.size // ranks.size, classes)
         batches = collector.watch(batches)
     if amp is None:
         amp = config.train.amp if ours and (config.train.amp != "fp16" or device.type == "cuda") else "off"
@@ -128,7 +130,7 @@ def evaluate_checkpoint(
     with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)
         step = EvaluationStep(network, device, amp, config.train.channels_last, capture, steps)
-        scores = evaluate(step, batches, ranks, classes := [])
+        scores = evaluate(step, batches, ranks, classes)
     ranks.together(lambda: check_readable("test", data.test.size - scores.images, data.test.size))
     predictions = gather(data.test.yielded(), classes, ranks)
     precision = describe_precision(device, amp)
@@ -137,8 +139,9 @@ def evaluate_checkpoint(
     published = find_published(network, _published_name(data.info, scores.images)) if steps == network.T else None
     kept = None
     if collector is not None and collector.places:
-        images = *collector.images_and_labels(), collector.places
-        kept = Sample(network, *images, data.info, device, amp, step.order, config.train.seed)
+        images = *collector.images_and_labels(), collector.places, collector.mistakes
+        run = device, amp, step.order, config.train.eval_batch_size, config.train.seed
+        kept = Sample(network, *images, data.info, *run)
     return Report(
         checkpoint=str(path),
         epoch=payload.get("epoch") if ours else None,

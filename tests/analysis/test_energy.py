@@ -7,7 +7,15 @@ from spikingjelly.activation_based import layer, neuron, op_counter
 from torch import Tensor, nn
 
 from gac import BatchFirst, GatedAttentionCoding, create_model
-from gac.analysis.energy import AC_PJ, MAC_PJ, PUBLISHED_NOTE, format_energy, is_spike_driven, measure_energy
+from gac.analysis.energy import (
+    _UNCOUNTED,
+    AC_PJ,
+    MAC_PJ,
+    PUBLISHED_NOTE,
+    format_energy,
+    is_spike_driven,
+    measure_energy,
+)
 from gac.errors import InputError
 from lively import lively
 
@@ -150,7 +158,9 @@ class Attention(nn.Module):
 def test_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(InputError, match=r"Attention cannot be counted, .* no rule for aten\._?scaled_dot_product"):
         measure_energy(Attention(), [torch.rand(1, 2, 3, 3)])
-    with pytest.raises(InputError, match="there are none"):
+    with pytest.raises(InputError, match="Flatten runs no convolution or linear layer"):
+        measure_energy(nn.Flatten(), [torch.rand(1, 2, 3, 3)])
+    with pytest.raises(InputError, match="there are no images"):
         measure_energy(nn.Conv2d(1, 1, 1), [])
     with pytest.raises(InputError, match=r"expected images \[B, C, H, W\] .*, got \[4, 5\]"):
         measure_energy(nn.Linear(5, 1), [torch.rand(4, 5)])
@@ -160,3 +170,27 @@ def test_an_image_counts_once_in_batch_first_layout_too() -> None:
     images = torch.rand(3, 3, 8, 8)
     net = network("gac", images)
     assert measure_energy(BatchFirst(net), [images]).full_mj == measure_energy(net, [images]).full_mj
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv2d",
+        "linear",
+        "mkldnn_rnn_layer",
+        "_trilinear",
+        "mv",
+        "dot",
+        "addmv",
+        "_sparse_addmm",
+        "lstm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    ],
+)
+def test_operations_with_weights_are_known_by_their_names(name: str) -> None:
+    assert _UNCOUNTED.fullmatch(f"aten.{name}.default")
+
+
+@pytest.mark.parametrize("name", ["upsample_bilinear2d", "add", "constant_pad_nd", "mean", "native_layer_norm"])
+def test_others_are_not(name: str) -> None:
+    assert not _UNCOUNTED.fullmatch(f"aten.{name}.default")
