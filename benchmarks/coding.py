@@ -138,7 +138,7 @@ def _show(each: dict[str, Any]) -> None:
     top1, gain = each["top1"], each["gain"]
     interval = "-" if gain["interval"] is None else "[{:+.2f}, {:+.2f}]".format(*gain["interval"])
     cells = number(top1["mean"], ".2f"), number(top1["std"], ".2f"), number(gain["mean"], "+.2f")
-    energies = (f"{each[name]:.4f}" for name in ("paper_mj", "full_mj"))
+    energies = (f"{each[name]:.3g}" for name in ("paper_mj", "full_mj"))
     cells += interval, f"{each['parameters']:,}", *energies, f"{each['images_per_second']:.0f}"
     SUMMARY.row(each["coding"], each["runs"], *cells)
 

@@ -107,9 +107,11 @@ def coding_figure(
     names = [each["coding"] for each in summary]
     with mpl.rc_context(RC):
         figure, ((left, right),) = _panels(1, 2, 4.2, 0.34 * len(names) + 0.5, title, environment, sharex=False)
-        places = [names.index(row["coding"]) for row in rows]
-        left.scatter([row["top1"] for row in rows], places, color=COLORS["forward"], s=14, label="one run")
         for place, each in enumerate(summary):
+            runs = [row["top1"] for row in rows if row["coding"] == each["coding"]]
+            # One above the other, as runs with equal results would hide each other.
+            heights = [place - 0.35 * i / len(runs) for i in range(len(runs))]
+            left.scatter(runs, heights, color=COLORS["forward"], s=12, label="one run" if place == 0 else None)
             top1, gain = each["top1"], each["gain"]
             style = {"color": COLORS["backward"], "capsize": 2.5, "linewidth": 1.4, "marker": "D", "markersize": 4}
             label = "mean ± standard deviation" if place == 0 else None
@@ -120,7 +122,7 @@ def coding_figure(
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
         left.set_xlabel("test top-1 after the last epoch, %")
-        right.set_xlabel("gac minus this coding, percentage points (95 % interval)")
+        right.set_xlabel("gac minus this coding, points (95 % interval)")
         for axes in (left, right):
             axes.grid(axis="x")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
