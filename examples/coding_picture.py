@@ -28,8 +28,9 @@ def draw(checkpoint: str, picture: str) -> None:
     features = net.stem(network_input[shown : shown + 1])  # [B, C, H, W]
     coded = net.coding(features)  # [T, B, C, H, W]
     spikes = (coded > 0).float()
-    temporal, spatial = net.coding.gate.attention(features)
-    gate = torch.sigmoid(temporal[:, :, None, None, None] * spatial)
+    gate = torch.sigmoid(
+        net.coding.gate.temporal(features)[:, :, None, None, None] * net.coding.gate.spatial_channel(features)
+    )
 
     rows = {"spikes": spikes, "gate": gate, "spikes x gate": coded}
     figure, axes = plt.subplots(

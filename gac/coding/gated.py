@@ -44,6 +44,11 @@ class TemporalAttention(nn.Module):
                 sums = self.squeeze.weight.sum(dim=1, keepdim=True)
                 self.squeeze.weight.mul_(torch.where(sums < 0, -1.0, 1.0))
 
+    @property
+    def T(self) -> int:
+        """Number of time steps that there are weights for."""
+        return self.squeeze.in_features
+
     def dead_units(self) -> int:
         """Return how many hidden units give zero for every static image with a positive maximum."""
         return int((self.squeeze.weight.detach().sum(dim=1) <= 0).sum())
@@ -53,8 +58,7 @@ class TemporalAttention(nn.Module):
         values = (x if x.is_contiguous() else x.movedim(-3, -1)).flatten(-3)
         average, maximum = values.mean(-1), values.max(-1).values  # [T, B] or [B]
         if x.dim() == 4:
-            T = self.squeeze.in_features
-            average, maximum = average.expand(T, -1), maximum.expand(T, -1)
+            average, maximum = average.expand(self.T, -1), maximum.expand(self.T, -1)
         pooled = torch.stack((average, maximum)).transpose(1, 2)  # [2, B, T]
         # In time-first memory order, which the gate's output takes from it.
         return self.expand(self.squeeze(pooled).relu()).sum(0).t().contiguous()
@@ -83,6 +87,24 @@ class SpatialChannelAttention(nn.Module):
         return self.conv2(self.pad(self.conv1(self.pad(x)).relu()))
 
 
+class NoTemporalAttention(nn.Module):
+    """1 for each image and time step, in place of :class:`TemporalAttention` in an ablation."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        self.T = T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_ones(self.T, x.shape[-4])
+
+
+class NoSpatialChannelAttention(nn.Module):
+    """1 for each channel and pixel, in place of :class:`SpatialChannelAttention` in an ablation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
 class GatedAttentionUnit(nn.Module):
     """The gate: sigmoid(TA(x) * SCA(x)) * spikes.
 
@@ -100,18 +122,16 @@ class GatedAttentionUnit(nn.Module):
         gate: Gate = "both",
     ) -> None:
         super().__init__()
-        self.T = T
-        self.temporal = None if gate == "spatial_channel" else TemporalAttention(T, reduction, temporal_init)
-        self.spatial_channel = None if gate == "temporal" else SpatialChannelAttention(channels, kernel_size)
-
-    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return TA(x), [T, B], and SCA(x), shaped like ``x``; ones for the one that an ablation leaves out."""
-        temporal = x.new_ones(self.T, x.shape[-4]) if self.temporal is None else self.temporal(x)
-        return temporal, torch.ones_like(x) if self.spatial_channel is None else self.spatial_channel(x)
+        self.temporal = (
+            NoTemporalAttention(T) if gate == "spatial_channel" else TemporalAttention(T, reduction, temporal_init)
+        )
+        self.spatial_channel = (
+            NoSpatialChannelAttention() if gate == "temporal" else SpatialChannelAttention(channels, kernel_size)
+        )
 
     def forward(self, x: Tensor, spikes: Tensor) -> Tensor:
-        temporal, spatial_channel = self.attention(x)
-        return torch.sigmoid(temporal[:, :, None, None, None] * spatial_channel) * spikes
+        temporal = self.temporal(x)[:, :, None, None, None]  # [T, B, 1, 1, 1]
+        return torch.sigmoid(temporal * self.spatial_channel(x)) * spikes
 
 
 class GatedAttentionCoding(nn.Module, base.MultiStepModule):
@@ -164,16 +184,18 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
     @property
     def T(self) -> int:
         """Number of time steps; a temporal attention has weights for it, and another one is then refused."""
-        return self.gate.T
+        return self.gate.temporal.T
 
     @T.setter
     def T(self, value: int) -> None:
-        if value != self.T and self.gate.temporal is not None:
+        if value == self.T:
+            return
+        if isinstance(self.gate.temporal, TemporalAttention):
             raise InputError(
                 f"T of gated attention coding is fixed, as its temporal attention has weights for {self.T} time steps: "
                 f"make a network with T={value!r} instead"
             )
-        self.gate.T = value
+        self.gate.temporal.T = value
 
     def extra_repr(self) -> str:
         return f"T={self.T}, channels={self.channels}"

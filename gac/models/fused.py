@@ -56,7 +56,8 @@ def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tens
     coding = net.coding
     if x.dim() == 4 and type(coding) is GatedAttentionCoding and _gate_fuses(coding, following):
         frame = net.stem(x, repeats=net.T)
-        return gate_lif(frame, *coding.gate.attention(frame), following.lif_parameters())
+        temporal, spatial = coding.gate.temporal(frame), coding.gate.spatial_channel(frame)
+        return gate_lif(frame, temporal, spatial, following.lif_parameters())
     membrane = net.encode(x)
     return membrane, following(membrane)
 

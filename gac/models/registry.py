@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from gac.coding import Coding
-from gac.coding.gated import GatedAttentionCoding
+from gac.coding.gated import GatedAttentionCoding, TemporalAttention
 from gac.errors import InputError
 from gac.models.ms_resnet import CIFAR, IMAGENET, Family, MSResNet
 from gac.neuron import Surrogate, make_parameters
@@ -95,7 +95,7 @@ def describe(net: MSResNet) -> list[str]:
     parameters = sum(p.numel() for p in net.parameters())
     lines = [f"{parameters / 1e6:.3f} M parameters, T={net.T}, {net.coding_name} coding"]
     temporal = net.coding.gate.temporal if isinstance(net.coding, GatedAttentionCoding) else None
-    if temporal is not None:
+    if isinstance(temporal, TemporalAttention):
         dead, units = temporal.dead_units(), temporal.squeeze.out_features
         line = f"temporal attention: {dead} of {units} hidden units dead for static images (maximum path)"
         if dead == units:
