@@ -1,4 +1,4 @@
-"""The figures of the throughput and of the kernel benchmark."""
+"""The figures of the benchmarks of throughput, kernels and codings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,14 +97,52 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
     return figure
 
 
+def coding_figure(
+    rows: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], title: str, environment: Mapping[str, str]
+) -> Figure:
+    """Return a figure of each coding's runs with mean and standard deviation, and of gac's paired gain over it.
+
+    Bars of the gain are 95 % intervals.
+    """
+    names = [each["coding"] for each in summary]
+    with mpl.rc_context(RC):
+        figure, ((left, right),) = _panels(1, 2, 4.2, 0.34 * len(names) + 0.5, title, environment, sharex=False)
+        for place, each in enumerate(summary):
+            runs = [row["top1"] for row in rows if row["coding"] == each["coding"]]
+            # One above the other, as runs with equal results would hide each other.
+            heights = [place - 0.35 * i / len(runs) for i in range(len(runs))]
+            left.scatter(runs, heights, color=COLORS["forward"], s=12, label="one run" if place == 0 else None)
+            top1, gain = each["top1"], each["gain"]
+            style = {"color": COLORS["backward"], "capsize": 2.5, "linewidth": 1.4, "marker": "D", "markersize": 4}
+            label = "mean ± standard deviation" if place == 0 else None
+            left.errorbar(top1["mean"], place + 0.25, xerr=top1["std"], label=label, **style)
+            if gain["interval"] is not None:
+                right.errorbar(gain["mean"], place, xerr=gain["interval"][1] - gain["mean"], **style)
+        right.axvline(0, color="#444444", linewidth=0.8)
+        left.set_yticks(range(len(names)), names)
+        left.invert_yaxis()
+        left.set_xlabel("test top-1 after the last epoch, %")
+        right.set_xlabel("gac minus this coding, points (95 % interval)")
+        for axes in (left, right):
+            axes.grid(axis="x")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
 def _panels(
-    rows: int, columns: int, width: float, height: float, title: str, environment: Mapping[str, str]
+    rows: int,
+    columns: int,
+    width: float,
+    height: float,
+    title: str,
+    environment: Mapping[str, str],
+    sharex: bool = True,
 ) -> tuple[Figure, Sequence[Sequence[Axes]]]:
     """Return a figure with panels of some size in inches; its title says where the measurement was made."""
     where = environment["CPU"] if environment["device"] == "CPU" else environment["device"].split(",")[0]
     figure = Figure(figsize=(columns * width, rows * height + 1.2), dpi=200, layout="constrained")
     figure.suptitle(f"{title}\n{where}; torch {environment['torch'].split(',')[0]}", fontsize=9.5)
-    return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey="row")
 
 
 def write(figure: Figure, path: Path) -> None:
