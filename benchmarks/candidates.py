@@ -3,12 +3,11 @@
 An implementation is one entry of ``IMPLEMENTATIONS``.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,9 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from benchmarks.common import PRECISIONS, NetworkSize
-from benchmarks.peers import FAMILIES, SPIKINGJELLY, STEP_LOOP, Network, Style
+from benchmarks.peers import SPIKINGJELLY, STEP_LOOP, Network
 from gac import create_model
-from gac.command_line import Parser, at_least
+from gac.command_line import Parser
 from gac.config import TrainConfig
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
 from gac.execution.device import autocast
@@ -29,6 +28,7 @@ from gac.training.optim import make_optimizer
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 """Memory formats of images and weights, by their names on the command line."""
 FLOOR = "convolution-floor"
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Setting:
         torch.manual_seed(0)
         return list(REFERENCE.build(self.size, self.T).state_dict().values())
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a network runs in the precision."""
+        return autocast(self.device, "off" if self.precision == "fp32" else self.precision)
+
 
 class Candidate:
     """A network with what it needs to be trained, on random images and labels.
@@ -56,18 +60,18 @@ class Candidate:
     """
 
     def __init__(self, implementation: "Implementation", setting: Setting, weights: Sequence[Tensor]) -> None:
-        size, batch, device = setting.size, setting.batch, setting.device
-        memory_format = MEMORY_FORMATS[implementation.layout(setting)]
-        self.network = load(implementation.build(size, setting.T), weights).to(device, memory_format=memory_format)
-        shape = (batch, 3, size.image_size, size.image_size)
-        self.images = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
-        self.labels = torch.randint(size.num_classes, (batch,), device=device)
+        size, device = setting.size, setting.device
+        self.setting, self.memory_format = setting, MEMORY_FORMATS[implementation.layout(setting)]
+        network = load(implementation.build(size, setting.T), weights)
+        self.network = network.to(device, memory_format=self.memory_format)
+        images = torch.randn(setting.batch, 3, size.image_size, size.image_size, device=device)
+        self.images = images.contiguous(memory_format=self.memory_format)
+        self.labels = torch.randint(size.num_classes, (setting.batch,), device=device)
         config = TrainConfig(learning_rate=0.01, momentum=0.9, weight_decay=5e-5)
         self.optimizer = make_optimizer(self.network.parameters(), config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
         self._loss: Tensor | None = None
         self._time_dimension = 1 if implementation.batch_first else 0
-        self._device, self._amp = device, "off" if setting.precision == "fp32" else setting.precision
         self._replayed: dict[Callable, Replayed] | None = {} if implementation.replayed else None
 
     def train_step(self) -> Tensor:
@@ -82,14 +86,14 @@ class Candidate:
         if self._replayed is None:
             return step()
         if step not in self._replayed:
-            self._replayed[step] = Replayed(step, CaptureOnDevice(self._device))
+            self._replayed[step] = Replayed(step, CaptureOnDevice(self.setting.device))
             for _ in range(WARM_UP_CALLS):
                 self._replayed[step]()
         return self._replayed[step]()
 
     def _train(self) -> Tensor:
         self.optimizer.zero_grad()
-        with autocast(self._device, self._amp):
+        with self.setting.autocast():
             logits = self.network(self.images)
             loss = F.cross_entropy(logits.float().mean(self._time_dimension), self.labels)
         self.scaler.scale(loss).backward()
@@ -100,7 +104,7 @@ class Candidate:
 
     @torch.inference_mode()
     def _evaluate(self) -> Tensor:
-        with autocast(self._device, self._amp):
+        with self.setting.autocast():
             return self.network(self.images)
 
     def start_evaluation(self) -> None:
@@ -110,9 +114,9 @@ class Candidate:
     def rest(self) -> None:
         """Free what the last step left behind: gradients, membrane potentials that hold a graph, captured graphs."""
         if self._replayed:
-            if self._device.type == "cuda":
+            if self.setting.device.type == "cuda":
                 # The last replay may not have ended.
-                torch.cuda.synchronize(self._device)
+                torch.cuda.synchronize(self.setting.device)
             self._replayed.clear()
         self.optimizer.zero_grad()
         functional.reset_net(self.network)
@@ -126,31 +130,24 @@ class ConvolutionFloor(Candidate):
     """The floor under a training step: the convolutions of all residual blocks on T x B frames, and nothing else.
 
     A training step is the forward pass, the data gradient and the weight gradient of each; the first block's data
-    gradient counts, since the gate before it is trained. Every convolution gets what it gets in the network from two
-    random images, repeated for the batch: spikes cost less power than noise, which limits the clock of a GPU.
+    gradient counts, since the gate before it is trained. Every convolution gets what it gets in the network: spikes
+    cost less power than noise, which limits the clock of a GPU.
     """
-
-    def __init__(self, implementation: "Implementation", setting: Setting, weights: Sequence[Tensor]) -> None:
-        super().__init__(implementation, setting, weights)
-        network = load(implementation.build(setting.size, setting.T), weights)
-        self._modules = [module for module in network.stages.modules() if isinstance(module, nn.Conv2d)]
-        self._inputs = record_inputs(network, self._modules, setting.size.image_size)
-        self._setting, self._memory_format = setting, MEMORY_FORMATS[implementation.layout(setting)]
 
     @cached_property
     def convolutions(self) -> list[tuple[nn.Module, Tensor, Tensor]]:
         """Each convolution with its input and its output's gradient, on the device; made when a turn begins."""
-        place = {"device": self._setting.device, "dtype": PRECISIONS[self._setting.precision].dtype}
-        place["memory_format"] = self._memory_format
-        frames, grads, convolutions = self._setting.T * self._setting.batch, {}, []
-        for module, few in zip(self._modules, self._inputs, strict=True):
-            x = few.repeat(math.ceil(frames / len(few)), 1, 1, 1)[:frames].to(**place).requires_grad_()
+        modules = [module for module in self.network.stages.modules() if isinstance(module, nn.Conv2d)]
+        place = {"dtype": PRECISIONS[self.setting.precision], "memory_format": self.memory_format}
+        inputs = first_inputs(self.network, modules, self.images, lambda x: x.to(copy=True, **place))
+        grads, convolutions = {}, []
+        for module, x in zip(modules, inputs, strict=True):
             convolution = deepcopy(module).to(**place)
-            shape = (frames, *convolution(x[:1]).shape[1:])
+            shape = (len(x), *convolution(x[:1]).shape[1:])
             if shape not in grads:
                 # Shared by convolutions with equal outputs: they are read, never written.
-                grads[shape] = torch.randn(shape, device=place["device"]).to(**place)
-            convolutions.append((convolution, x, grads[shape]))
+                grads[shape] = torch.randn(shape, device=x.device).to(**place)
+            convolutions.append((convolution, x.requires_grad_(), grads[shape]))
         return convolutions
 
     def _train(self) -> None:
@@ -201,32 +198,24 @@ class Implementation:
         return "NHWC" if wanted and self.keeps_channels_last else "NCHW"
 
 
-def _ours(name: str, style: tuple[str, str], backend: str, **options: Any) -> Implementation:
-    def build(size: NetworkSize, T: int) -> MSResNet:
-        # A temporal attention that starts dead has no gradient to compare.
-        sizes = {"width": size.width, "depth": size.depth}
-        return create_model(size.network, size.num_classes, T, temporal_init="alive", backend=backend, **sizes)
-
-    return Implementation(name, style, build, **options)
+def _ours(backend: str, size: NetworkSize, T: int) -> MSResNet:
+    # A temporal attention that starts dead has no gradient to compare.
+    options = {"width": size.width, "depth": size.depth, "temporal_init": "alive", "backend": backend}
+    return create_model(size.network, size.num_classes, T, **options)
 
 
-def _peer(name: str, style: tuple[str, str], code: Style, **options: bool) -> Implementation:
-    def build(size: NetworkSize, T: int) -> Network:
-        return Network(code, FAMILIES[size.family], T, size.num_classes, size.width, size.depth)
-
-    return Implementation(name, style, build, **options)
-
-
-REFERENCE = _ours("ours-torch", ("#009E73", "s"), "torch")
+REFERENCE = Implementation("ours-torch", ("#009E73", "s"), partial(_ours, "torch"))
 """The implementation that makes the weights and that the others are checked against."""
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
-        _ours("ours-cupy", ("#0072B2", "o"), "cupy", kernels=True),
-        _ours("ours-cupy-graph", ("#56B4E9", "v"), "cupy", kernels=True, replayed=True),
+        Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels=True),
+        Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels=True, replayed=True),
         REFERENCE,
-        _peer("spikingjelly", ("#D55E00", "^"), SPIKINGJELLY),
-        _peer("step-loop", ("#666666", "D"), STEP_LOOP, batch_first=True, keeps_channels_last=False),
+        Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, SPIKINGJELLY)),
+        Implementation(
+            "step-loop", ("#666666", "D"), partial(Network, STEP_LOOP), batch_first=True, keeps_channels_last=False
+        ),
         replace(REFERENCE, name=FLOOR, style=("#000000", "_"), work=ConvolutionFloor),
     )
 }
@@ -235,19 +224,16 @@ NETWORKS = [name for name, each in IMPLEMENTATIONS.items() if each.work is Candi
 
 def add_options(parser: Parser, names: Collection[str], **defaults: Any) -> None:
     """Add the options that all benchmarks of networks have; those whose default is a list take several values."""
-    add, positive = parser.add, at_least(1)
     help = "what to compare; those that the device cannot run are skipped"
-    add("--implementations", help, choices=names, default=list(names))
-    NetworkSize.add_options(parser)
-    add("--time-steps", "number of time steps", type=positive, default=defaults["T"], metavar="T")
-    add("--batch", "images per batch", type=positive, default=defaults["batch"], metavar="B")
+    parser.add("--implementations", help, choices=names, default=list(names))
+    NetworkSize.add_options(parser, defaults["T"], defaults["batch"])
     help = "float32, or autocast to half precision; those that the device lacks are skipped"
-    add("--precision", help, choices=PRECISIONS, default=defaults["precision"])
+    parser.add("--precision", help, choices=PRECISIONS, default=defaults["precision"])
     help = (
         "memory order of images and weights; auto on a GPU: NHWC with our kernels, and in half precision for all but"
         " the step-loop, which does not keep it; else NCHW"
     )
-    add("--layout", help, choices=("auto", *MEMORY_FORMATS), default="auto")
+    parser.add("--layout", help, choices=("auto", *MEMORY_FORMATS), default="auto")
 
 
 def load(network: nn.Module, weights: Sequence[Tensor]) -> nn.Module:
@@ -256,19 +242,18 @@ def load(network: nn.Module, weights: Sequence[Tensor]) -> nn.Module:
     return network
 
 
-def record_inputs(network: nn.Module, modules: Sequence[nn.Module], image_size: int) -> list[Tensor]:
-    """Return a copy of what each of ``modules`` gets first in a training forward pass of two random images.
-
-    Two, because BatchNorm refuses a single value for each channel.
-    """
-    inputs: dict[nn.Module, Tensor] = {}
+def first_inputs(
+    network: nn.Module, modules: Sequence[nn.Module], images: Tensor, keep: Callable[[Tensor], Kept]
+) -> list[Kept]:
+    """Return what ``keep`` makes of the input of each of ``modules`` in a training forward pass."""
+    kept: dict[nn.Module, Kept] = {}
 
     def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[module] = arguments[0].detach().clone()
+        kept[module] = keep(arguments[0])
 
     handles = [module.register_forward_pre_hook(record) for module in modules]
     with torch.no_grad():
-        network.train()(torch.randn(2, 3, image_size, image_size))
+        network.train()(images)
     for handle in handles:
         handle.remove()
-    return [inputs[module] for module in modules]
+    return [kept[module] for module in modules]

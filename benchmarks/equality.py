@@ -135,7 +135,7 @@ def check_networks(
     if any(each.kernels for each in implementations):
         run_tests(NETWORK_TESTS, report)
     # Large enough for every kind of block and BatchNorm.
-    depth, image_size = tuple(min(2, blocks) for blocks in size.depth), 8 if size.family == "cifar" else 32
+    depth, image_size = tuple(min(2, blocks) for blocks in size.depth), 8 if size.family.neuron == "cifar" else 32
     small = replace(size, width=8, depth=depth, image_size=image_size, num_classes=min(10, size.num_classes))
     found = []
     for T in dict.fromkeys(time_steps):

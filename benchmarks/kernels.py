@@ -25,7 +25,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from benchmarks import common, plot
-from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, record_inputs
+from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, first_inputs
 from benchmarks.common import DTYPES, OUT_OF_MEMORY, NetworkSize, or_out_of_memory
 from benchmarks.equality import OPERATION_TESTS, compare, run_tests
 from gac.command_line import at_least
@@ -132,8 +132,9 @@ class Case:
 def sites(name: str, size: NetworkSize) -> Counter[tuple[int, ...]]:
     """Return how many layers of the network have each of the shapes [C, H, W] that the operation meets."""
     network = REFERENCE.build(size, 1)
-    inputs = record_inputs(network, MEASURED[name][0](network), size.image_size)
-    return Counter(tuple(x.shape[-3:]) for x in inputs)
+    # Two, because BatchNorm refuses a single value for each channel.
+    images = torch.randn(2, 3, size.image_size, size.image_size)
+    return Counter(first_inputs(network, MEASURED[name][0](network), images, lambda x: tuple(x.shape[-3:])))
 
 
 def compare_with_peer(name: str, layer: Layer) -> list[dict[str, Any]]:
@@ -274,7 +275,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
     with capturable_stream(device):
         torch.manual_seed(0)
         # In half precision membranes on the threshold are common; SpikingJelly fires there, the original does not.
-        small, neuron = (T, min(options.batch, GATE_BATCH)), PRESETS[size.family]
+        small, neuron = (T, min(options.batch, GATE_BATCH)), PRESETS[size.family.neuron]
         agreement = []
         for name in names:
             for image in sites(name, size):
@@ -307,9 +308,7 @@ PARSER = common.make_parser("benchmarks.kernels", __doc__, "all measurements", "
 add, positive = PARSER.add, at_least(1)
 summaries = "; ".join(f"{name}: {each.summary}" for name, each in OPERATIONS.items())
 add("--operations", f"what to measure: {summaries}", choices=MEASURED, default=list(MEASURED))
-NetworkSize.add_options(PARSER)
-add("--time-steps", "number of time steps", type=positive, default=6, metavar="T")
-add("--batch", "images per batch", type=positive, default=256, metavar="B")
+NetworkSize.add_options(PARSER, T=6, batch=256)
 add("--dtype", "type of the activations", choices=DTYPES, default=["float32", "float16"])
 add("--rounds", "turns that ours and the peer get", type=positive, default=5)
 add("--repeats", "timed replays in a turn, after an untimed one", type=positive, default=5)

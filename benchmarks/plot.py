@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.candidates import IMPLEMENTATIONS
-from benchmarks.common import OUT_OF_MEMORY, PRECISIONS, grouped
+from benchmarks.common import OUT_OF_MEMORY, grouped
 from gac.files import atomic_write
 
 RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False}
@@ -41,7 +41,7 @@ def throughput_figure(cells: Sequence[dict[str, Any]], title: str, environment: 
                 axes.yaxis.set_major_locator(MaxNLocator(5))
                 axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1000:g}k" if y >= 1000 else f"{y:g}")
                 axes.grid(axis="y")
-                axes.set_title(f"batch {batch}, {PRECISIONS[precision].title}")
+                axes.set_title(f"batch {batch}, {precision}")
             # After all panels of the row, which share the axis: fixing one end stops its scaling.
             axes_row[0].set_ylim(bottom=0)
             axes_row[0].set_ylabel("training, images/s × T")

@@ -51,9 +51,9 @@ def wrong_surrogate(monkeypatch):
 
 
 def fires_at_another_threshold(monkeypatch):
-    def forward(ctx, membrane, family):
+    def forward(ctx, membrane, constants):
         ctx.save_for_backward(membrane)
-        ctx.family = family
+        ctx.constants = constants
         return (membrane > 1.01).to(membrane.dtype)
 
     monkeypatch.setattr(peers.Spike, "forward", staticmethod(forward))
