@@ -12,9 +12,9 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -30,51 +30,36 @@ from gac.ops.cuda.compiler import KERNEL_FOLDER
 TABLE = Table(("group", 30), ("ms/step", 9), ("share", 7), ("calls/step", 10))
 # In idle time no kernel runs (on a GPU), or none of torch's operators (on a CPU).
 IDLE, OTHER = "idle", "other"
-# The first pattern that is found in the name decides, whatever its case.
-KERNEL_RULES = (
-    ("BatchNorm", r"batch_?norm|\bbn_|bn_[fb]w"),
+# The first pattern that is found in the name of a kernel or an operator (aten::) decides, whatever its case.
+RULES = {
+    "BatchNorm": r"batch_?norm|\bbn_|bn_[fb]w",
     # Before the convolutions, whose names have memory formats too: these are what channels_last is to avoid.
-    ("layout conversions", r"nchw_?to_?nhwc|nhwc_?to_?nchw"),
-    ("matrix products", r"xmma_gemm(?!.*(fprop|[dw]grad))"),
-    ("convolutions", r"conv(?!ert)|cudnn|xmma|implicit_gemm|winograd|[fdw]grad|fprop|nchw|nhwc"),
-    ("neurons (SpikingJelly)", r"^_?(forward|backward)_kernel|lif"),
-    ("optimiser and loss scaling", r"multi_tensor_apply|sgd|amp_"),
-    ("loss", r"softmax|nll_loss"),
-    ("matrix products", r"gemm|gemv|nvjet|splitk|cublas"),
-    ("copies and casts", r"memcpy|memset|copy|catarray|fill"),
-    ("reductions", r"reduce"),
-    ("element by element", r"elementwise|vectorized"),
-)
-OPERATOR_RULES = (
-    ("BatchNorm", r"batch_?norm"),
-    ("convolutions", r"conv"),
-    ("neurons (SpikingJelly)", r"lif|surrogatespike"),
-    ("neurons (step by step)", r"\bspike"),
-    ("optimiser and loss scaling", r"optimizer|sgd"),
-    ("loss", r"softmax|nll_loss|cross_entropy"),
-    ("matrix products", r"\b(mm|addmm|linear|matmul|bmm)\b"),
-    ("copies and casts", r"copy|::(to|contiguous|clone|cat|stack|repeat|zeros?|zero_|fill_|empty.*)$"),
-    ("reductions", r"::(sum|mean|max|amax)\b"),
-    ("element by element", r"::(add|sub|rsub|mul|div|neg|abs|ge|gt|lt|eq|clamp|sigmoid|where|relu|threshold)"),
-)
+    "layout conversions": r"nchw_?to_?nhwc|nhwc_?to_?nchw",
+    "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|winograd|[fdw]grad|fprop|nchw|nhwc",
+    "neurons (SpikingJelly)": r"^_?(forward|backward)_kernel|lif|surrogatespike",
+    "neurons (step by step)": r"\bspike",
+    "optimiser and loss scaling": r"multi_tensor_apply|optimizer|sgd|\b_?amp_",
+    "loss": r"softmax|nll_loss|cross_entropy",
+    "matrix products": r"gemm|gemv|nvjet|splitk|cublas|aten::(mm|addmm|linear|matmul|bmm)\b",
+    "copies and casts": r"mem(cpy|set)|copy|catarray|fill|aten::(to|contiguous|clone|cat|stack|repeat|zeros?_?|empty.*)$",
+    "reductions": r"reduce|aten::(sum|mean|max|amax)\b",
+    "element by element": r"elementwise|vectorized"
+    r"|aten::(add|sub|rsub|mul|div|neg|abs|ge|gt|lt|eq|clamp|sigmoid|where|relu|threshold)",
+}
 
 
 def kernel_group(name: str) -> str:
-    """Return the group of a GPU kernel: its own name for this package's, else by KERNEL_RULES."""
+    """Return the group of a GPU kernel: its own name for this package's, else by RULES."""
     ours = re.match(r"(?:void )?(\w+)\s*(?:<|\(|$)", name)
-    return ours[1] if ours is not None and ours[1] in our_kernels() else _first_match([name], KERNEL_RULES)
+    return ours[1] if ours is not None and ours[1] in our_kernels() else operator_group([name])
 
 
 def operator_group(names: Sequence[str]) -> str:
-    """Return the group of an operator on a CPU, by OPERATOR_RULES: the operators it is a part of decide before it.
+    """Return the group of an operator by RULES: the operators that it is a part of decide before it.
 
     ``names`` begin with the outermost and end with its own; the backward pass names nodes by the class behind them.
     """
-    return _first_match(names, OPERATOR_RULES)
-
-
-def _first_match(names: Sequence[str], rules: tuple[tuple[str, str], ...]) -> str:
-    matches = (group for name in names for group, pattern in rules if re.search(pattern, name, re.IGNORECASE))
+    matches = (group for name in names for group, rule in RULES.items() if re.search(rule, name, re.IGNORECASE))
     return next(matches, OTHER)
 
 
@@ -125,19 +110,13 @@ def divide_time(spans: Sequence[tuple[float, float]]) -> tuple[list[float], floa
 
     Moments in which several kernels run, on several streams, are divided evenly among them.
     """
-    starting, ending = defaultdict(set), defaultdict(set)
-    for number, (start, end) in enumerate(spans):
-        starting[start].add(number)
-        ending[end].add(number)
-    shares, idle = [0.0] * len(spans), 0.0
-    running: set[int] = set()
-    for moment, following in pairwise(sorted(starting.keys() | ending.keys())):
-        running |= starting[moment]
-        running -= ending[moment]
-        for number in running:
-            shares[number] += (following - moment) / len(running)
-        idle += 0 if running else following - moment
-    return shares, idle
+    moments, places = np.unique(spans, return_inverse=True)
+    starts, ends = places.reshape(-1, 2).T
+    begun, ended = (np.bincount(places, minlength=len(moments)) for places in (starts, ends))
+    running, durations = np.cumsum(begun - ended)[:-1], np.diff(moments)
+    # What a kernel that ran all the time would have got at each moment.
+    share = np.append(0, np.cumsum(durations / np.maximum(running, 1)))
+    return (share[ends] - share[starts]).tolist(), durations[running == 0].sum().item()
 
 
 def _cpu_times(step: Callable[[], object], steps: int, device: torch.device) -> Iterable[tuple[str, str, float]]:
@@ -148,20 +127,20 @@ def _cpu_times(step: Callable[[], object], steps: int, device: torch.device) -> 
         for _ in range(steps):
             step()
     for event in profiler.events():
-        names, parent = [event.name], event.cpu_parent
-        while parent is not None:
-            names.insert(0, parent.name)
-            parent = parent.cpu_parent
+        names = _path(event)
         # What is not in the range, before and after the steps, is the profiler's own.
         if names[0] == IDLE:
             yield IDLE if len(names) == 1 else operator_group(names[1:]), event.name, event.self_cpu_time_total / 1000
 
 
+def _path(event: FunctionEvent | None) -> list[str]:
+    return [] if event is None else [*_path(event.cpu_parent), event.name]
+
+
 def _measure_and_report(options: Namespace, report: common.Report) -> None:
     device = report.device
-    more = {"rules": dict(KERNEL_RULES if device.type == "cuda" else OPERATOR_RULES), "step": options.step}
+    more = {"rules": RULES, "step": options.step, "breakdowns": []}
     size, implementations, _ = begin(options, [options.precision], report, **more)
-    report.data["breakdowns"] = []
     setting = Setting(size, options.time_steps, options.batch, options.precision, options.layout, device)
     for each in implementations:
         found = common.or_out_of_memory(partial(_profile, each, setting, options))
