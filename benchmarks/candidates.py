@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from benchmarks.common import PRECISIONS, NetworkSize
+from benchmarks.common import PRECISIONS, MeasurementError, NetworkSize
 from benchmarks.peers import SPIKINGJELLY, STEP_LOOP, Network
 from gac import create_model
 from gac.command_line import Parser
@@ -51,6 +51,11 @@ class Setting:
         """Return the context in which a network runs in the precision."""
         return autocast(self.device, "off" if self.precision == "fp32" else self.precision)
 
+    def describe(self, implementation: "Implementation") -> dict[str, Any]:
+        """Return what is timed of an implementation, as tables and JSON files have it."""
+        place = {"implementation": implementation.name, "T": self.T, "batch": self.batch}
+        return place | {"precision": self.precision, "layout": implementation.layout(self)}
+
 
 class Candidate:
     """A network with what it needs to be trained, on random images and labels.
@@ -61,7 +66,8 @@ class Candidate:
 
     def __init__(self, implementation: "Implementation", setting: Setting, weights: Sequence[Tensor]) -> None:
         size, device = setting.size, setting.device
-        self.setting, self.memory_format = setting, MEMORY_FORMATS[implementation.layout(setting)]
+        self.implementation, self.setting = implementation, setting
+        self.memory_format = MEMORY_FORMATS[implementation.layout(setting)]
         network = load(implementation.build(size, setting.T), weights)
         self.network = network.to(device, memory_format=self.memory_format)
         images = torch.randn(setting.batch, 3, size.image_size, size.image_size, device=device)
@@ -71,7 +77,6 @@ class Candidate:
         self.optimizer = make_optimizer(self.network.parameters(), config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
         self._loss: Tensor | None = None
-        self._time_dimension = 1 if implementation.batch_first else 0
         self._replayed: dict[Callable, Replayed] | None = {} if implementation.replayed else None
 
     def train_step(self) -> Tensor:
@@ -95,7 +100,7 @@ class Candidate:
         self.optimizer.zero_grad()
         with self.setting.autocast():
             logits = self.network(self.images)
-            loss = F.cross_entropy(logits.float().mean(self._time_dimension), self.labels)
+            loss = F.cross_entropy(logits.float().mean(self.implementation.time_dimension), self.labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -121,9 +126,12 @@ class Candidate:
         self.optimizer.zero_grad()
         functional.reset_net(self.network)
 
-    def diverged(self) -> bool:
-        """Return whether the last training step's loss is not finite."""
-        return self._loss is not None and not self._loss.isfinite().item()
+    def check_loss(self) -> None:
+        """Raise MeasurementError if the last training step's loss is not finite."""
+        if self._loss is not None and not self._loss.isfinite().item():
+            at = self.setting
+            where = f"{self.implementation.name}, T={at.T}, batch {at.batch}, {at.precision}"
+            raise MeasurementError(f"{where}: the loss is not finite any more")
 
 
 class ConvolutionFloor(Candidate):
@@ -177,7 +185,7 @@ class Implementation:
     style: tuple[str, str]
     build: Callable[[NetworkSize, int], nn.Module]
     work: type[Candidate] = Candidate
-    batch_first: bool = False  # logits are [B, T, K], else [T, B, K]
+    time_dimension: int = 0  # of the logits: 0 for [T, B, K], 1 for [B, T, K]
     keeps_channels_last: bool = True  # activations stay in channels_last where the images are
     kernels: bool = False  # needs our CUDA kernels, which have no float64
     replayed: bool = False  # its steps are replays of CUDA graphs
@@ -214,7 +222,7 @@ IMPLEMENTATIONS = {
         REFERENCE,
         Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, SPIKINGJELLY)),
         Implementation(
-            "step-loop", ("#666666", "D"), partial(Network, STEP_LOOP), batch_first=True, keeps_channels_last=False
+            "step-loop", ("#666666", "D"), partial(Network, STEP_LOOP), time_dimension=1, keeps_channels_last=False
         ),
         replace(REFERENCE, name=FLOOR, style=("#000000", "_"), work=ConvolutionFloor),
     )

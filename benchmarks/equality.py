@@ -186,12 +186,12 @@ def perturb(network: nn.Module, images: Tensor) -> None:
 def _run(
     each: Implementation, size: NetworkSize, T: int, weights: Sequence[Tensor], images: Tensor, labels: Tensor
 ) -> Outcome:
-    network, time = load(each.build(size, T), weights).to(images), 1 if each.batch_first else 0
-    logits = network.train()(images).movedim(time, 0)
+    network = load(each.build(size, T), weights).to(images)
+    logits = network.train()(images).movedim(each.time_dimension, 0)
     F.cross_entropy(logits.mean(0), labels).backward()
     statistics = [buffer.clone() for buffer in network.buffers()]
     with torch.no_grad():
-        evaluated = network.eval()(images).movedim(time, 0)
+        evaluated = network.eval()(images).movedim(each.time_dimension, 0)
     return {
         "training logits": [logits.detach()],
         # Where no spike arrives there is none.

@@ -41,7 +41,8 @@ RULES = {
     "optimiser and loss scaling": r"multi_tensor_apply|optimizer|sgd|\b_?amp_",
     "loss": r"softmax|nll_loss|cross_entropy",
     "matrix products": r"gemm|gemv|nvjet|splitk|cublas|aten::(mm|addmm|linear|matmul|bmm)\b",
-    "copies and casts": r"mem(cpy|set)|copy|catarray|fill|aten::(to|contiguous|clone|cat|stack|repeat|zeros?_?|empty.*)$",
+    "copies and casts": r"memcpy|memset|copy|catarray|fill"
+    r"|aten::(to|contiguous|clone|cat|stack|repeat|zeros?_?|empty.*)$",
     "reductions": r"reduce|aten::(sum|mean|max|amax)\b",
     "element by element": r"elementwise|vectorized"
     r"|aten::(add|sub|rsub|mul|div|neg|abs|ge|gt|lt|eq|clamp|sigmoid|where|relu|threshold)",
@@ -174,8 +175,7 @@ def _profile(implementation: Implementation, setting: Setting, options: Namespac
     if timing == OUT_OF_MEMORY:
         raise torch.OutOfMemoryError
     groups = profile_steps(step, options.steps, setting.device)
-    if candidate.diverged():
-        raise MeasurementError(f"{implementation.name}: the loss is not finite any more")
+    candidate.check_loss()
     found = {"implementation": implementation.name, "layout": implementation.layout(setting), "timing": timing}
     return found | {"profiled_ms": sum(group["ms"] for group in groups.values()), "groups": groups}
 

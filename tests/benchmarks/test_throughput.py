@@ -302,6 +302,13 @@ def test_out_of_memory_is_reported_and_the_rest_measured(monkeypatch, tmp_path, 
     assert "out of memory" in row
 
 
+def test_a_loss_that_is_not_finite_is_not_reported(monkeypatch, capsys):
+    entropy = candidates.F.cross_entropy
+    monkeypatch.setattr(candidates.F, "cross_entropy", lambda logits, labels: entropy(logits, labels) * float("inf"))
+    assert throughput.main([*SMALL, "--implementations", "ours-torch"]) == 1
+    assert capsys.readouterr().err == "error: ours-torch, T=2, batch 2, fp32: the loss is not finite any more\n"
+
+
 def test_calls_take_turns_until_memory_runs_out():
     log: list[str] = []
 
