@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, monitor
 from torch import Tensor, nn
 
 from benchmarks.common import PRECISIONS, MeasurementError, NetworkSize
@@ -28,7 +28,6 @@ from gac.training.optim import make_optimizer
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 """Memory formats of images and weights, by their names on the command line."""
 FLOOR = "convolution-floor"
-Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,12 @@ class ConvolutionFloor(Candidate):
     @cached_property
     def convolutions(self) -> list[tuple[nn.Module, Tensor, Tensor]]:
         """Each convolution with its input and its output's gradient, on the device; made when a turn begins."""
-        modules = [module for module in self.network.stages.modules() if isinstance(module, nn.Conv2d)]
+        blocks, grads, convolutions = self.network.stages, {}, []
         place = {"dtype": PRECISIONS[self.setting.precision], "memory_format": self.memory_format}
-        inputs = first_inputs(self.network, modules, self.images, lambda x: x.to(copy=True, **place))
-        grads, convolutions = {}, []
-        for module, x in zip(modules, inputs, strict=True):
-            convolution = deepcopy(module).to(**place)
+        with monitor.InputMonitor(blocks, nn.Conv2d, lambda x: x.to(copy=True, **place)) as inputs, torch.no_grad():
+            self.network.train()(self.images)
+        for name in inputs.monitored_layers:
+            convolution, (x,) = deepcopy(blocks.get_submodule(name)).to(**place), inputs[name]
             shape = (len(x), *convolution(x[:1]).shape[1:])
             if shape not in grads:
                 # Shared by convolutions with equal outputs: they are read, never written.
@@ -248,20 +247,3 @@ def load(network: nn.Module, weights: Sequence[Tensor]) -> nn.Module:
     """Return a network with the reference's weights, in its order (see benchmarks/peers.py)."""
     network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
     return network
-
-
-def first_inputs(
-    network: nn.Module, modules: Sequence[nn.Module], images: Tensor, keep: Callable[[Tensor], Kept]
-) -> list[Kept]:
-    """Return what ``keep`` makes of the input of each of ``modules`` in a training forward pass."""
-    kept: dict[nn.Module, Kept] = {}
-
-    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        kept[module] = keep(arguments[0])
-
-    handles = [module.register_forward_pre_hook(record) for module in modules]
-    with torch.no_grad():
-        network.train()(images)
-    for handle in handles:
-        handle.remove()
-    return [kept[module] for module in modules]

@@ -198,7 +198,7 @@ def time_in_turns(
             if samples[name] is None:
                 continue
             release_cached_memory(device)
-            turn = or_out_of_memory(lambda call=call: _take_turn(call, device, repeats, settle))
+            turn = or_out_of_memory(lambda call=call: take_turn(call, device, repeats, settle))
             after_turn(name)
             samples[name] = None if turn is None else samples[name] + [ms / each for ms in turn]
     return {name: OUT_OF_MEMORY if taken is None else timing(taken) for name, taken in samples.items()}
@@ -222,16 +222,16 @@ def or_out_of_memory(call: Callable[[], Result]) -> Result | None:
     """Return what a call returns, or None if memory ran out in it."""
     try:
         return call()
-    except torch.OutOfMemoryError:
-        return None
     except RuntimeError as error:
         # torch has no type of its own for a CPU that cannot allocate.
-        if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+        if not (cpu or isinstance(error, torch.OutOfMemoryError)):
             raise
         return None
 
 
-def _take_turn(call: Callable[[], object], device: torch.device, repeats: int, settle: float) -> list[float]:
+def take_turn(call: Callable[[], object], device: torch.device, repeats: int, settle: float = 0.0) -> list[float]:
+    """Return the milliseconds of each timed call of a turn of :func:`time_in_turns`."""
     call()
     if device.type == "cuda":
         end = time.perf_counter() + settle

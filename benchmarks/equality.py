@@ -118,10 +118,8 @@ def _lack(precision: str, device: torch.device) -> str | None:
     """Return why a device cannot train in a precision, None if it can."""
     if precision == "fp16" and device.type != "cuda":
         return "needs a CUDA device"
-    if precision == "bf16" and device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                return "the GPU has no bfloat16 arithmetic"
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU has no bfloat16 arithmetic"
     return None
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, monitor
 from torch import Tensor, nn
 
 from benchmarks import common, plot
-from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, first_inputs
+from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE
 from benchmarks.common import DTYPES, OUT_OF_MEMORY, NetworkSize, or_out_of_memory
 from benchmarks.equality import OPERATION_TESTS, compare, run_tests
 from gac.command_line import at_least
@@ -132,9 +132,13 @@ class Case:
 def sites(name: str, size: NetworkSize) -> Counter[tuple[int, ...]]:
     """Return how many layers of the network have each of the shapes [C, H, W] that the operation meets."""
     network = REFERENCE.build(size, 1)
-    # Two, because BatchNorm refuses a single value for each channel.
-    images = torch.randn(2, 3, size.image_size, size.image_size)
-    return Counter(first_inputs(network, MEASURED[name][0](network), images, lambda x: tuple(x.shape[-3:])))
+    names = {module: name for name, module in network.named_modules()}
+    # Their outputs have the shape of their inputs.
+    kinds, shape = (LIFNode, BatchNorm2d), lambda y: tuple(y.shape[-3:])
+    with monitor.OutputMonitor(network, kinds, shape) as shapes, torch.no_grad():
+        # Two images, because BatchNorm refuses a single value for each channel.
+        network.train()(torch.randn(2, 3, size.image_size, size.image_size))
+    return Counter(shapes[names[module]][0] for module in MEASURED[name][0](network))
 
 
 def compare_with_peer(name: str, layer: Layer) -> list[dict[str, Any]]:
@@ -159,15 +163,9 @@ def capturable_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def in_a_row(calls: Sequence[Callable[[], object]], keep: int = 0) -> Callable[[], None]:
+def in_a_row(calls: Sequence[Callable[[], object]], keep: int = 0) -> Callable[[], object]:
     """Return a call that makes all ``calls``; what each returns is dropped once ``keep`` more have returned."""
-
-    def run() -> None:
-        kept: deque[object] = deque(maxlen=keep)
-        for call in calls:
-            kept.append(call())
-
-    return run
+    return lambda: deque((call() for call in calls), maxlen=keep)
 
 
 def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -214,9 +212,8 @@ def measure(name: str, layer: Layer, layers: int, copied: float, rounds: int, re
         row = {"operation": name, "shape": layer.shape, "layers": layers, "dtype": str(layer.dtype)[6:]}
         row |= {"pass": direction, "bytes": moved, **_time(cases, direction, times, device, rounds, repeats)}
         common.release_cached_memory(device)
-        bandwidth = None if row["ours"] == OUT_OF_MEMORY else 1000 * moved / row["ours"]["median_ms"]
-        share = None if bandwidth is None else bandwidth / copied
-        rows.append(row | {"bytes_per_second": bandwidth, "share_of_copy": share})
+        rate = bandwidth([row])
+        rows.append(row | {"bytes_per_second": rate, "share_of_copy": None if rate is None else rate / copied})
     return rows
 
 
@@ -252,7 +249,7 @@ def print_row(row: dict[str, Any]) -> None:
     TABLE.row(row["operation"], shape, row["layers"], row["dtype"], row["pass"], f"{row['bytes'] / 1e6:.3g}", *cells)
 
 
-def bandwidth_of_all_layers(rows: Sequence[dict[str, Any]]) -> float | None:
+def bandwidth(rows: Sequence[dict[str, Any]]) -> float | None:
     """Return bytes over time, both summed over all layers of the rows; None if one of them ran out of memory."""
     if any(row["ours"] == OUT_OF_MEMORY for row in rows):
         return None
@@ -285,23 +282,21 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
         report.line("copy", f"{copied / 1e9:.4g} GB/s read and written\n")
         report.data |= {"copy_bytes_per_second": copied, "agreement": agreement}
         TABLE.header()
-        rows: list[dict[str, Any]] = []
         for name, dtype in product(names, dtypes):
             for image, count in sites(name, size).items():
                 layer = Layer((T, options.batch, *image), dtype, neuron, device, on_gpu)
-                found = measure(name, layer, count, copied, options.rounds, options.repeats)
-                for row in found:
+                rows = measure(name, layer, count, copied, options.rounds, options.repeats)
+                for row in rows:
                     print_row(row)
-                rows += found
-                report.add("rows", found)
+                report.add("rows", rows)
     print()
-    for key, of_key in common.grouped(rows, "operation", "dtype", "pass").items():
-        bandwidth = bandwidth_of_all_layers(of_key)
-        share = OUT_OF_MEMORY if bandwidth is None else f"{100 * bandwidth / copied:.3g} % of copy"
-        print(f"{key[0]:<18}{key[1]:<10}{key[2]:<10}all layers: {share}")
+    for (name, dtype, direction), rows in common.grouped(report.data["rows"], "operation", "dtype", "pass").items():
+        rate = bandwidth(rows)
+        share = OUT_OF_MEMORY if rate is None else f"{100 * rate / copied:.3g} % of copy"
+        print(f"{name:<18}{dtype:<10}{direction:<10}all layers: {share}")
     if options.plot is not None:
         title = f"{size.network}, T = {T}, batch {options.batch}"
-        plot.write(plot.bandwidth_figure(rows, title, report.environment), options.plot)
+        plot.write(plot.bandwidth_figure(report.data["rows"], title, report.environment), options.plot)
 
 
 PARSER = common.make_parser("benchmarks.kernels", __doc__, "all measurements", "the bandwidths")

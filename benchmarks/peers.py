@@ -21,16 +21,10 @@ from gac.ops.neuron import LIFParameters
 
 
 class Style(NamedTuple):
-    """A way to write it: dimension of time, a spiking layer, image layers over the frames of a sequence."""
+    """A way to write it: which dimension is time, and a spiking layer."""
 
     time: int
     make_lif: Callable[[LIFParameters], nn.Module]
-    every_frame: Callable[..., nn.Module]
-
-    def conv_norm(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
-        """Return a convolution with BatchNorm over all frames."""
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
-        return self.every_frame(conv, nn.BatchNorm2d(out_channels))
 
 
 class Network(nn.Module):
@@ -39,7 +33,7 @@ class Network(nn.Module):
     def __init__(self, style: Style, size: NetworkSize, T: int) -> None:
         super().__init__()
         self.T, self.time, family, constants = T, style.time, size.family, PRESETS[size.family.neuron]
-        self.stem = style.conv_norm(3, size.width, family.stem_kernel, family.stem_stride)
+        self.stem = conv_norm(3, size.width, family.stem_kernel, family.stem_stride)
         self.encoder = GatedAttention(style, constants, T, size.width)
         widths = [size.width, *(size.width * factor for factor in family.widths)]
         self.stages = nn.Sequential()
@@ -67,7 +61,7 @@ class GatedAttention(nn.Module):
         self.lif = style.make_lif(constants)
         self.temporal = nn.Sequential(nn.Linear(T, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, T, bias=False))
         # Kernels of 4 x 4 keep the size with 1 row and column before and 2 after.
-        self.spatial_channel = style.every_frame(
+        self.spatial_channel = layer.SeqToANNContainer(
             nn.ZeroPad2d((1, 2, 1, 2)),
             nn.Conv2d(channels, channels, 4, bias=False),
             nn.ReLU(),
@@ -89,22 +83,21 @@ class Block(nn.Module):
         self, style: Style, constants: LIFParameters, in_channels: int, out_channels: int, stride: int
     ) -> None:
         super().__init__()
-        first = style.make_lif(constants), style.conv_norm(in_channels, out_channels, 3, stride)
-        second = style.make_lif(constants), style.conv_norm(out_channels, out_channels, 3)
+        first = style.make_lif(constants), conv_norm(in_channels, out_channels, 3, stride)
+        second = style.make_lif(constants), conv_norm(out_channels, out_channels, 3)
         self.residual = nn.Sequential(*first, *second)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = style.conv_norm(in_channels, out_channels, 1, stride)
+            self.shortcut = conv_norm(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual(x) + self.shortcut(x)
 
 
-class EveryFrame(nn.Sequential):
-    """Run image layers over all B x T frames: [B, T, C, H, W] in and out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
+    """Return a convolution with BatchNorm over all frames of a sequence."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return layer.SeqToANNContainer(conv, nn.BatchNorm2d(out_channels))
 
 
 class LIF(nn.Module):
@@ -149,5 +142,5 @@ def spikingjelly_lif(constants: LIFParameters) -> neuron.LIFNode:
 
 
 # SpikingJelly's layout is [T, B, ...], the paper's [B, T, ...].
-SPIKINGJELLY = Style(0, spikingjelly_lif, layer.SeqToANNContainer)
-STEP_LOOP = Style(1, LIF, EveryFrame)
+SPIKINGJELLY = Style(0, spikingjelly_lif)
+STEP_LOOP = Style(1, LIF)

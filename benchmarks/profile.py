@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity
 
 from benchmarks import candidates, common
 from benchmarks.candidates import NETWORKS, Candidate, Implementation, Setting
@@ -76,8 +75,14 @@ def profile_steps(step: Callable[[], object], steps: int, device: torch.device) 
 
     ``step`` has been warmed up.
     """
+    # The outermost range: what is left of it on a CPU when all operators are taken away is idle.
+    with torch.profiler.profile() as profiler, torch.profiler.record_function(IDLE):
+        for _ in range(steps):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     groups: dict[str, dict[str, Any]] = {}
-    for group, name, ms in (_gpu_times if device.type == "cuda" else _cpu_times)(step, steps, device):
+    for group, name, ms in (_gpu_times if device.type == "cuda" else _cpu_times)(profiler.events()):
         found = groups.setdefault(group, {"ms": 0.0, "calls": 0.0, "names": defaultdict(float)})
         found["ms"] += ms / steps
         found["calls"] += 1 / steps
@@ -85,13 +90,9 @@ def profile_steps(step: Callable[[], object], steps: int, device: torch.device) 
     return groups
 
 
-def _gpu_times(step: Callable[[], object], steps: int, device: torch.device) -> Iterable[tuple[str, str, float]]:
+def _gpu_times(events: Iterable[FunctionEvent]) -> Iterable[tuple[str, str, float]]:
     """Yield group, name and milliseconds of everything that ran."""
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize(device)
-    names, spans = what_ran(profiler.events())
+    names, spans = what_ran(events)
     if not names:
         raise MeasurementError("the profiler recorded nothing of the GPU: is another profiler (CUPTI) active?")
     shares, idle = divide_time(spans)
@@ -120,14 +121,9 @@ def divide_time(spans: Sequence[tuple[float, float]]) -> tuple[list[float], floa
     return (share[ends] - share[starts]).tolist(), durations[running == 0].sum().item()
 
 
-def _cpu_times(step: Callable[[], object], steps: int, device: torch.device) -> Iterable[tuple[str, str, float]]:
+def _cpu_times(events: Iterable[FunctionEvent]) -> Iterable[tuple[str, str, float]]:
     """Yield group, name and milliseconds of every operator."""
-    profile = torch.profiler.profile(activities=[ProfilerActivity.CPU])
-    # The outermost range: what is left of it when all operators are taken away is idle.
-    with profile as profiler, torch.profiler.record_function(IDLE):
-        for _ in range(steps):
-            step()
-    for event in profiler.events():
+    for event in events:
         names = _path(event)
         # What is not in the range, before and after the steps, is the profiler's own.
         if names[0] == IDLE:
@@ -171,9 +167,7 @@ def _profile(implementation: Implementation, setting: Setting, options: Namespac
         step = candidate.eval_step
     for _ in range(options.warmup):
         step()
-    timing = common.time_in_turns({"step": step}, setting.device, rounds=1, repeats=options.steps)["step"]
-    if timing == OUT_OF_MEMORY:
-        raise torch.OutOfMemoryError
+    timing = common.timing(common.take_turn(step, setting.device, options.steps))
     groups = profile_steps(step, options.steps, setting.device)
     candidate.check_loss()
     found = {"implementation": implementation.name, "layout": implementation.layout(setting), "timing": timing}
