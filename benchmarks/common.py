@@ -236,9 +236,8 @@ def take_turn(call: Callable[[], object], device: torch.device, repeats: int, se
     if device.type == "cuda":
         end = time.perf_counter() + settle
         while time.perf_counter() < end:
-            call()
             torch.cuda.synchronize(device)
-        call()
+            call()
         # Calls are queued without waiting, as in training: where the host is too slow to keep the GPU busy, it shows.
         with torch.cuda.device(device):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

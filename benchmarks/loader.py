@@ -6,24 +6,21 @@ after three untimed rounds: starting the workers and the batches that they prepa
 comes from memory, so a cold disk shows in a first run on a whole data set only.
 """
 
-import io
 import math
 import os
 import sys
 import tempfile
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.common import Report, Table, make_parser, program, time_in_turns
+from benchmarks.common import Report, Table, make_parser, program, take_turn, timing
 from gac.command_line import at_least
 from gac.config import DataConfig
 from gac.data import image_folder
@@ -33,8 +30,9 @@ from gac.errors import InputError
 
 WARM_UP_ROUNDS = 3
 SAMPLED_FILES = 1000
-COLUMNS = ("split", 5), ("workers", 7), ("images/s", 9), ("[quartiles]", 16), ("per worker", 10), ("of the need", 11)
-TABLE = Table(*COLUMNS)
+TABLE = Table(
+    *(("split", 5), ("workers", 7), ("images/s", 9), ("[quartiles]", 16), ("per worker", 10), ("of the need", 11))
+)
 # The commonest size in ImageNet, in pixels, and a quality that gives about 100 kB, as its files have.
 SIZE, QUALITY, CROPS = (500, 375), 98, 8
 
@@ -48,13 +46,11 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
         horizontal_flip=False,
     )
     splits, counts, batch = dict.fromkeys(options.splits), dict.fromkeys(options.workers), options.batch
-    with ExitStack() as stack:
-        root = options.root
-        if root is None:
-            root = stack.enter_context(tempfile.TemporaryDirectory(prefix="gac-loader-"))
+    with tempfile.TemporaryDirectory(prefix="gac-loader-") as made:
+        if options.make_images is not None:
             for name in ("train", "val"):
-                write_photographs(Path(root) / name, options.make_images)
-        folders = open_folders(root, list(splits))
+                write_photographs(Path(made) / name, options.make_images)
+        folders = open_folders(made if options.root is None else options.root, list(splits))
         most = max(1, *counts)
         needed = (WARM_UP_ROUNDS + options.rounds) * most * batch
         for listed in folders.values():
@@ -74,12 +70,13 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
         for split in splits:
             cells = []
             for workers in counts:
-                cells.append(_measure(folders[split], split, config, workers, options, report.device))
-                low, high = cells[-1]["quartiles"]
-                rate, each, share = (cells[-1][key] for key in ("images_per_second", "per_worker", "share_of_need"))
-                of_need = "-" if share is None else f"{100 * share:.0f} %"
-                TABLE.row(split, workers, f"{rate:,.0f}", f"[{low:,.0f}, {high:,.0f}]", f"{each:,.0f}", of_need)
-                report.add("cells", cells[-1:])
+                cell = _measure(folders[split], split, config, workers, options, report.device)
+                rates = *cell["quartiles"], cell["images_per_second"], cell["per_worker"]
+                low, high, rate, each = (f"{value:,.0f}" for value in rates)
+                of_need = "-" if options.need is None else f"{100 * cell['share_of_need']:.0f} %"
+                TABLE.row(split, workers, rate, f"[{low}, {high}]", each, of_need)
+                report.add("cells", [cell])
+                cells.append(cell)
             if options.need is not None:
                 print(_verdict(cells, options.need), flush=True)
 
@@ -117,9 +114,8 @@ def _measure(
     for _ in range(WARM_UP_ROUNDS - 1):
         take_round()
     # One more untimed round, then the timed ones.
-    rounds = time_in_turns({"round": take_round}, device, 1, options.rounds)["round"]
-    images = per_round * options.batch
-    slow, rate, fast = (1000 * images / ms for ms in np.percentile(rounds["samples_ms"], (75, 50, 25)).tolist())
+    rounds, images = timing(take_turn(take_round, device, options.rounds)), per_round * options.batch
+    fast, slow, rate = (1000 * images / ms for ms in (*rounds["quartiles_ms"], rounds["median_ms"]))
     found = {"split": split, "workers": workers, "images_per_second": rate, "quartiles": (slow, fast)}
     found |= {"per_worker": rate / per_round, "share_of_need": None if options.need is None else rate / options.need}
     return found | {"skipped_images": loader.skipped, "images_per_round": images, "rounds_ms": rounds["samples_ms"]}
@@ -146,9 +142,8 @@ def write_photographs(folder: Path, images: int) -> None:
         for number in range(label, images, 2):
             path, crop = folder / name / f"{number}.JPEG", number // 2
             if crop < CROPS:
-                file, left = io.BytesIO(), crop * (image.width - SIZE[0]) // (CROPS - 1)
-                image.crop((left, 0, left + SIZE[0], SIZE[1])).save(file, "JPEG", quality=QUALITY)
-                path.write_bytes(file.getvalue())
+                left = crop * (image.width - SIZE[0]) // (CROPS - 1)
+                image.crop((left, 0, left + SIZE[0], SIZE[1])).save(path, quality=QUALITY)
             else:
                 os.link(folder / name / f"{label + 2 * (crop % CROPS)}.JPEG", path)
 
