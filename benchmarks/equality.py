@@ -13,6 +13,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import monitor
 from torch import Tensor, nn
 
-from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, load
+from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, Setting, load
 from benchmarks.common import ROOT, MeasurementError, NetworkSize, Report
 from gac import LIFNode
 from gac.errors import InputError
@@ -90,16 +91,16 @@ def relative_rms(got: Tensor, wanted: Tensor) -> float:
     return 0.0 if error == size == 0 else (error / size).item()
 
 
-def begin(
-    options: Namespace, precisions: Sequence[str], report: Report, **more: Any
-) -> tuple[NetworkSize, list[Implementation], list[str]]:
-    """Begin the report of a benchmark of networks; return their size and what of those asked for can run.
+def begin(options: Namespace, report: Report, **more: Any) -> tuple[list[Implementation], list[Setting]]:
+    """Begin the report of a benchmark of networks; return what of those asked for can run, and every setting.
 
     Raises InputError if the device can run none of the implementations or precisions, MeasurementError if they differ.
     """
-    size = NetworkSize.from_options(options)
-    missing = {name: IMPLEMENTATIONS[name].missing(report.device) for name in dict.fromkeys(options.implementations)}
-    lacking = {name: _lack(name, report.device) for name in dict.fromkeys(precisions)}
+    size, device = NetworkSize.from_options(options), report.device
+    asked_for = options.time_steps, options.batch, options.precision
+    time_steps, batches, precisions = (each if isinstance(each, list) else [each] for each in asked_for)
+    missing = {name: IMPLEMENTATIONS[name].missing(device) for name in options.implementations}
+    lacking = {name: _lack(name, device) for name in precisions}
     for option, reasons in (("--implementations", missing), ("--precision", lacking)):
         if all(reasons.values()):
             raise InputError(f"{option}: nothing can run, {'; '.join(f'{k}: {v}' for k, v in reasons.items())}")
@@ -109,9 +110,9 @@ def begin(
     for name, reason in skipped.items():
         report.line("skipped", f"{name}: {reason}")
     implementations = [IMPLEMENTATIONS[name] for name in missing if name not in skipped]
-    time_steps = options.time_steps if isinstance(options.time_steps, list) else [options.time_steps]
     check_networks(implementations, size, time_steps, report)
-    return size, implementations, [name for name in lacking if name not in skipped]
+    settings = product(time_steps, batches, [name for name in precisions if name not in skipped])
+    return implementations, [Setting(size, *setting, options.layout, device) for setting in settings]
 
 
 def _lack(precision: str, device: torch.device) -> str | None:
@@ -136,7 +137,7 @@ def check_networks(
     depth, image_size = tuple(min(2, blocks) for blocks in size.depth), 8 if size.family.neuron == "cifar" else 32
     small = replace(size, width=8, depth=depth, image_size=image_size, num_classes=min(10, size.num_classes))
     found = []
-    for T in dict.fromkeys(time_steps):
+    for T in time_steps:
         torch.manual_seed(0)
         reference = REFERENCE.build(small, T).double()
         images = torch.randn(BATCH, 3, image_size, image_size, dtype=torch.float64)

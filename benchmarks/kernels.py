@@ -262,7 +262,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
     if on_gpu and (reason := IMPLEMENTATIONS["ours-cupy"].missing(device)):
         raise InputError(f"the fused operations cannot run: {reason}; --device cpu times their references")
     size, T = NetworkSize.from_options(options), options.time_steps
-    names, dtypes = dict.fromkeys(options.operations), [DTYPES[name] for name in dict.fromkeys(options.dtype)]
+    names, dtypes = options.operations, [DTYPES[name] for name in options.dtype]
     report.begin(network=asdict(size))
     report.line("network", size)
     if on_gpu:

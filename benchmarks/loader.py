@@ -45,12 +45,12 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
         augment="autoaugment_imagenet" if options.auto_augment else "off",
         horizontal_flip=False,
     )
-    splits, counts, batch = dict.fromkeys(options.splits), dict.fromkeys(options.workers), options.batch
+    splits, counts, batch = options.splits, options.workers, options.batch
     with tempfile.TemporaryDirectory(prefix="gac-loader-") as made:
         if options.make_images is not None:
             for name in ("train", "val"):
                 write_photographs(Path(made) / name, options.make_images)
-        folders = open_folders(made if options.root is None else options.root, list(splits))
+        folders = open_folders(made if options.root is None else options.root, splits)
         most = max(1, *counts)
         needed = (WARM_UP_ROUNDS + options.rounds) * most * batch
         for listed in folders.values():

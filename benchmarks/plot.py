@@ -26,22 +26,20 @@ def throughput_figure(cells: Sequence[dict[str, Any]], title: str, environment: 
     quartiles; a cross on the axis marks what ran out of memory.
     """
     panels = grouped(cells, "batch", "precision")
-    batches, precisions = (list(dict.fromkeys(values)) for values in zip(*panels, strict=True))
-    names = [name for name in IMPLEMENTATIONS if any(cell["implementation"] == name for cell in cells)]
+    rows, columns = (len(set(values)) for values in zip(*panels, strict=True))
     with mpl.rc_context(RC):
-        figure, grid = _panels(len(batches), len(precisions), max(2.8, 5.6 / len(precisions)), 2.4, title, environment)
-        for axes_row, batch in zip(grid, batches, strict=True):
-            for axes, precision in zip(axes_row, precisions, strict=True):
-                by_name = grouped(panels[batch, precision], "implementation")
-                for name in names:
-                    _draw_line(axes, name, by_name.get((name,), []))
-                axes.set_xticks(sorted({cell["T"] for cell in cells}))
-                axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1000:g}k" if y >= 1000 else f"{y:g}")
-                axes.grid(axis="y")
-                axes.set_title(f"batch {batch}, {precision}")
+        figure, grid = _panels(rows, columns, max(2.8, 5.6 / columns), 2.4, title, environment)
+        for axes, ((batch, precision), of_panel) in zip(np.ravel(grid), panels.items(), strict=True):
+            for (name,), of_line in grouped(of_panel, "implementation").items():
+                _draw_line(axes, name, of_line)
+            axes.set_xticks(sorted({cell["T"] for cell in cells}))
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1000:g}k" if y >= 1000 else f"{y:g}")
+            axes.grid(axis="y")
+            axes.set_title(f"batch {batch}, {precision}")
+        for axes, *_ in grid:
             # After all panels of the row, which share the axis: fixing one end stops its scaling.
-            axes_row[0].set_ylim(bottom=0)
-            axes_row[0].set_ylabel("training, images/s × T")
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel("training, images/s × T")
         for axes in grid[-1]:
             axes.set_xlabel("time steps T")
         handles, _ = grid[0][0].get_legend_handles_labels()

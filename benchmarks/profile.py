@@ -135,13 +135,11 @@ def _path(event: FunctionEvent | None) -> list[str]:
 
 
 def _measure_and_report(options: Namespace, report: common.Report) -> None:
-    device = report.device
     more = {"rules": RULES, "step": options.step, "breakdowns": []}
-    size, implementations, _ = begin(options, [options.precision], report, **more)
-    setting = Setting(size, options.time_steps, options.batch, options.precision, options.layout, device)
+    implementations, (setting,) = begin(options, report, **more)
     for each in implementations:
         found = common.or_out_of_memory(partial(_profile, each, setting, options))
-        common.release_cached_memory(device)
+        common.release_cached_memory(setting.device)
         if found is None:
             print(f"\n{each.name}: {OUT_OF_MEMORY}")
             continue

@@ -161,27 +161,28 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
             raise InputError("--largest-batch needs a GPU: on a CPU, memory is not measured and has no fixed end")
         if not options.implementations:
             raise InputError(f"--largest-batch needs one of the implementations {', '.join(candidates.NETWORKS)}")
-    size, implementations, precisions = begin(options, options.precision, report)
+        options.batch = 1
+    implementations, settings = begin(options, report)
     if device.type == "cpu":
         report.line("memory", "not measured on a CPU")
     print()
-    time_steps = dict.fromkeys(options.time_steps)
     if options.largest_batch:
         LARGEST_BATCH_TABLE.header()
-        for T, precision, each in product(time_steps, precisions, implementations):
-            setting = Setting(size, T, 1, precision, options.layout, device)
+        for setting, each in product(settings, implementations):
             batch, peak = find_largest_batch(each, setting)
-            LARGEST_BATCH_TABLE.row(each.name, T, precision, each.layout(setting), batch, _gib(peak))
-            report.add("largest_batches", [replace(setting, batch=batch).describe(each) | {"peak_bytes": peak}])
+            found = replace(setting, batch=batch).describe(each) | {"peak_bytes": peak}
+            LARGEST_BATCH_TABLE.row(each.name, setting.T, setting.precision, found["layout"], batch, _gib(peak))
+            report.add("largest_batches", [found])
         return
     TABLE.header()
-    for T, batch, precision in product(time_steps, dict.fromkeys(options.batch), precisions):
-        cells = measure(implementations, Setting(size, T, batch, precision, options.layout, device), options)
+    for setting in settings:
+        cells = measure(implementations, setting, options)
         floor = {cell["implementation"]: cell["train"] for cell in cells}.get(FLOOR)
         for cell in cells:
             print_cell(cell, floor)
         report.add("cells", cells)
     if options.plot is not None:
+        size = settings[0].size
         title = f"{size.network}, width {size.width}, {size.image_size} × {size.image_size} pixels"
         plot.write(plot.throughput_figure(report.data["cells"], title, report.environment), options.plot)
 

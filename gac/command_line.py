@@ -24,9 +24,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists all options")
 
     def add(self, name: str, help: str, **options: Any) -> None:
-        """Add an option; one whose ``default`` is a list takes several values."""
-        several = {"nargs": "+"} if isinstance(options.get("default"), list) else {}
+        """Add an option; one whose ``default`` is a list takes several values, of which equal ones count once."""
+        several = {"nargs": "+", "action": _Distinct} if isinstance(options.get("default"), list) else {}
         self.add_argument(name, help=help, **several, **options)
+
+
+class _Distinct(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: list, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
 
 
 def at_least(minimum: int, kind: type = int) -> Callable[[str], float]:
