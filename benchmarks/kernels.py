@@ -212,7 +212,7 @@ def measure(name: str, layer: Layer, layers: int, copied: float, rounds: int, re
         row = {"operation": name, "shape": layer.shape, "layers": layers, "dtype": str(layer.dtype)[6:]}
         row |= {"pass": direction, "bytes": moved, **_time(cases, direction, times, device, rounds, repeats)}
         common.release_cached_memory(device)
-        rate = bandwidth([row])
+        rate = bandwidth_of_all_layers([row])
         rows.append(row | {"bytes_per_second": rate, "share_of_copy": None if rate is None else rate / copied})
     return rows
 
@@ -249,7 +249,7 @@ def print_row(row: dict[str, Any]) -> None:
     TABLE.row(row["operation"], shape, row["layers"], row["dtype"], row["pass"], f"{row['bytes'] / 1e6:.3g}", *cells)
 
 
-def bandwidth(rows: Sequence[dict[str, Any]]) -> float | None:
+def bandwidth_of_all_layers(rows: Sequence[dict[str, Any]]) -> float | None:
     """Return bytes over time, both summed over all layers of the rows; None if one of them ran out of memory."""
     if any(row["ours"] == OUT_OF_MEMORY for row in rows):
         return None
@@ -291,7 +291,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
                 report.add("rows", rows)
     print()
     for (name, dtype, direction), rows in common.grouped(report.data["rows"], "operation", "dtype", "pass").items():
-        rate = bandwidth(rows)
+        rate = bandwidth_of_all_layers(rows)
         share = OUT_OF_MEMORY if rate is None else f"{100 * rate / copied:.3g} % of copy"
         print(f"{name:<18}{dtype:<10}{direction:<10}all layers: {share}")
     if options.plot is not None:

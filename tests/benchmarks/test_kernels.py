@@ -12,7 +12,7 @@ from benchmarks.common import OUT_OF_MEMORY, MeasurementError, NetworkSize, timi
 from benchmarks.kernels import (
     MEASURED,
     Case,
-    bandwidth,
+    bandwidth_of_all_layers,
     capturable_stream,
     captured,
     in_a_row,
@@ -178,8 +178,8 @@ def test_bandwidth_of_all_layers_weighs_time():
     def row(layers: int, size: int, ms: float | None) -> dict:
         return {"layers": layers, "bytes": size, "ours": OUT_OF_MEMORY if ms is None else timing([ms])}
 
-    assert bandwidth([row(3, 1000, 1.0), row(1, 5000, 2.0)]) == pytest.approx(1000 * 8000 / 5)
-    assert bandwidth([row(3, 1000, 1.0), row(1, 5000, None)]) is None
+    assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, 2.0)]) == pytest.approx(1000 * 8000 / 5)
+    assert bandwidth_of_all_layers([row(3, 1000, 1.0), row(1, 5000, None)]) is None
 
 
 def test_out_of_memory_of_the_peer_leaves_ours(monkeypatch, capsys):
