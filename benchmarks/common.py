@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from gac import create_model
-from gac.command_line import Parser, at_least, new_file
-from gac.errors import InputError
+from gac.command_line import Parser, at_least, finish, new_file
 from gac.execution.device import ask, select_device
 from gac.execution.environment import describe_environment
 from gac.files import atomic_write
@@ -149,22 +148,22 @@ class Report:
 def program(parser: Parser, measure: Callable[[Namespace, Report], None]) -> Callable[..., int]:
     """Return a command line as a function that takes sys.argv by default and returns the exit status.
 
-    That is 0, 1 for a MeasurementError, 2 for bad input, 130 for an interrupt.
+    That is 0, 1 for a MeasurementError or results that cannot be written, 2 for bad input, 130 for an interrupt.
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
-        try:
+
+        def run() -> None:
             options = parser.parse_args(arguments)
             torch.backends.cudnn.benchmark = True
             measure(options, Report(parser, arguments, select_device(options.device), options.json))
-        except (MeasurementError, InputError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1 if isinstance(error, MeasurementError) else 2
+
+        try:
+            return finish(run, MeasurementError)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        return 0
 
     return main
 

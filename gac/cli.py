@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import torch
 
+from gac.analysis.energy import IMAGES, format_energy, measure_energy
 from gac.errors import InputError
 from gac.evaluation.report import evaluate_checkpoint, format_report
 from gac.execution.distributed import Ranks, is_lost_connection, process_group
@@ -100,15 +101,23 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
         ranks,
         amp=parsed.amp,
         unlabelled=parsed.predictions is not None,
+        sample=IMAGES if parsed.energy else 0,
     )
     if not ranks.is_main:
         return 0
+    text, values = format_report(report), report.to_dict()
+    if parsed.energy:
+        sample = report.sample
+        with sample.running():
+            energy = measure_energy(sample.network, sample.inputs())
+        text += f"\n\nenergy of an image over T={sample.network.T} steps, mean over {sample}\n{format_energy(energy)}"
+        values["energy"] = {"data": str(sample)} | energy.to_dict()
     # Files are written before anything is printed, but one that cannot be written costs no other result.
     with ExitStack() as last_first:
-        last_first.callback(_show, format_report(report))
+        last_first.callback(_show, text)
         if parsed.json is not None:
-            text = f"{json.dumps(report.to_dict(), indent=2)}\n".encode()
-            last_first.callback(_write, parsed.json, lambda file: file.write(text))
+            content = f"{json.dumps(values, indent=2)}\n".encode()
+            last_first.callback(_write, parsed.json, lambda file: file.write(content))
         if parsed.predictions is not None:
             last_first.callback(_write, parsed.predictions, report.write_predictions)
     return 0

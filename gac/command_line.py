@@ -1,12 +1,13 @@
 """Command lines of the smaller programs: argparse, with one line for what is wrong."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gac.errors import InputError
-from gac.files import check_writable, user_path
+from gac.files import ResultsNotWritten, check_writable, user_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +33,19 @@ class Parser(argparse.ArgumentParser):
 class _Distinct(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: list, option_string: Any = None) -> None:
         setattr(namespace, self.dest, list(dict.fromkeys(values)))
+
+
+def finish(run: Callable[[], object], *failures: type[Exception]) -> int:
+    """Run a program and return its exit status: 0, or 2 for bad input and 1 for results that cannot be written.
+
+    Of these, and of ``failures``, which are 1 too, one line is printed to stderr.
+    """
+    try:
+        run()
+    except (InputError, ResultsNotWritten, *failures) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
 
 
 def at_least(minimum: int, kind: type = int) -> Callable[[str], float]:

@@ -239,7 +239,7 @@ class TrainConfig:
     cuda_graph: bool = False
     """Replay each step of training and of evaluation on a CUDA device as one captured graph, which takes the host's
     time per step away; training in one process only, and not with rate, latency and phase coding. Off by default, as
-    it has not run on a GPU yet."""
+    no whole run was made on a GPU yet."""
     channels_last: bool = True
     """Keep activations in channels_last memory order, which convolutions and the CUDA kernels run fastest with; on the
     CPU in evaluation only."""

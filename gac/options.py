@@ -55,6 +55,7 @@ class EvalArguments(NamedTuple):
     amp: str | None
     json: Path | None
     predictions: Path | None
+    energy: bool
 
 
 def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
@@ -97,7 +98,7 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     """Return what a command line of eval.py asks for, with the checkpoint read. Raises InputError."""
     given, overrides = _read_command_line(
         arguments,
-        "eval.py --checkpoint FILE [--json FILE] [--predictions FILE]",
+        "eval.py --checkpoint FILE [--json FILE] [--predictions FILE] [--energy]",
         "Score the network of a checkpoint on a test set. Defaults are the values it was trained with; a checkpoint of "
         "the authors holds none, so --data.name is required with it. Of what a checkpoint says, data.download is never "
         "followed, and data.root only where it exists on this machine.",
@@ -107,6 +108,8 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
             " the versions there.",
             "--predictions FILE": "Write the label, the prediction and the five most probable classes of each image"
             " there, as CSV. With it data.name imagefolder also takes a folder of images without class folders.",
+            "--energy": "Count the operations of each layer on some of the test images and print the energy of an image"
+            " in two conventions; see docs/energy.md.",
         },
         EVALUATION_FIELDS,
     )
@@ -147,7 +150,8 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
         outputs[name] = check_writable(Path(given[name]), f"--{name}")
         if (other := used.setdefault(os.path.realpath(outputs[name]), f"--{name}")) != f"--{name}":
             raise InputError(f"--{name} {outputs[name]} is the file of {other} too: choose another one")
-    return EvalArguments(path, payload, config, network, amp, outputs.get("json"), outputs.get("predictions"))
+    files = outputs.get("json"), outputs.get("predictions")
+    return EvalArguments(path, payload, config, network, amp, *files, "energy" in given)
 
 
 # What the options that are no fields call a value that names a file or a folder.

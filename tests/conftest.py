@@ -59,13 +59,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no second CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def repeatable_convolutions() -> Iterator[None]:
+    """Let a GPU's convolutions be float32 and the same each time: TF32 rounds enough to decide spikes."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the kernels run: their source compiled for the CPU, or the GPU, with convolutions in float32."""
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run: their source compiled for the CPU, or the GPU."""
     if request.param == "cpu":
         request.getfixturevalue("kernels_on_cpu")
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield request.param
+    return request.param
 
 
 @pytest.fixture

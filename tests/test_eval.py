@@ -249,3 +249,32 @@ def test_a_checkpoint_that_says_another_T_than_its_weights(
     write_checkpoint(tmp_path / "best.pt", payload)
     error = error_of(capsys, "--checkpoint", str(tmp_path / "best.pt"))
     assert "T=6 was asked for, but its gated attention is made for T=2" in error
+
+
+@pytest.mark.parametrize("coding", ["gac", "rate"])
+def test_energy_is_that_of_the_test_images_and_repeats(
+    coding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(CONFIG, model=replace(CONFIG.model, coding=coding)), tmp_path)
+    results = []
+    for _ in range(2):
+        command = ["--checkpoint", str(tmp_path / "best.pt"), "--energy", "--json", str(tmp_path / "scores.json")]
+        assert eval_main(command) == 0
+        results.append((capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())["energy"]))
+    assert results[0][1] == results[1][1]
+    out, energy = results[0]
+    assert energy["data"] == "10 of the 10 test images of synthetic, evenly spread"
+    assert f"energy of an image over T=2 steps, mean over {energy['data']}\n" in out
+    (total,) = (line.split() for line in out.splitlines() if line.startswith("total "))
+    assert total[-2:] == [f"{energy['paper_mj']:.6f}", f"{energy['full_mj']:.6f}"]
+    assert energy["images"] == 10
+    assert energy["macs"] > 0
+
+
+def test_fewer_images_are_kept_where_the_memory_is_small(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gac.evaluation.sample.available_memory", lambda: 4 * 4 * (3 * 8 * 8 * 4))
+    assert eval_main(["--checkpoint", str(run / "best.pt"), "--energy", "--device=cpu"]) == 0
+    assert "too little memory to keep 256 test images for a closer look: 4 are kept" in caplog.text
+    assert "mean over 4 of the 10 test images of synthetic" in capsys.readouterr().out

@@ -86,7 +86,10 @@ def test_evaluation_gives_the_scores_of_training(
     config = config_of(file, epochs=1)
     train(replace(config, model=replace(config.model, coding="direct")), tmp_path)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    whole = evaluate()
+    whole = evaluate("--energy")
+    energy = json.loads(scores.read_text())["energy"]
+    assert (energy["images"], energy["layers"][0]["layer"]) == (20, "stem.conv")
+    assert energy["layers"][0]["macs"] == 20 * T * (8 * 8 * 8) * (2 * 3 * 3)
     assert whole["loss"] == pytest.approx(line["test_loss"], rel=1e-5)
     # The network sees all frames, and its first outputs depend on no later one.
     first = evaluate("--model.T=2")

@@ -4,7 +4,7 @@ import os
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -91,8 +91,9 @@ def _check_bytes(file: BinaryIO) -> None:
     """Raise BadZipFile if a record of a file of torch.save differs from its checksum, which torch.load ignores.
 
     Files written before PyTorch 1.6 are not archives and have no checksums. There is no end to what compressed records
-    may unpack to and to how often records may overlap, neither of which torch.save writes, and to the size of a
-    bytearray, which torch.load makes: they are refused (the last with UnpicklingError).
+    may unpack to and to how often records may overlap, neither of which torch.save writes; to the size of a bytearray,
+    which torch.load makes; and to the time that it takes for some keys of dictionaries. They are refused (the last two
+    with UnpicklingError).
     """
     start = file.tell()
     is_archive = file.read(4) == b"PK\x03\x04"
@@ -107,23 +108,55 @@ def _check_bytes(file: BinaryIO) -> None:
                 raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
             for each in records:
                 if each.filename.endswith(".pkl"):
-                    _check_names(archive.open(each))
+                    _check_pickle(archive.open(each))
     else:
         file.seek(start)
         # A number, a version and the system come before the content.
         for _ in range(4):
-            _check_names(file)
+            _check_pickle(file)
     file.seek(start)
 
 
-def _check_names(pickled: BinaryIO) -> None:
+def _check_pickle(pickled: BinaryIO) -> None:
     """Raise UnpicklingError for what is no pickle, and for what torch.load allows and no checkpoint of networks has."""
     try:
-        for operation, name, _ in pickletools.genops(pickled):
-            if operation.name == "GLOBAL" and name.endswith(" bytearray"):
-                raise pickle.UnpicklingError(f"it makes a {name}")
-    except ValueError as error:
+        largest = max(_sizes(pickled))
+    except (ValueError, LookupError) as error:
         raise pickle.UnpicklingError(f"it is no pickle: {error}") from error
+    # A tuple of tuples of tuples, each twice the one before, takes a few bytes; as a key of a dictionary it is hashed,
+    # which takes years and no signal ends.
+    if largest > _MOST_OBJECTS:
+        raise pickle.UnpicklingError("it contains one object in another more often than a checkpoint can")
+
+
+_MOST_OBJECTS = 10**8
+
+
+def _sizes(pickled: BinaryIO) -> Iterator[int]:
+    """Yield how many objects each one contains that a pickle makes, those that it has twice counted twice."""
+    stack: list[int | None] = []  # None is pickle's mark
+    memo: dict[int, int | None] = {}
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "GLOBAL" and argument.endswith(" bytearray"):
+            raise pickle.UnpicklingError(f"it makes a {argument}")
+        if operation.name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif "PUT" in operation.name:
+            memo[int(argument)] = stack[-1]
+        elif "GET" in operation.name:
+            stack.append(memo[int(argument)])
+        elif operation is pickletools.code2op["("]:
+            stack.append(None)
+        else:
+            taken = list(operation.stack_before)
+            inside = 1
+            if pickletools.markobject in taken:
+                while (top := stack.pop()) is not None:
+                    inside += top
+                taken = taken[: taken.index(pickletools.markobject)]
+            inside += sum(stack.pop() for _ in taken)
+            stack += [inside for _ in operation.stack_after]
+            yield inside
 
 
 def _holds_other_objects(file: BinaryIO) -> bool:

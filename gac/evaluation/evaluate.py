@@ -61,7 +61,7 @@ class EvaluationStep:
         self.network = network
         self.device = device
         self.amp = amp
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.order = torch.channels_last if channels_last else torch.contiguous_format
         self._replayed = None if capture is None else Replayed(self._score, capture)
 
     @torch.inference_mode()
@@ -80,7 +80,7 @@ class EvaluationStep:
 
     def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with autocast(self.device, self.amp):
-            logits = self.network(network_input(images, self._memory_format))
+            logits = self.network(network_input(images, self.order))
         logits = logits[: self.steps].float()
         # The sum over the first t steps has the same largest entry as their average.
         sums = logits.cumsum(0)

@@ -19,6 +19,7 @@ from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.predictions import ClassScore, Predictions, gather
 from gac.evaluation.published import PublishedResult, find_published
+from gac.evaluation.sample import Collector, Sample, affordable
 from gac.execution import random_state
 from gac.execution.cuda_graph import check_capturable, select_capture
 from gac.execution.device import check_precision, describe_precision, memory_format, select_device
@@ -64,11 +65,13 @@ class Report:
     predictions: Predictions
     class_names: list[str]
     """Names of the network's classes, or their numbers where it does not know them."""
+    sample: Sample | None
+    """The network and the images that were kept, if any were asked for; those of this rank."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, without the single predictions."""
-        values = asdict(replace(self, predictions=None))
-        del values["predictions"], values["class_names"]
+        """Return the report as plain values, without the single predictions and the sample."""
+        values = asdict(replace(self, predictions=None, sample=None))
+        del values["predictions"], values["class_names"], values["sample"]
         return values
 
     def write_predictions(self, file: BinaryIO) -> None:
@@ -85,6 +88,7 @@ def evaluate_checkpoint(
     *,
     amp: str | None = None,
     unlabelled: bool = False,
+    sample: int = 0,
 ) -> Report:
     """Score the network of a checkpoint on a test set.
 
@@ -99,6 +103,7 @@ def evaluate_checkpoint(
         amp: The precision asked for; None for that of the training run, but float32 for fp16 on a device that does not
             compute in it.
         unlabelled: Whether images without labels are taken, which are not scored.
+        sample: Keep up to so many of the images, evenly spread over the test set, with the network.
 
     Raises:
         InputError: If the network does not fit the data set, or one of them cannot be used.
@@ -112,6 +117,11 @@ def evaluate_checkpoint(
     batches = data.test.epoch(0)
     if labels is not None:
         batches = _as_trained(batches, torch.tensor(labels, device=device))
+    classes = []
+    collector = None
+    if sample:
+        collector = Collector(affordable(sample, data.info, device), data.test.size // ranks.size, classes)
+        batches = collector.watch(batches)
     if amp is None:
         amp = config.train.amp if ours and (config.train.amp != "fp16" or device.type == "cuda") else "off"
     if device.type == "cpu":
@@ -120,13 +130,18 @@ def evaluate_checkpoint(
     with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
         capture = select_capture(config.train.cuda_graph, device)
         step = EvaluationStep(network, device, amp, config.train.channels_last, capture, steps)
-        scores = evaluate(step, batches, ranks, classes := [])
+        scores = evaluate(step, batches, ranks, classes)
     ranks.together(lambda: check_readable("test", data.test.size - scores.images, data.test.size))
     predictions = gather(data.test.yielded(), classes, ranks)
     precision = describe_precision(device, amp)
     ranks.together(lambda: _check_finite(path, predictions, precision))
     is_labelled = data.info.num_classes > 0
     published = find_published(network, _published_name(data.info, scores.images)) if steps == network.T else None
+    kept = None
+    if collector is not None and collector.places:
+        images = *collector.images_and_labels(), collector.places, collector.mistakes
+        run = device, amp, step.order, config.train.eval_batch_size, config.train.seed
+        kept = Sample(network.eval(), *images, data.info, *run)
     return Report(
         checkpoint=str(path),
         epoch=payload.get("epoch") if ours else None,
@@ -147,6 +162,7 @@ def evaluate_checkpoint(
         versions=versions(),
         predictions=predictions,
         class_names=names,
+        sample=kept,
     )
 
 

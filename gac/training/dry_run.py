@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from gac.analysis.firing import FiringRates
 from gac.checkpoint import load_checkpoint
 from gac.config import Config
 from gac.data import Data
 from gac.data.part import FirstBatches, OneBatch
 from gac.errors import InputError
-from gac.evaluation.firing import FiringRates
 from gac.execution.cuda_graph import WARM_UP_CALLS
 from gac.execution.device import select_device
 from gac.training.checkpoints import Checkpoints

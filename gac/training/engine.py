@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gac.analysis.firing import FiringRates
 from gac.checkpoint import load_weights, write_checkpoint
 from gac.config import Config
 from gac.data import Data
 from gac.data.interface import check_readable
 from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
-from gac.evaluation.firing import FiringRates
 from gac.execution import random_state
 from gac.execution.cuda_graph import Replayed, select_capture
 from gac.execution.device import memory_format, network_input

@@ -93,3 +93,19 @@ def test_bytes_that_a_file_only_claims_are_not_made(archive: bool) -> None:
     with pytest.raises(InputError, match="Python objects other than tensors") as refused:
         gac.load_checkpoint(io.BytesIO(saved({"a": Bytes(2**62)}, **options)))
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_what_contains_itself_too_often_is_refused_at_once(archive: bool) -> None:
+    """A few hundred bytes; to look at all of it takes years, and if it is a dictionary's key, torch.load does."""
+
+    def nested(depth: int) -> bytes:
+        value: tuple = ()
+        for _ in range(depth):
+            value = (value, value)
+        return saved({"a": value}, _use_new_zipfile_serialization=archive)
+
+    assert torch.load(io.BytesIO(nested(5)), weights_only=True)
+    with pytest.raises(InputError, match="damaged or not a PyTorch file") as refused:
+        gac.load_checkpoint(io.BytesIO(nested(64)))
+    assert "more often than a checkpoint can" in str(refused.value.__cause__)

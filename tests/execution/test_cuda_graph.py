@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from gac.analysis.firing import FiringRates
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
-from gac.evaluation.firing import FiringRates
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed, check_capturable, select_capture
 from gac.training import engine, optim
 from gac.training.engine import train

@@ -12,6 +12,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import op_counter
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.tensorboard import SummaryWriter
@@ -22,6 +23,7 @@ from gac.errors import InputError
 from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import SURROGATES, LIFNode
+from gac.ops import backend as choice
 from gac.ops import lif, lif_cpu
 from lively import lively
 
@@ -241,3 +243,24 @@ def test_compile_makes_one_graph(coding: str, training: bool, backend: str) -> N
         torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=1e-5 * scale, msg=name)
     for (name, buffer), other in zip(net.named_buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_for_cuda_makes_one_graph_of_the_kernels(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced with fake tensors, so that it needs no GPU; autograd's own trace of the backward pass would need one."""
+    monkeypatch.setattr(choice, "cupy_status", lambda device: choice.CupyStatus(device.type == "cuda", "faked"))
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable:
+        names = [str(node.target).removesuffix(".default") for node in graph.graph.nodes]
+        graphs.append({name: names.count(name) for name in names if name.startswith("gac.")})
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(), torch.device("cuda"):
+        net = network(backend="auto").train(training)
+        logits = torch.compile(net, backend=keep, fullgraph=True)(torch.randn(2, 3, 16, 16))
+    assert (logits.device.type, logits.shape) == ("cuda", (3, 2, 5))
+    kernels = {"gac.gate_lif": 1, "gac.norm_lif": 3, "gac.residual_lif": 3, "gac.lif_pool": 1}
+    # A block has two normalisations, and here each block's shortcut has one.
+    assert graphs == [kernels | {"gac.batch_moments": 9, "gac.batch_statistics": 9} if training else kernels]

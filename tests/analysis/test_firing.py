@@ -7,10 +7,12 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
+from gac.analysis.firing import FiringRates, LayerFiring, measure_firing, record_spikes
+from gac.errors import InputError
 from gac.evaluation.evaluate import EvaluationStep, evaluate
-from gac.evaluation.firing import FiringRates
 from gac.models import create_model
 from gac.neuron import LIFNode
+from lively import lively
 
 CPU = torch.device("cpu")
 
@@ -93,3 +95,75 @@ def test_every_coding_has_its_layers(coding: str) -> None:
     layers = [name for name, module in network.named_modules() if isinstance(module, neuron.BaseNode)]
     assert list(firing.read()) == layers
     assert ("coding.lif" in layers) is (coding == "gac")
+
+
+def by_hand(firing: LayerFiring) -> Tensor:
+    return firing.spikes.double() / firing.neurons
+
+
+def test_every_time_step_and_channel_is_counted() -> None:
+    images = torch.rand(7, 3, 8, 8)
+    torch.manual_seed(0)
+    network = lively(create_model("gac_msresnet18_cifar", 5, 3, width=8, depth=[1, 1, 1]), images)
+    layers = {layer.layer: layer for layer in measure_firing(network, images.split(4))}
+    assert list(layers) == [name for name, module in network.named_modules() if isinstance(module, neuron.BaseNode)]
+    for name, layer in layers.items():
+        spikes = record_spikes(network, images, name)
+        assert spikes.shape[:2] == (3, 7)
+        assert layer.neurons == 7 * spikes.shape[3] * spikes.shape[4]
+        assert torch.equal(by_hand(layer), spikes.double().mean((1, 3, 4)))
+        assert layer.rate == pytest.approx(spikes.double().mean().item())
+        assert layer.rate_by_time == pytest.approx(spikes.double().mean((1, 2, 3, 4)).tolist())
+        assert layer.rate_by_channel == pytest.approx(spikes.double().mean((0, 1, 3, 4)).tolist())
+    assert 0 < layers["stages.1.0.lif1"].rate < 1
+    firing = FiringRates(network)
+    labels = torch.zeros(7, dtype=torch.int64)
+    evaluate(EvaluationStep(network, CPU), firing.watch([(images, labels)]))
+    assert firing.read() == {name: layer.rate for name, layer in layers.items()}
+
+
+class FourChannels(nn.Module):
+    """A spiking layer of which one channel never spikes, one at the last of two steps, one always, one at times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif = LIFNode()
+
+    def forward(self, images: Tensor) -> Tensor:
+        drive = torch.tensor([0.0, 0.9, 2.0, 2.0]).view(4, 1, 1).repeat(2, len(images), 1, 2, 2)
+        drive[1, :, 3, 0, 0] = -2.0
+        return self.lif(drive)
+
+
+def test_dead_and_saturated_channels_are_told() -> None:
+    (layer,) = measure_firing(FourChannels(), [torch.zeros(3, 1, 2, 2)])
+    assert layer.spikes.tolist() == [[0, 0, 12, 12], [0, 12, 12, 9]]
+    assert (layer.dead_channels, layer.saturated_channels) == ([0], [2])
+    assert layer.to_dict() == {
+        "layer": "lif",
+        "rate": 57 / 96,
+        "rate_by_time": [0.5, 33 / 48],
+        "rate_by_channel": [0, 0.5, 1, 21 / 24],
+        "dead_channels": [0],
+        "saturated_channels": [2],
+    }
+
+
+def test_a_layer_that_is_not_there_is_named_with_the_closest() -> None:
+    network, images = create_model("gac_msresnet18_cifar", 3, 2, width=4, depth=[1, 1, 1]), torch.rand(1, 3, 8, 8)
+    for wrong, right in (("stages.0.0.lif3", "stages.0.0.lif"), ("coding.life", "coding.lif")):
+        with pytest.raises(InputError, match=rf"no spiking layer '{wrong}' \(did you mean {right}\d?\?\): there are"):
+            record_spikes(network, images, wrong)
+
+
+def test_what_has_no_time_steps_to_count_is_refused() -> None:
+    images = [torch.rand(1, 3, 8, 8)]
+    with pytest.raises(InputError, match="Conv2d has no spiking layers"):
+        measure_firing(nn.Conv2d(3, 1, 1), images)
+    with pytest.raises(InputError, match=r"spiking layer 1 runs in step mode 's'.*set_step_mode"):
+        measure_firing(nn.Sequential(nn.Conv2d(3, 1, 1), neuron.LIFNode()), images)
+    idle = create_model("msresnet18_cifar", 3, 2, width=4, depth=[1, 1, 1])
+    idle.idle = LIFNode()
+    with pytest.raises(InputError, match="spiking layer idle does not run"):
+        record_spikes(idle, images[0], "idle")
+    assert "idle" not in [layer.layer for layer in measure_firing(idle, images)]

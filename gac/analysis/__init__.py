@@ -1,0 +1,1 @@
+"""What a network does inside: energy, firing rates and gates."""
