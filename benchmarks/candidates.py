@@ -15,7 +15,7 @@ from spikingjelly.activation_based import functional, monitor
 from torch import Tensor, nn
 
 from benchmarks.common import PRECISIONS, MeasurementError, NetworkSize
-from benchmarks.peers import SPIKINGJELLY, STEP_LOOP, Network
+from benchmarks.peers import LIF, Network, spikingjelly_lif
 from gac import create_model
 from gac.command_line import Parser
 from gac.config import TrainConfig
@@ -219,9 +219,9 @@ IMPLEMENTATIONS = {
         Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels=True),
         Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels=True, replayed=True),
         REFERENCE,
-        Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, SPIKINGJELLY)),
+        Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, 0, spikingjelly_lif)),
         Implementation(
-            "step-loop", ("#666666", "D"), partial(Network, STEP_LOOP), time_dimension=1, keeps_channels_last=False
+            "step-loop", ("#666666", "D"), partial(Network, 1, LIF), time_dimension=1, keeps_channels_last=False
         ),
         replace(REFERENCE, name=FLOOR, style=("#000000", "_"), work=ConvolutionFloor),
     )

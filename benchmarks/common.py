@@ -175,7 +175,7 @@ def timing(samples_ms: Sequence[float]) -> Timing:
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object] | None],
     device: torch.device,
     rounds: int,
     repeats: int,
@@ -189,9 +189,9 @@ def time_in_turns(
     after ``settle`` seconds of untimed ones, in which its clock falls to what it sustains; a sample is one of them,
     divided by ``each``. It starts with an empty memory cache: blocks that the previous call left
     behind would else be returned to the driver during the timing. After it ``after_turn`` frees what the call of this
-    name left. Out of memory gives OUT_OF_MEMORY.
+    name left. Out of memory gives OUT_OF_MEMORY, and so does None, for what had no memory to begin.
     """
-    samples: dict[str, list[float] | None] = {name: [] for name in calls}
+    samples: dict[str, list[float] | None] = {name: None if call is None else [] for name, call in calls.items()}
     for _ in range(rounds):
         for name, call in calls.items():
             if samples[name] is None:

@@ -5,7 +5,6 @@ in half precision layer by layer. Networks that others would write are compared 
 timed family and T, in float64, where rounding decides no spike.
 """
 
-import hashlib
 import os
 import shlex
 import subprocess
@@ -58,10 +57,11 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     # Most of the time the compiler works, in each process. What is timed is not compiled by torch.
     chosen = ["-m", marker, "-k", "not compile", "-n", str(min(8, os.cpu_count() or 1))]
     command = ["-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *paths]
-    unchanging = {
-        title: text for title, text in report.environment.items() if title not in ("date", "command", "commit")
-    }
-    key = kernel_cache.key_of(command, unchanging, environment.get("CUDA_VISIBLE_DEVICES"), _digest(paths))
+    # Everything that could change how these tests end.
+    versions = [text for title, text in report.environment.items() if title not in ("date", "command", "commit")]
+    files = [path for folder in ("gac", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.*"))]
+    sources = [path.read_text("utf-8") for path in (*files, *map(ROOT.joinpath, paths)) if path.suffix in SOURCES]
+    key = kernel_cache.key_of(command, versions, environment.get("CUDA_VISIBLE_DEVICES"), *sources)
     if (passed := kernel_cache.load(key)) is not None:
         report.line("equality", f"{int(passed)} tests of the kernels passed on this device before, with these sources")
         report.data["kernel_tests"] = int(passed)
@@ -80,16 +80,6 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     report.line("equality", f"{len(cases)} tests of the kernels passed on this device")
     report.data["kernel_tests"] = len(cases)
     kernel_cache.store(key, str(len(cases)).encode())
-
-
-def _digest(paths: Sequence[str]) -> str:
-    """Return a digest of everything that could change how these tests end."""
-    sources = [path for folder in ("gac", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.*"))]
-    digest = hashlib.sha256()
-    for path in (*sources, *(ROOT / path for path in paths)):
-        if path.is_file() and path.suffix in SOURCES:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def compare(what: str, got: Outcome, wanted: Outcome, limit: float) -> list[dict[str, Any]]:

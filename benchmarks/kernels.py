@@ -229,10 +229,8 @@ def _time(
         # A replay of SpikingJelly's neuron at these sizes ends in an illegal memory access.
         return captured(run, device) if who == "ours" else run
 
-    replays = {who: or_out_of_memory(partial(prepare, who)) for who in ("ours", "peer")}
-    fitting = {who: call for who, call in replays.items() if call is not None}
-    timings = common.time_in_turns(fitting, device, rounds, repeats, each=times * len(cases))
-    return {who: timings.get(who, OUT_OF_MEMORY) for who in replays}
+    calls = {who: or_out_of_memory(partial(prepare, who)) for who in ("ours", "peer")}
+    return common.time_in_turns(calls, device, rounds, repeats, each=times * len(cases))
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -38,13 +38,9 @@ SIZE, QUALITY, CROPS = (500, 375), 98, 8
 
 
 def _measure_and_report(options: Namespace, report: Report) -> None:
-    config = DataConfig(
-        name="imagefolder",
-        image_size=options.image_size,
-        resize=options.resize,
-        augment="autoaugment_imagenet" if options.auto_augment else "off",
-        horizontal_flip=False,
-    )
+    augment = "autoaugment_imagenet" if options.auto_augment else "off"
+    sizes = {"image_size": options.image_size, "resize": options.resize}
+    config = DataConfig(name="imagefolder", augment=augment, horizontal_flip=False, **sizes)
     splits, counts, batch = options.splits, options.workers, options.batch
     with tempfile.TemporaryDirectory(prefix="gac-loader-") as made:
         if options.make_images is not None:

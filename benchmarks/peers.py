@@ -8,8 +8,8 @@ Rect(2.0) and the coding after the stem, for which that class has no place.
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -20,28 +20,24 @@ from gac.neuron import PRESETS
 from gac.ops.neuron import LIFParameters
 
 
-class Style(NamedTuple):
-    """A way to write it: which dimension is time, and a spiking layer."""
-
-    time: int
-    make_lif: Callable[[LIFParameters], nn.Module]
-
-
 class Network(nn.Module):
-    """Images [B, 3, H, W] to logits at every time step, everything computed T times."""
+    """Images [B, 3, H, W] to logits at every time step, everything computed T times.
 
-    def __init__(self, style: Style, size: NetworkSize, T: int) -> None:
+    Sequences are [T, B, ...], as SpikingJelly's, with ``time`` 0, and [B, T, ...], as the paper's, with 1.
+    """
+
+    def __init__(self, time: int, make_lif: Callable[[LIFParameters], nn.Module], size: NetworkSize, T: int) -> None:
         super().__init__()
-        self.T, self.time, family, constants = T, style.time, size.family, PRESETS[size.family.neuron]
+        self.T, self.time, family = T, time, size.family
+        make_lif = partial(make_lif, PRESETS[family.neuron])
         self.stem = conv_norm(3, size.width, family.stem_kernel, family.stem_stride)
-        self.encoder = GatedAttention(style, constants, T, size.width)
+        self.encoder = GatedAttention(time, make_lif(), T, size.width)
         widths = [size.width, *(size.width * factor for factor in family.widths)]
         self.stages = nn.Sequential()
         for (entry, exit), blocks, stride in zip(pairwise(widths), size.depth, family.strides, strict=True):
-            first = Block(style, constants, entry, exit, stride)
-            others = (Block(style, constants, exit, exit, 1) for _ in range(blocks - 1))
-            self.stages.append(nn.Sequential(first, *others))
-        self.lif = style.make_lif(constants)
+            first = Block(make_lif, entry, exit, stride)
+            self.stages.append(nn.Sequential(first, *(Block(make_lif, exit, exit, 1) for _ in range(blocks - 1))))
+        self.lif = make_lif()
         self.fc = nn.Linear(widths[-1], size.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -55,10 +51,9 @@ class Network(nn.Module):
 class GatedAttention(nn.Module):
     """LIF spikes times sigmoid(temporal x spatial-channel attention), all frames computed."""
 
-    def __init__(self, style: Style, constants: LIFParameters, T: int, channels: int) -> None:
+    def __init__(self, time: int, lif: nn.Module, T: int, channels: int) -> None:
         super().__init__()
-        hidden, self.time = max(1, T // 2), style.time
-        self.lif = style.make_lif(constants)
+        self.time, self.lif, hidden = time, lif, max(1, T // 2)
         self.temporal = nn.Sequential(nn.Linear(T, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, T, bias=False))
         # Kernels of 4 x 4 keep the size with 1 row and column before and 2 after.
         self.spatial_channel = layer.SeqToANNContainer(
@@ -79,13 +74,10 @@ class GatedAttention(nn.Module):
 class Block(nn.Module):
     """LIF-conv-BN twice plus the shortcut of the real-valued input."""
 
-    def __init__(
-        self, style: Style, constants: LIFParameters, in_channels: int, out_channels: int, stride: int
-    ) -> None:
+    def __init__(self, make_lif: Callable[[], nn.Module], in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        first = style.make_lif(constants), conv_norm(in_channels, out_channels, 3, stride)
-        second = style.make_lif(constants), conv_norm(out_channels, out_channels, 3)
-        self.residual = nn.Sequential(*first, *second)
+        first, second = conv_norm(in_channels, out_channels, 3, stride), conv_norm(out_channels, out_channels, 3)
+        self.residual = nn.Sequential(make_lif(), first, make_lif(), second)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = conv_norm(in_channels, out_channels, 1, stride)
@@ -139,8 +131,3 @@ def spikingjelly_lif(constants: LIFParameters) -> neuron.LIFNode:
     """Return SpikingJelly's neuron in multi-step mode."""
     options = asdict(constants)
     return neuron.LIFNode(surrogate_function=options.pop("surrogate"), step_mode="m", **options)
-
-
-# SpikingJelly's layout is [T, B, ...], the paper's [B, T, ...].
-SPIKINGJELLY = Style(0, spikingjelly_lif)
-STEP_LOOP = Style(1, LIF)

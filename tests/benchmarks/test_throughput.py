@@ -140,7 +140,7 @@ def test_imagenet_peer_is_spikingjellys_own_network_with_the_coding():
         T=3, num_classes=3, layers=(2, 1, 1, 1), base_channels=4, spiking_neuron=neuron.LIFNode, **rect, **constants
     ).double()
     size = NetworkSize("gac_msresnet18", width=4, depth=(2, 1, 1, 1), image_size=32, num_classes=3)
-    peer = peers.Network(peers.SPIKINGJELLY, size, T=3).double()
+    peer = peers.Network(0, peers.spikingjelly_lif, size, T=3).double()
     peer.encoder = torch.nn.Identity()
     for module in own.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
