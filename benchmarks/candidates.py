@@ -111,10 +111,6 @@ class Candidate:
         with self.setting.autocast():
             return self.network(self.images)
 
-    def start_evaluation(self) -> None:
-        """Let BatchNorm use its running statistics."""
-        self.network.eval()
-
     def rest(self) -> None:
         """Free what the last step left behind: gradients, membrane potentials that hold a graph, captured graphs."""
         if self._replayed:
@@ -213,19 +209,17 @@ def _ours(backend: str, size: NetworkSize, T: int) -> MSResNet:
 
 REFERENCE = Implementation("ours-torch", ("#009E73", "s"), partial(_ours, "torch"))
 """The implementation that makes the weights and that the others are checked against."""
-IMPLEMENTATIONS = {
-    implementation.name: implementation
-    for implementation in (
-        Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels=True),
-        Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels=True, replayed=True),
-        REFERENCE,
-        Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, 0, spikingjelly_lif)),
-        Implementation(
-            "step-loop", ("#666666", "D"), partial(Network, 1, LIF), time_dimension=1, keeps_channels_last=False
-        ),
-        replace(REFERENCE, name=FLOOR, style=("#000000", "_"), work=ConvolutionFloor),
-    )
-}
+_ALL = (
+    Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels=True),
+    Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels=True, replayed=True),
+    REFERENCE,
+    Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, 0, spikingjelly_lif)),
+    Implementation(
+        "step-loop", ("#666666", "D"), partial(Network, 1, LIF), time_dimension=1, keeps_channels_last=False
+    ),
+    replace(REFERENCE, name=FLOOR, style=("#000000", "_"), work=ConvolutionFloor),
+)
+IMPLEMENTATIONS = {each.name: each for each in _ALL}
 NETWORKS = [name for name, each in IMPLEMENTATIONS.items() if each.work is Candidate and not each.replayed]
 
 

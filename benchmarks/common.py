@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,19 +188,18 @@ def time_in_turns(
 
     A turn is one untimed call and ``repeats`` timed ones that follow without a pause, on a GPU timed by events and
     after ``settle`` seconds of untimed ones, in which its clock falls to what it sustains; a sample is one of them,
-    divided by ``each``. It starts with an empty memory cache: blocks that the previous call left
-    behind would else be returned to the driver during the timing. After it ``after_turn`` frees what the call of this
-    name left. Out of memory gives OUT_OF_MEMORY, and so does None, for what had no memory to begin.
+    divided by ``each``. It starts with an empty memory cache: blocks that the previous call left behind would else be
+    returned to the driver during the timing. After it ``after_turn`` frees what the call of this name left. Out of
+    memory gives OUT_OF_MEMORY, and so does None, which stands for what had no memory to begin.
     """
     samples: dict[str, list[float] | None] = {name: None if call is None else [] for name, call in calls.items()}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if samples[name] is None:
-                continue
-            release_cached_memory(device)
-            turn = or_out_of_memory(lambda call=call: take_turn(call, device, repeats, settle))
-            after_turn(name)
-            samples[name] = None if turn is None else samples[name] + [ms / each for ms in turn]
+    for name in list(calls) * rounds:
+        if samples[name] is None:
+            continue
+        torch.cuda.empty_cache()
+        turn = or_out_of_memory(partial(take_turn, calls[name], device, repeats, settle))
+        after_turn(name)
+        samples[name] = None if turn is None else samples[name] + [ms / each for ms in turn]
     return {name: OUT_OF_MEMORY if taken is None else timing(taken) for name, taken in samples.items()}
 
 
@@ -209,12 +209,6 @@ def grouped(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple, list[dict
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
-
-
-def release_cached_memory(device: torch.device) -> None:
-    """Give memory that torch holds without need back to a GPU's driver."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def or_out_of_memory(call: Callable[[], Result]) -> Result | None:

@@ -170,10 +170,8 @@ def check_networks(
 
 
 def _check_firing(network: nn.Module, images: Tensor) -> None:
-    firing = monitor.OutputMonitor(network, LIFNode, lambda spikes: spikes.mean().item())
-    with torch.no_grad():
+    with monitor.OutputMonitor(network, LIFNode, lambda spikes: spikes.mean().item()) as firing, torch.no_grad():
         network(images)
-    firing.remove_hooks()
     # The gate's output is below 1, CIFAR's threshold: one step of it leaves the first block silent.
     rates = [rate for i, rate in enumerate(firing.records) if not (network.T == 1 and i in (1, 2))]
     if not all(0 < rate < 1 for rate in rates):

@@ -78,35 +78,30 @@ def _residual(layer: Layer, y: Tensor, weight: Tensor, bias: Tensor, shortcut: T
     return membrane, _fire(layer, membrane)
 
 
-def _blocks(network: MSResNet) -> list[nn.Module]:
-    return [block for stage in network.stages for block in stage]
-
-
 def _of_type(kind: type, network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, kind)]
 
 
-def _norms(shortcut_norm: bool, network: MSResNet) -> list[nn.Module]:
-    inner = _blocks(network)[:-1]
-    return [block.conv2.norm for block in inner if isinstance(block.shortcut, nn.Identity) != shortcut_norm]
+def _norms(shortcut_norm: bool, network: MSResNet, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    return [block.conv2.norm for block in blocks[:-1] if isinstance(block.shortcut, nn.Identity) != shortcut_norm]
 
 
-# For each operation the modules of the network whose inputs have its shape, and its peer.
-MEASURED: dict[str, tuple[Callable[[MSResNet], Sequence[nn.Module]], Callable[..., tuple[Tensor, ...]]]] = {
-    "lif": (lambda network: _of_type(LIFNode, network), lambda layer, x: (_fire(layer, x),)),
-    "batch_statistics": (lambda network: _of_type(BatchNorm2d, network.stages), _moments),
+# For each operation the modules of a network and its blocks whose inputs have its shape, and its peer.
+MEASURED: dict[str, tuple[Callable[..., Sequence[nn.Module]], Callable[..., tuple[Tensor, ...]]]] = {
+    "lif": (lambda network, blocks: _of_type(LIFNode, network), lambda layer, x: (_fire(layer, x),)),
+    "batch_statistics": (lambda network, blocks: _of_type(BatchNorm2d, network.stages), _moments),
     "norm_lif": (
-        lambda network: [block.lif2 for block in _blocks(network)],
+        lambda network, blocks: [block.lif2 for block in blocks],
         lambda layer, *inputs: (_fire(layer, _normalize(*inputs)),),
     ),
     "residual_lif": (partial(_norms, False), _residual),
     "residual_norm_lif": (partial(_norms, True), _residual),
     "residual": (
-        lambda network: [_blocks(network)[-1].conv2.norm],
+        lambda network, blocks: [blocks[-1].conv2.norm],
         lambda layer, *inputs: (_normalize(*inputs[:3]) + inputs[3],),
     ),
-    "gate_lif": (lambda network: [_blocks(network)[0].lif1], _gate),
-    "lif_pool": (lambda network: [network.lif], lambda layer, x: (_fire(layer, x).mean((-2, -1)),)),
+    "gate_lif": (lambda network, blocks: [blocks[0].lif1], _gate),
+    "lif_pool": (lambda network, blocks: [network.lif], lambda layer, x: (_fire(layer, x).mean((-2, -1)),)),
 }
 
 
@@ -138,7 +133,8 @@ def sites(name: str, size: NetworkSize) -> Counter[tuple[int, ...]]:
     with monitor.OutputMonitor(network, kinds, shape) as shapes, torch.no_grad():
         # Two images, because BatchNorm refuses a single value for each channel.
         network.train()(torch.randn(2, 3, size.image_size, size.image_size))
-    return Counter(shapes[names[module]][0] for module in MEASURED[name][0](network))
+    modules = MEASURED[name][0](network, [block for stage in network.stages for block in stage])
+    return Counter(shapes[names[module]][0] for module in modules)
 
 
 def compare_with_peer(name: str, layer: Layer) -> list[dict[str, Any]]:
@@ -192,9 +188,7 @@ def copy_bandwidth(device: torch.device, rounds: int, repeats: int) -> float:
 def measure(name: str, layer: Layer, layers: int, copied: float, rounds: int, repeats: int) -> list[dict[str, Any]]:
     """Return a row, of what the JSON file holds, for the forward pass and, where there is one, for the backward pass.
 
-    Args:
-        layers: How many layers of the network have this shape.
-        copied: Bytes per second of a copy.
+    ``layers`` is how many layers of the network have this shape, ``copied`` the bytes per second of a copy.
     """
     cases, device = [Case(name, layer)], layer.device
     if device.type == "cuda":
@@ -211,7 +205,7 @@ def measure(name: str, layer: Layer, layers: int, copied: float, rounds: int, re
         times = math.ceil(min(wanted, MOST_CALLS) / len(cases))
         row = {"operation": name, "shape": layer.shape, "layers": layers, "dtype": str(layer.dtype)[6:]}
         row |= {"pass": direction, "bytes": moved, **_time(cases, direction, times, device, rounds, repeats)}
-        common.release_cached_memory(device)
+        torch.cuda.empty_cache()
         rate = bandwidth_of_all_layers([row])
         rows.append(row | {"bytes_per_second": rate, "share_of_copy": None if rate is None else rate / copied})
     return rows

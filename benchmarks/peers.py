@@ -55,14 +55,10 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.time, self.lif, hidden = time, lif, max(1, T // 2)
         self.temporal = nn.Sequential(nn.Linear(T, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, T, bias=False))
+        conv = partial(nn.Conv2d, channels, channels, 4, bias=False)
         # Kernels of 4 x 4 keep the size with 1 row and column before and 2 after.
-        self.spatial_channel = layer.SeqToANNContainer(
-            nn.ZeroPad2d((1, 2, 1, 2)),
-            nn.Conv2d(channels, channels, 4, bias=False),
-            nn.ReLU(),
-            nn.ZeroPad2d((1, 2, 1, 2)),
-            nn.Conv2d(channels, channels, 4, bias=False),
-        )
+        pad = nn.ZeroPad2d((1, 2, 1, 2))
+        self.spatial_channel = layer.SeqToANNContainer(pad, conv(), nn.ReLU(), pad, conv())
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.flatten(2).movedim(self.time, 1)  # [B, T, C*H*W]

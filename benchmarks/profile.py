@@ -139,7 +139,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
     implementations, (setting,) = begin(options, report, **more)
     for each in implementations:
         found = common.or_out_of_memory(partial(_profile, each, setting, options))
-        common.release_cached_memory(setting.device)
+        torch.cuda.empty_cache()
         if found is None:
             print(f"\n{each.name}: {OUT_OF_MEMORY}")
             continue
@@ -161,7 +161,7 @@ def _profile(implementation: Implementation, setting: Setting, options: Namespac
     candidate = Candidate(implementation, setting, setting.weights())
     step = candidate.train_step
     if options.step == "evaluation":
-        candidate.start_evaluation()
+        candidate.network.eval()
         step = candidate.eval_step
     for _ in range(options.warmup):
         step()

@@ -91,7 +91,7 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
         if peak is not None:
             peaks[each.name] = peak - before
         workload.rest()
-        common.release_cached_memory(device)
+        torch.cuda.empty_cache()
     turns = {"rounds": options.rounds, "repeats": options.steps, "settle": options.settle}
     turns["after_turn"] = lambda name: workloads[name].rest()
     timings = {"train": common.time_in_turns({name: workloads[name].train_step for name in peaks}, device, **turns)}
@@ -99,7 +99,7 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
         if timing != OUT_OF_MEMORY:
             workloads[name].check_loss()
     for workload in workloads.values():
-        workload.start_evaluation()
+        workload.network.eval()
     eval_steps = {name: workload.eval_step for name, workload in workloads.items()}
     timings["evaluation"] = common.time_in_turns(eval_steps, device, **turns)
     return [
@@ -132,7 +132,7 @@ def find_largest_batch(implementation: Implementation, setting: Setting) -> tupl
         peaks[batch] = or_out_of_memory(lambda: _warm_up(make(), 2, setting.device))
         # Autograd graphs hold cycles, which keep their tensors until they are collected.
         gc.collect()
-        common.release_cached_memory(setting.device)
+        torch.cuda.empty_cache()
         return peaks[batch] is not None
 
     batch = largest(fits)

@@ -52,7 +52,7 @@ def outcome(each: Implementation, setting: Setting) -> dict[str, list[torch.Tens
         "running statistics": [buffer.clone() for buffer in candidate.network.buffers()],
     }
     candidate.rest()
-    candidate.start_evaluation()
+    candidate.network.eval()
     candidate.eval_step()
     with torch.no_grad():
         # Weights that the capture has not seen.
