@@ -153,7 +153,7 @@ help = "make N JPEG files of 500 x 375 pixels and about 100 kB in a temporary fo
 source.add_argument("--make-images", type=at_least(2), metavar="N", help=help)
 add("--splits", "training images, augmented, or test", choices=("train", "test"), default=["train"])
 cores = len(os.sched_getaffinity(0))
-workers = [*(2**power for power in range(cores.bit_length())), cores]
+workers = sorted({*(2**power for power in range(cores.bit_length())), cores})
 help = "numbers of processes that decode; 0 decodes in the process that takes the batches"
 add("--workers", help, type=at_least(0), default=workers, metavar="W")
 add("--need", "what the network takes, to compare with", type=at_least(1, float), metavar="IMAGES/S")
