@@ -20,7 +20,7 @@ from gac import create_model
 from gac.command_line import Parser, at_least, finish, new_file
 from gac.execution.device import ask, select_device
 from gac.execution.environment import describe_environment
-from gac.files import atomic_write
+from gac.files import atomic_write, writing
 from gac.models.ms_resnet import Family
 from gac.models.registry import family_of, list_models
 
@@ -142,7 +142,7 @@ class Report:
         """Extend a list in the JSON file and write it: what is measured stays, whatever happens next."""
         self.data.setdefault(key, []).extend(results)
         if self._path is not None:
-            with atomic_write(self._path) as file:
+            with writing(self._path), atomic_write(self._path) as file:
                 file.write(f"{json.dumps(self.data, indent=2, allow_nan=False)}\n".encode())
 
 

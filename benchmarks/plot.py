@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.candidates import IMPLEMENTATIONS
 from benchmarks.common import OUT_OF_MEMORY, grouped
-from gac.files import atomic_write
+from gac.files import atomic_write, writing
 
 RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False}
 RC |= {"axes.axisbelow": True, "axes.edgecolor": "#444444", "grid.color": "#dddddd", "legend.frameon": False}
@@ -100,5 +100,5 @@ def _panels(
 
 def write(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file."""
-    with atomic_write(path) as file:
+    with writing(path), atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -302,6 +302,14 @@ def test_out_of_memory_is_reported_and_the_rest_measured(monkeypatch, tmp_path, 
     assert "out of memory" in row
 
 
+def test_results_that_cannot_be_written_are_one_line(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.setattr(throughput, "measure", lambda *_: folder.rmdir() or [])
+    assert throughput.main([*SMALL, "--implementations", "ours-torch", "--json", str(folder / "result.json")]) == 1
+    assert capsys.readouterr().err == f"error: cannot write {folder / 'result.json'}: No such file or directory\n"
+
+
 def test_a_loss_that_is_not_finite_is_not_reported(monkeypatch, capsys):
     entropy = candidates.F.cross_entropy
     monkeypatch.setattr(candidates.F, "cross_entropy", lambda logits, labels: entropy(logits, labels) * float("inf"))
