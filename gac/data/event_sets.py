@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import math
-import os
 import shutil
 import tarfile
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from spikingjelly import configure
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
@@ -75,6 +75,12 @@ def load_event_set(
             f"data.event_pool {config.event_pool} does not divide the {height} x {width} pixels of {config.name}: take"
             f" one of {allowed}"
         )
+    # As float64, in each thread that makes frames.
+    check_fits(
+        f"cutting samples of {config.name} into {frames} frames of {height} x {width}",
+        configure.max_threads_number_for_datasets_preprocess * frames * 2 * height * width * 8,
+        "choose a smaller model.T",
+    )
     try:
         class_names, samples = _prepared(kind, config, frames)
     except PermissionError as error:
@@ -148,15 +154,14 @@ def _prepared(
     root = user_path(config.root, "data.root")
     classes, of_events = _divided(_events(kind, config, root), root / "events_np")
     folder = root / f"frames_number_{frames}_split_by_number"
-    _check_finished(folder, folder)
     is_new = not folder.exists()
     if is_new:
         logger.info("%s: cutting each sample into %d frames, once, into %s", config.name, frames, folder)
+    _check_finished(folder, folder)
     try:
         opened = _open(kind, config, root, {"data_type": "frame", "frames_number": frames, "split_by": "number"})
-    except FileExistsError as error:
-        raise _being_made(error) from error
     except _UNUSABLE as error:
+        _check_own(error, folder)
         if not is_new:
             raise InputError(f"{folder}: {error}; delete it, and it is made again") from error
         # SpikingJelly has tried all files before it says that one of them failed.
@@ -165,7 +170,7 @@ def _prepared(
         files = [sample.path for split in of_events.values() for sample in split]
         bad = [str(path) for path in files if path.relative_to(events) not in done]
         shutil.rmtree(folder, ignore_errors=True)
-        folder.with_name(f"{folder.name}.building").unlink(missing_ok=True)
+        _marker(folder).unlink(missing_ok=True)
         raise InputError(
             f"{first_few(bad) or root} cannot be cut into frames: {error}; files of events have arrays t, x, y and p,"
             " and the disk has to have room for the frames"
@@ -190,10 +195,9 @@ def _events(kind: type["NeuromorphicDatasetFolder"], config: DataConfig, root: P
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"data.root {root} cannot be made: {error.strerror}; choose another one") from error
-    _check_finished(events, events, extracted)
     is_new = not events.exists()
     missing = []
-    if is_new:
+    if is_new and not _marker(events).exists():
         files = kind.resource_url_md5()
         missing = [(name, url) for name, url, md5 in files if not check_integrity(archives / name, md5)]
         if missing and not can_download:
@@ -203,28 +207,33 @@ def _events(kind: type["NeuromorphicDatasetFolder"], config: DataConfig, root: P
                 f" or put its archives into {archives}{how}; missing there or damaged: {_sources(missing)}"
             )
         logger.info("%s: making %s of the archives, once; that takes a while", config.name, events)
+    _check_finished(events, events, extracted)
     try:
         return _open(kind, config, root, {})
-    except FileExistsError as error:
-        raise _being_made(error) from error
     except _UNUSABLE as error:
+        _check_own(error, events)
         if not is_new:
             where = " in each of train and test" if config.name in _OFFICIALLY_SPLIT else ""
             raise InputError(
                 f"{events}: {error}; it needs one folder for each class{where}, of files with the arrays t, x, y and p"
             ) from error
         if extracted.exists() or events.exists():
-            remedy = f"delete {events}.building and what there is of {events} and {extracted}, and start again"
+            remedy = f"delete {_marker(events)} and what there is of {events} and {extracted}, and start again"
         else:
             # Only archives have been written so far, and they are checked before they are used.
-            Path(f"{events}.building").unlink(missing_ok=True)
+            _marker(events).unlink(missing_ok=True)
             remedy = f"start again{f', or put by hand into {archives} {_sources(missing)}' if missing else ''}"
         raise InputError(f"data set {config.name} could not be made in {root}: {error}; {remedy}") from error
 
 
+def _marker(made: Path) -> Path:
+    """Return the file that is there while SpikingJelly makes a folder."""
+    return made.with_name(f"{made.name}.building")
+
+
 def _check_finished(made: Path, *parts: Path) -> None:
     """Raise InputError if SpikingJelly's mark says that a folder is being made, or was when something stopped it."""
-    marker = made.with_name(f"{made.name}.building")
+    marker = _marker(made)
     if marker.exists():
         raise InputError(
             f"{made} was not finished, or another process is making it: unless one is, delete {marker} and what there"
@@ -232,8 +241,10 @@ def _check_finished(made: Path, *parts: Path) -> None:
         )
 
 
-def _being_made(error: FileExistsError) -> InputError:
-    return InputError(f"{error.filename} has come up meanwhile: wait until the other process that makes it has ended")
+def _check_own(error: Exception, made: Path) -> None:
+    """Raise InputError if an error is that another process has begun to make a folder, which is not to be touched."""
+    if str(_marker(made)) in str(error):
+        raise InputError(f"another process has begun to make {made}: wait until it has ended") from error
 
 
 def _sources(missing: Sequence[tuple[str, str]]) -> str:
@@ -309,7 +320,7 @@ def _load(
         images[number] = torch.from_numpy(counts.clip(0, _WHITE).astype(np.uint8))
         return int((counts > _WHITE).sum())
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(configure.max_threads_number_for_datasets_preprocess) as pool:
         clipped = sum(pool.map(load, range(len(samples))))
     if clipped:
         logger.info(

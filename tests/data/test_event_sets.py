@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gac.checkpoint import read_checkpoint
+from gac.checkpoint import load_checkpoint, read_checkpoint
 from gac.cli import eval_main, train_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import DataInfo, build_data
@@ -164,6 +165,11 @@ def test_stopped_resumed_and_evaluated(root: Path, tmp_path: Path, capsys, caplo
     line = max(read_metrics(tmp_path / "parts" / "metrics.jsonl"), key=lambda line: line["test_top1"])
     whole = json.loads(scores.read_text())["scores"]
     assert (whole["images"], whole["top1"]) == (6, pytest.approx(line["test_top1"]))
+    # A state dict says nothing of its data, so the training samples are read for their statistics.
+    torch.save(load_checkpoint(best).state_dict(), tmp_path / "bare.pt")
+    bare = ["--checkpoint", str(tmp_path / "bare.pt"), *arguments[2:], "--data.name=cifar10dvs", "--model.neuron=cifar"]
+    assert eval_main([*bare, f"--data.event_pool={POOL}"]) == 0
+    assert json.loads(scores.read_text())["scores"]["loss"] == pytest.approx(whole["loss"])
     assert eval_main([*arguments, "--model.T=2"]) == 0
     assert json.loads(scores.read_text())["scores"]["top1_by_time"] == whole["top1_by_time"][:2]
     assert [folder.name for folder in moved.iterdir() if folder.name.startswith("frames")] == [
@@ -267,6 +273,26 @@ def test_a_download_that_fails_can_be_repeated(tmp_path: Path, monkeypatch) -> N
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["download"]
 
 
+def test_archives_put_there_by_hand_become_frames(tmp_path: Path, monkeypatch) -> None:
+    # The archives here are not the ones that SpikingJelly knows by their checksums.
+    monkeypatch.setattr("gac.data.event_sets.check_integrity", lambda path, md5: True)
+    monkeypatch.setattr("spikingjelly.datasets.base.check_integrity", lambda fpath, md5: True)
+    (tmp_path / "download").mkdir()
+    for name in ("cat", "dog"):
+        with zipfile.ZipFile(tmp_path / "download" / f"{name}.zip", "w") as archive:
+            for number in range(2):
+                # The camera's words of an event: its address, with y, x and the polarity, and its time.
+                words = [word for t in range(8) for word in (((t + 1) << 8) | (3 << 1) | (t % 2), t + 200)]
+                recorded = b"#!AER-DAT2.0\r\n" + np.array(words, dtype=">u4").tobytes()
+                archive.writestr(f"{name}/cifar10_{name}_{number}.aedat", recorded)
+    data = build(tmp_path, event_pool=1)
+    assert (data.info.class_names, data.info.train_size, data.info.test_size) == (("cat", "dog"), 2, 2)
+    mean, std = (torch.tensor(each).view(2, 1, 1) for each in (data.info.mean, data.info.std))
+    counts = (next(iter(data.test.epoch(0)))[0] * std + mean) * 255
+    assert counts.sum((-2, -1)).round().tolist() == [[[1.0, 1.0]] * T] * 2
+    assert not list(tmp_path.glob("*.building"))
+
+
 def test_a_conversion_that_fails_names_what_has_to_go(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("gac.data.event_sets.check_integrity", lambda path, md5: True)
     monkeypatch.setattr("spikingjelly.datasets.base.check_integrity", lambda fpath, md5: True)
@@ -314,6 +340,21 @@ def test_files_that_are_no_set_of_events(spoil: Callable, message: str, root: Pa
     assert not (root / "frames_number_4_split_by_number").exists()
 
 
+@pytest.mark.parametrize("made", ["events_np", "frames_number_4_split_by_number"])
+def test_what_another_process_makes_is_left_alone(made: str, root: Path, monkeypatch) -> None:
+    monkeypatch.setattr("gac.data.event_sets._check_finished", lambda *folders: None)
+    monkeypatch.setattr("gac.data.event_sets.check_integrity", lambda path, md5: True)
+    if made == "events_np":
+        shutil.rmtree(root / made)
+    else:
+        (root / made).mkdir()
+    marker = root / f"{made}.building"
+    marker.touch()
+    assert error_of(root) == f"another process has begun to make {root / made}: wait until it has ended"
+    assert marker.exists()
+    assert (root / made).exists() == (made != "events_np")
+
+
 def test_frames_that_do_not_belong_to_the_events(root: Path) -> None:
     build(root)
     frames = root / "frames_number_4_split_by_number"
@@ -335,5 +376,8 @@ def test_what_does_not_fit_the_sensor_or_the_memory(root: Path, monkeypatch) -> 
     )
     assert "take one of 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60" in error_of(root, name="ncaltech101", event_pool=7)
     assert "say how many there are" in error_of(root, frames=None)
-    monkeypatch.setattr("gac.memory.available_memory", lambda: 10_000)
-    assert "samples of 4 frames of 16 x 16 needs 0.0 GiB of memory" in error_of(root)
+    assert "cutting samples of cifar10dvs into 1000000000 frames of 128 x 128 needs" in error_of(root, frames=10**9)
+    monkeypatch.setattr("gac.data.event_sets._prepared", lambda *arguments: (CLASSES, {"train": [None] * 10**9}))
+    message = error_of(root)
+    assert message.startswith("data set cifar10dvs, 1000000000 samples of 4 frames of 16 x 16 needs")
+    assert message.endswith("choose a larger data.event_pool or a smaller model.T")
