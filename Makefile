@@ -11,14 +11,19 @@ RUN := $(VENV)/bin/python
 comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help install demo test test-slow lint format clean
+# The first seed from that of the configuration on with which rounding to half precision changes no prediction.
+WEIGHTS := train.py --config configs/digits.yaml --train.seed 1001
+
+.PHONY: help install gpu demo weights test test-slow lint format clean
 
 help:
-	@echo "make demo     install into .venv, train on handwritten digits, evaluate (no download, no GPU needed)"
+	@echo "make demo     install into .venv, look into a trained network, train on handwritten digits, evaluate (no download)"
 	@echo "make test     install into .venv, lint, run all tests but the slow ones"
 	@echo "make test-slow  those: longer training against the original's numbers, fuzzing, compiling (a quarter of an hour)"
+	@echo "make weights  train the network that travels in the package again"
+	@echo "make gpu      on a machine with a GPU: check the kernels, measure, verdicts (25 minutes; GPU=--quick 5)"
 	@echo "make format   let ruff rewrite the sources"
-	@echo "make clean    remove .venv and the demo's run folder"
+	@echo "make clean    remove .venv and the demo's and the weights' run folders"
 	@echo "EXTRAS=dev leaves CuPy out (machines without CUDA wheels); PYTHON=python3.12 picks the interpreter"
 
 install: $(INSTALLED)
@@ -30,15 +35,25 @@ $(INSTALLED): setup.cfg pyproject.toml gac/version.py
 	@touch $@
 
 demo: install
+	$(RUN) -m gac.demo
 	rm -rf runs/demo
 	$(RUN) train.py --config configs/digits.yaml --output runs/demo
 	$(RUN) eval.py --checkpoint runs/demo/best.pt
+
+weights: install
+	rm -rf runs/weights
+	$(RUN) $(WEIGHTS) --output runs/weights
+	$(RUN) -m gac.release --checkpoint runs/weights/best.pt --output gac/weights/digits.safetensors --command "$(WEIGHTS)"
 
 test: install lint
 	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(RUN) -m pytest --numprocesses $(WORKERS) -m "not slow"
 
 test-slow: install
 	$(KEEP_MEMORY) $(RUN) -m pytest -m slow
+
+# GPU=... are options of benchmarks.gpu, such as --quick or --data cifar10.npz.
+gpu: install
+	$(RUN) -m benchmarks.gpu $(GPU)
 
 lint: install
 	$(RUN) -m ruff check .
@@ -49,4 +64,4 @@ format: install
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) runs/demo runs/demo-pictures runs/weights

@@ -5,6 +5,7 @@ in half precision layer by layer. Networks that others would write are compared 
 timed family and T, in float64, where rounding decides no spike.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, lo
 from benchmarks.common import ROOT, MeasurementError, NetworkSize, Report
 from gac import LIFNode
 from gac.errors import InputError
+from gac.ops.cuda import kernel_cache
 
 Outcome = Mapping[str, Sequence[Tensor]]
 """Tensors of each quantity, in an order that all implementations have."""
@@ -35,6 +37,7 @@ NETWORK_TESTS = (
     *("tests/models/test_fused.py", "tests/models/test_teacher_forcing.py", "tests/benchmarks/test_candidates.py"),
 )
 ON_ONE_GPU = "gpu and not several_gpus"
+SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h", ".toml")
 VERDICTS = ("failure", "error", "skipped")
 BATCH, LIMIT = 4, 1e-8
 # Of the gate, before the sigmoid. Higher, it is 1 after rounding: the membrane is then on the threshold, where
@@ -45,7 +48,8 @@ LARGEST_SCORE = 6.0
 def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) -> None:
     """Run tests of the kernels on a GPU, in a process of their own, and report how many have passed.
 
-    Raises MeasurementError if one fails or is skipped, or if there is none.
+    Where they have passed before, on the same device with the same sources and versions, that is enough. Raises
+    MeasurementError if one fails or is skipped, or if there is none.
     """
     environment = dict(os.environ)
     if report.device.type == "cuda":
@@ -53,6 +57,14 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     # Most of the time the compiler works, in each process. What is timed is not compiled by torch.
     chosen = ["-m", marker, "-k", "not compile", "-n", str(min(8, os.cpu_count() or 1))]
     command = ["-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *paths]
+    unchanging = {
+        title: text for title, text in report.environment.items() if title not in ("date", "command", "commit")
+    }
+    key = kernel_cache.key_of(command, unchanging, environment.get("CUDA_VISIBLE_DEVICES"), _digest(paths))
+    if (passed := kernel_cache.load(key)) is not None:
+        report.line("equality", f"{int(passed)} tests of the kernels passed on this device before, with these sources")
+        report.data["kernel_tests"] = int(passed)
+        return
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
         arguments = [sys.executable, *command, f"--junitxml={results}"]
@@ -66,6 +78,17 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
         raise MeasurementError(f"{what}; nothing was timed, see python {shlex.join(command)}")
     report.line("equality", f"{len(cases)} tests of the kernels passed on this device")
     report.data["kernel_tests"] = len(cases)
+    kernel_cache.store(key, str(len(cases)).encode())
+
+
+def _digest(paths: Sequence[str]) -> str:
+    """Return a digest of everything that could change how these tests end."""
+    sources = [path for folder in ("gac", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.*"))]
+    digest = hashlib.sha256()
+    for path in (*sources, *(ROOT / path for path in paths)):
+        if path.is_file() and path.suffix in SOURCES:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def compare(what: str, got: Outcome, wanted: Outcome, limit: float) -> list[dict[str, Any]]:

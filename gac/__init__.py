@@ -1,6 +1,6 @@
 """Gated Attention Coding and MS-ResNet spiking neural networks on SpikingJelly."""
 
-from gac.checkpoint import load_checkpoint
+from gac.checkpoint import list_pretrained, load_checkpoint, load_pretrained
 from gac.coding.gated import GatedAttentionCoding
 from gac.models import create_model, list_models
 from gac.models.batch_first import BatchFirst
@@ -14,5 +14,7 @@ __all__ = [
     "__version__",
     "create_model",
     "list_models",
+    "list_pretrained",
     "load_checkpoint",
+    "load_pretrained",
 ]

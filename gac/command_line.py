@@ -1,12 +1,13 @@
 """Command lines of the smaller programs: argparse, with one line for what is wrong."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gac.errors import InputError
-from gac.files import check_writable, user_path
+from gac.files import ResultsNotWritten, check_writable, user_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +28,19 @@ class Parser(argparse.ArgumentParser):
         """Add an option; one whose ``default`` is a list takes several values."""
         several = {"nargs": "+"} if isinstance(options.get("default"), list) else {}
         self.add_argument(name, help=help, **several, **options)
+
+
+def finish(run: Callable[[], object]) -> int:
+    """Run a program and return its exit status: 0, or 1 for results that cannot be written and 2 for bad input.
+
+    Of these one line is printed to stderr.
+    """
+    try:
+        run()
+    except (InputError, ResultsNotWritten) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
 
 
 def at_least(minimum: int, kind: type = int) -> Callable[[str], float]:

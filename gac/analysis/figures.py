@@ -172,6 +172,39 @@ def accuracy_figure(top1_by_time: Sequence[float]) -> Figure:
     return figure
 
 
+def prediction_figure(
+    images: Tensor, probabilities: Tensor, data: DataInfo, captions: Sequence[str] | None = None
+) -> Figure:
+    """Return images [N, C, H, W] (or event frames [N, T, C, H, W]), each beside the class probabilities at every step.
+
+    ``probabilities``, [T, N, K], are those of the outputs' mean over the first t steps; the largest has the other
+    colour. The images are normalised as ``data`` says.
+    """
+    steps, count, classes = probabilities.shape
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.5 * (steps + 1), 1.25 * count + 0.5), dpi=150, layout="constrained")
+        grid = figure.subplots(count, steps + 1, squeeze=False)
+        for row, (axes_row, image) in enumerate(zip(grid, images, strict=True)):
+            _show(axes_row[0], image, data)
+            if captions is not None:
+                axes_row[0].set_ylabel(_short(captions[row], 14))
+            for axes, shares in zip(axes_row[1:], probabilities[:, row].cpu().numpy(), strict=True):
+                best = shares.argmax()
+                axes.bar(range(classes), 100 * shares, color=[_ORANGE if k == best else _BLUE for k in range(classes)])
+                name = data.class_names[best] if data.class_names else str(best)
+                axes.text(best, 100 * shares[best] + 3, _short(name, 10), ha="center", va="bottom", fontsize=8)
+                axes.set_ylim(0, 125)
+                axes.set_yticks((0, 50, 100), ("0", "50", "100 %") if axes is axes_row[1] else ("", "", ""))
+                axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+                axes.tick_params(labelsize=7.5, labelbottom=row == count - 1)
+                axes.grid(axis="y")
+        grid[0, 0].set_title("image")
+        for step, axes in enumerate(grid[0, 1:], 1):
+            axes.set_title(f"t = {step}")
+        figure.supxlabel("class, with its probability after steps 1..t", fontsize=9)
+    return figure
+
+
 def confusion_figure(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     """Return the confusion matrix: ``confusion`` has [label, prediction, number of images] for pairs that occur.
 

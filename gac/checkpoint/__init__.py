@@ -5,6 +5,7 @@ Ours are written atomically, the authors' are read as they are; neither can run 
 
 from gac.checkpoint.build import FixedT, build_network, initialise, load_checkpoint, load_weights, read_config
 from gac.checkpoint.format import FORMAT, DamagedCheckpoint, is_ours, is_plain, read_checkpoint, write_checkpoint
+from gac.checkpoint.weights import list_pretrained, load_pretrained
 
 __all__ = [
     "FORMAT",
@@ -14,7 +15,9 @@ __all__ = [
     "initialise",
     "is_ours",
     "is_plain",
+    "list_pretrained",
     "load_checkpoint",
+    "load_pretrained",
     "load_weights",
     "read_checkpoint",
     "read_config",

@@ -166,3 +166,18 @@ def test_svg_fits_into_a_page(network: nn.Module) -> None:
     assert len(set(ids)) == len(ids) > 0
     assert ">stem.conv<" in both[0]
     assert both[1].count('href="data:image/png;base64') >= maps.axes[0].get_gridspec().nrows * 3
+
+
+def test_predictions_have_a_bar_for_each_class_and_the_largest_stands_out(network: nn.Module) -> None:
+    probabilities = torch.tensor([[[0.2, 0.7, 0.1], [0.5, 0.3, 0.2]], [[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]])
+    figure = figures.prediction_figure(IMAGES[:2], probabilities, INFO, ["cat", "dog"])
+    for row in range(2):
+        image, *panels = figure.axes[3 * row : 3 * row + 3]
+        assert image.get_ylabel() == ("cat", "dog")[row]
+        for step, axes in enumerate(panels):
+            bars = axes.patches
+            expected = 100 * probabilities[step, row]
+            assert [bar.get_height() for bar in bars] == pytest.approx(expected.tolist())
+            colors = [bar.get_facecolor() for bar in bars]
+            assert [colors.count(color) for color in colors].index(1) == expected.argmax()
+            assert labels(axes.texts) == [str(int(expected.argmax()))]

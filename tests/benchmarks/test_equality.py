@@ -150,12 +150,29 @@ class TestTheSuiteAsTheGate:
         with pytest.raises(MeasurementError, match=message):
             run_tests([str(path)], report, "here")
 
-    def test_their_number_is_reported(self, tmp_path, report, capsys):
+    def test_their_number_is_reported(self, tmp_path, report, capsys, monkeypatch):
+        monkeypatch.setenv("GAC_KERNEL_CACHE", "")
         path = tmp_path / "test_gate.py"
         path.write_text(self.PASSES)
         run_tests([str(path)], report, "here")
         assert report.data["kernel_tests"] == 1
         assert "1 tests of the kernels passed on this device" in capsys.readouterr().out
+
+    def test_they_run_again_only_if_something_has_changed(self, tmp_path, report, capsys, monkeypatch):
+        monkeypatch.setenv("GAC_KERNEL_CACHE", str(tmp_path / "cache"))
+        path = tmp_path / "test_gate.py"
+        path.write_text(self.PASSES)
+        for expected in ("passed on this device", "passed on this device before, with these sources"):
+            run_tests([str(path)], report, "here")
+            assert capsys.readouterr().out.endswith(f"1 tests of the kernels {expected}\n")
+            assert report.data.pop("kernel_tests") == 1
+        report.environment["torch"] = "another"
+        run_tests([str(path)], report, "here")
+        assert "before" not in capsys.readouterr().out
+        path.write_text(self.PASSES + self.FAILS)
+        for _ in range(2):
+            with pytest.raises(MeasurementError, match="1 of 2 tests"):
+                run_tests([str(path)], report, "here")
 
     def test_a_network_on_the_kernels_needs_them(self, monkeypatch, report):
         def fails(paths, report):
