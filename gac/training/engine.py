@@ -123,7 +123,9 @@ class Trainer:
         resumed = ranks.on_main(lambda: folder.open(config, resume))
 
         random_state.seed_everything(config.train.seed)
-        self.data = ranks.together(lambda: open_data(config, self.device, part, ranks), in_turn=config.data.download)
+        self.data = ranks.together(
+            lambda: open_data(config, self.device, part, ranks), in_turn=config.data.writes_files
+        )
         info = self.data.info
         ranks.check_equal(info.to_dict())
         if resumed is not None:

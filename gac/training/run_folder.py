@@ -58,6 +58,10 @@ Metric = float | str
 """A value in metrics.jsonl; only "backend" is text."""
 
 
+class FolderInUse(InputError):
+    """Another process runs in the folder."""
+
+
 class RunFolder:
     """The files of a run: config.yaml, metrics.jsonl, last.pt and older ones, best.pt, TensorBoard's event files.
 
@@ -211,7 +215,7 @@ class FolderLock:
     def acquire(self) -> None:
         """Take the lock, or go on with a warning if the file system has no locks.
 
-        Raises InputError, with its holder, if another process has it, and OSError if the file cannot be written.
+        Raises FolderInUse, with its holder, if another process has it, and OSError if the file cannot be written.
         """
         # This mode does not truncate the file, which may be another process's, and creates it if it does not exist.
         file = self.path.open("a+")
@@ -247,7 +251,7 @@ class FolderLock:
                 raise
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise InputError(
+            raise FolderInUse(
                 f"{self.path.parent} is in use by {holder}: wait until that has ended, or choose another --output"
             ) from error
 
