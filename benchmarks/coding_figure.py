@@ -18,7 +18,7 @@ def coding_figure(
     """
     names = [each["coding"] for each in summary]
     with mpl.rc_context(RC):
-        figure, ((left, right),) = panels(1, 2, 4.2, 0.34 * len(names) + 0.5, title, environment, sharex=False)
+        figure, ((left, right),) = panels((1, 2), (4.2, 0.34 * len(names) + 0.5), title, environment, sharex=False)
         for place, each in enumerate(summary):
             runs = [row["top1"] for row in rows if row["coding"] == each["coding"]]
             # One above the other, as runs with equal results would hide each other.

@@ -28,7 +28,7 @@ def throughput_figure(cells: Sequence[dict[str, Any]], title: str, environment: 
     by_panel = grouped(cells, "batch", "precision")
     rows, columns = (len(set(values)) for values in zip(*by_panel, strict=True))
     with mpl.rc_context(RC):
-        figure, grid = panels(rows, columns, max(2.8, 5.6 / columns), 2.4, title, environment)
+        figure, grid = panels((rows, columns), (max(2.8, 5.6 / columns), 2.4), title, environment)
         for axes, ((batch, precision), of_panel) in zip(np.ravel(grid), by_panel.items(), strict=True):
             for (name,), of_line in grouped(of_panel, "implementation").items():
                 _draw_line(axes, name, of_line)
@@ -69,7 +69,7 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
     """Return a figure with a panel for each dtype; a bar is the bytes per second of one pass over those of a copy."""
     dtypes, groups = grouped(rows, "dtype"), list(grouped(rows, "operation", "shape"))
     with mpl.rc_context(RC):
-        figure, (grid,) = panels(1, len(dtypes), 6.5, 0.34 * len(groups) + 1.2, title, environment)
+        figure, (grid,) = panels((1, len(dtypes)), (6.5, 0.34 * len(groups) + 1.2), title, environment)
         for axes, ((dtype,), of_dtype) in zip(grid, dtypes.items(), strict=True):
             for offset, (direction, color) in zip((-0.19, 0.19), COLORS.items(), strict=True):
                 bars = [row for row in of_dtype if row["pass"] == direction and row["share_of_copy"]]
@@ -89,19 +89,13 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
 
 
 def panels(
-    rows: int,
-    columns: int,
-    width: float,
-    height: float,
-    title: str,
-    environment: Mapping[str, str],
-    sharex: bool = True,
+    shape: tuple[int, int], size: tuple[float, float], title: str, environment: Mapping[str, str], sharex: bool = True
 ) -> tuple[Figure, Sequence[Sequence[Axes]]]:
-    """Return a figure with panels of some size in inches; its title says where the measurement was made."""
+    """Return a figure with rows and columns of panels, each of some width and height in inches; its title says where the measurement was made."""
     where = environment["CPU"] if environment["device"] == "CPU" else environment["device"].split(",")[0]
-    figure = Figure(figsize=(columns * width, rows * height + 1.2), dpi=200, layout="constrained")
+    figure = Figure(figsize=(shape[1] * size[0], shape[0] * size[1] + 1.2), dpi=200, layout="constrained")
     figure.suptitle(f"{title}\n{where}; torch {environment['torch'].split(',')[0]}", fontsize=9.5)
-    return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey="row")
+    return figure, figure.subplots(*shape, squeeze=False, sharex=sharex, sharey="row")
 
 
 def write(figure: Figure, path: Path) -> None:
