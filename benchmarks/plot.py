@@ -91,7 +91,7 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
 def panels(
     shape: tuple[int, int], size: tuple[float, float], title: str, environment: Mapping[str, str], sharex: bool = True
 ) -> tuple[Figure, Sequence[Sequence[Axes]]]:
-    """Return a figure of rows and columns of panels of some width and height in inches, titled with device and torch."""
+    """Return a figure of rows and columns of panels, of a width and height in inches; its title says where it ran."""
     where = environment["CPU"] if environment["device"] == "CPU" else environment["device"].split(",")[0]
     figure = Figure(figsize=(shape[1] * size[0], shape[0] * size[1] + 1.2), dpi=200, layout="constrained")
     figure.suptitle(f"{title}\n{where}; torch {environment['torch'].split(',')[0]}", fontsize=9.5)
