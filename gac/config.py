@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from pydantic.dataclasses import dataclass
 
 from gac.coding import Coding
-from gac.coding.gated import TemporalInit
+from gac.coding.gated import Gate, TemporalInit
 from gac.errors import InputError, did_you_mean, quoted
 from gac.models.registry import family_of
 from gac.neuron import SURROGATE_SPELLINGS, Backend, Surrogate, preset_constants
@@ -160,6 +160,9 @@ class ModelConfig:
     temporal_init: TemporalInit = "default"
     """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit
     starts dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
+    gate: Gate = "both"
+    """Gated attention: both attentions, as published, or for ablations only one of them, temporal or spatial_channel,
+    with 1 in place of the other."""
     backend: Backend = "auto"
     """What runs the neurons: cupy (CUDA kernels of this package), torch (on a CUDA device SpikingJelly's execution, or
     the reference loop where it has no fused one; on the CPU a loop in place) or auto (cupy on a CUDA device where CuPy

@@ -278,7 +278,7 @@ sys.exit(train_main(["--config", {path!r}, "--output", {str(tmp_path / "run")!r}
 def test_a_report_that_cannot_be_written_fails_before_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "read_checkpoint", lambda path: {"stem": torch.zeros(1)})
+    monkeypatch.setattr(options, "read_checkpoint", lambda path, digest: {"stem": torch.zeros(1)})
     arguments = ["--checkpoint", "x.pt", "--data.name", "digits", "--json"]
     assert parse_eval([*arguments, str(tmp_path / "report.json")]).json == tmp_path / "report.json"
     assert list(tmp_path.iterdir()) == []
