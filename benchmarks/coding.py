@@ -25,6 +25,7 @@ import torch
 from scipy.stats import t as student
 
 from benchmarks import plot
+from benchmarks.coding_figure import coding_figure
 from benchmarks.common import MeasurementError, Report, Table, grouped, make_parser, program
 from gac.analysis.energy import IMAGES, measure_energy
 from gac.checkpoint import read_checkpoint, read_config
@@ -183,7 +184,7 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
     print("", *(verdict(each) for each in summary if each["gain"]["interval"] is not None), sep="\n", flush=True)
     if options.plot is not None and rows:
         title = f"{config.model.name} on {config.data.name}, T = {config.model.T}, {config.train.epochs} epochs"
-        plot.write(plot.coding_figure(rows, summary, title, report.environment), options.plot)
+        plot.write(coding_figure(rows, summary, title, report.environment), options.plot)
 
 
 PARSER = make_parser("benchmarks.coding", __doc__, "all results", "the accuracies and the paired differences")

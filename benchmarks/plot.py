@@ -1,4 +1,4 @@
-"""The figures of the benchmarks of throughput, kernels and codings."""
+"""The figures of the throughput and of the kernel benchmark."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,11 +25,11 @@ def throughput_figure(cells: Sequence[dict[str, Any]], title: str, environment: 
     The vertical axis is images/s x T: computing T steps without any gain or loss is a horizontal line. Bars are
     quartiles; a cross on the axis marks what ran out of memory.
     """
-    panels = grouped(cells, "batch", "precision")
-    rows, columns = (len(set(values)) for values in zip(*panels, strict=True))
+    by_panel = grouped(cells, "batch", "precision")
+    rows, columns = (len(set(values)) for values in zip(*by_panel, strict=True))
     with mpl.rc_context(RC):
-        figure, grid = _panels(rows, columns, max(2.8, 5.6 / columns), 2.4, title, environment)
-        for axes, ((batch, precision), of_panel) in zip(np.ravel(grid), panels.items(), strict=True):
+        figure, grid = panels((rows, columns), (max(2.8, 5.6 / columns), 2.4), title, environment)
+        for axes, ((batch, precision), of_panel) in zip(np.ravel(grid), by_panel.items(), strict=True):
             for (name,), of_line in grouped(of_panel, "implementation").items():
                 _draw_line(axes, name, of_line)
             axes.set_xticks(sorted({cell["T"] for cell in cells}))
@@ -69,7 +69,7 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
     """Return a figure with a panel for each dtype; a bar is the bytes per second of one pass over those of a copy."""
     dtypes, groups = grouped(rows, "dtype"), list(grouped(rows, "operation", "shape"))
     with mpl.rc_context(RC):
-        figure, (grid,) = _panels(1, len(dtypes), 6.5, 0.34 * len(groups) + 1.2, title, environment)
+        figure, (grid,) = panels((1, len(dtypes)), (6.5, 0.34 * len(groups) + 1.2), title, environment)
         for axes, ((dtype,), of_dtype) in zip(grid, dtypes.items(), strict=True):
             for offset, (direction, color) in zip((-0.19, 0.19), COLORS.items(), strict=True):
                 bars = [row for row in of_dtype if row["pass"] == direction and row["share_of_copy"]]
@@ -88,52 +88,14 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
     return figure
 
 
-def coding_figure(
-    rows: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], title: str, environment: Mapping[str, str]
-) -> Figure:
-    """Return a figure of each coding's runs with mean and standard deviation, and of gac's paired gain over it.
-
-    Bars of the gain are 95 % intervals.
-    """
-    names = [each["coding"] for each in summary]
-    with mpl.rc_context(RC):
-        figure, ((left, right),) = _panels(1, 2, 4.2, 0.34 * len(names) + 0.5, title, environment, sharex=False)
-        for place, each in enumerate(summary):
-            runs = [row["top1"] for row in rows if row["coding"] == each["coding"]]
-            # One above the other, as runs with equal results would hide each other.
-            heights = [place - 0.35 * i / len(runs) for i in range(len(runs))]
-            left.scatter(runs, heights, color=COLORS["forward"], s=12, label="one run" if place == 0 else None)
-            top1, gain = each["top1"], each["gain"]
-            style = {"color": COLORS["backward"], "capsize": 2.5, "linewidth": 1.4, "marker": "D", "markersize": 4}
-            label = "mean ± standard deviation" if place == 0 else None
-            left.errorbar(top1["mean"], place + 0.25, xerr=top1["std"], label=label, **style)
-            if gain["interval"] is not None:
-                right.errorbar(gain["mean"], place, xerr=gain["interval"][1] - gain["mean"], **style)
-        right.axvline(0, color="#444444", linewidth=0.8)
-        left.set_yticks(range(len(names)), names)
-        left.invert_yaxis()
-        left.set_xlabel("test top-1 after the last epoch, %")
-        right.set_xlabel("gac minus this coding, points (95 % interval)")
-        for axes in (left, right):
-            axes.grid(axis="x")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
-
-
-def _panels(
-    rows: int,
-    columns: int,
-    width: float,
-    height: float,
-    title: str,
-    environment: Mapping[str, str],
-    sharex: bool = True,
+def panels(
+    shape: tuple[int, int], size: tuple[float, float], title: str, environment: Mapping[str, str], sharex: bool = True
 ) -> tuple[Figure, Sequence[Sequence[Axes]]]:
-    """Return a figure with panels of some size in inches; its title says where the measurement was made."""
+    """Return a figure of rows and columns of panels, of a width and height in inches; its title says where it ran."""
     where = environment["CPU"] if environment["device"] == "CPU" else environment["device"].split(",")[0]
-    figure = Figure(figsize=(columns * width, rows * height + 1.2), dpi=200, layout="constrained")
+    figure = Figure(figsize=(shape[1] * size[0], shape[0] * size[1] + 1.2), dpi=200, layout="constrained")
     figure.suptitle(f"{title}\n{where}; torch {environment['torch'].split(',')[0]}", fontsize=9.5)
-    return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey="row")
+    return figure, figure.subplots(*shape, squeeze=False, sharex=sharex, sharey="row")
 
 
 def write(figure: Figure, path: Path) -> None:

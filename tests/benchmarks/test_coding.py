@@ -13,7 +13,8 @@ import torch
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from benchmarks import coding, plot
+from benchmarks import coding
+from benchmarks.coding_figure import coding_figure
 from gac.analysis.energy import measure_energy
 from gac.checkpoint import read_checkpoint
 from gac.config import Config
@@ -252,7 +253,7 @@ def test_the_verdict_is_that_of_the_interval(direct, words):
 def test_the_figure_shows_every_run_and_every_gain():
     found = rows(gac=[50.0, 60.0], direct=[49.0, 59.5], rate=[30.0])
     environment = {"device": "CPU", "CPU": "some", "torch": "2"}
-    figure = plot.coding_figure(found, coding.summarise(found), "title", environment)
+    figure = coding_figure(found, coding.summarise(found), "title", environment)
     assert isinstance(figure, Figure)
     left, right = figure.axes
     dots = [each.get_offsets()[:, 0].tolist() for each in left.collections if isinstance(each, PathCollection)]
