@@ -1,0 +1,109 @@
+"""The system's C compiler, which makes libraries of the C sources in ``kernels/`` for this CPU at first use."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from gac.ops import kernel_cache
+
+KERNEL_FOLDER = Path(__file__).parent / "kernels"
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared")
+"""No -ffast-math: the order of sums is part of the results."""
+
+_NAMES = ("cc", "gcc", "clang")
+_REMEDY = "install gcc or clang, or set CC to a C compiler"
+_SECONDS = 300
+
+
+class NotCompiled(Exception):
+    """There is no library; the message is one line with the cause and what to do."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled library and what made it, in words."""
+
+    functions: ctypes.CDLL
+    compiler: str
+
+
+_loaded: dict[tuple[str, tuple[str, ...]], Library | NotCompiled] = {}
+_lock = threading.Lock()
+
+
+def load_library(file: str, flags: tuple[str, ...] = FLAGS) -> Library:
+    """Return the library of a C source in ``kernels/``: loaded before, from the disk, or compiled now.
+
+    On the disk it is kept under its source, flags, compiler version and the CPU's features
+    (:mod:`gac.ops.kernel_cache`), so that a library made for another CPU is not found.
+
+    Raises:
+        NotCompiled: Without a compiler that works, and where the library cannot be loaded; what it was the first time
+            is not tried again.
+    """
+    with _lock:
+        if (file, flags) not in _loaded:
+            try:
+                _loaded[file, flags] = _make_library(file, flags)
+            except NotCompiled as error:
+                _loaded[file, flags] = error
+        library = _loaded[file, flags]
+    if isinstance(library, NotCompiled):
+        raise NotCompiled(*library.args)
+    return library
+
+
+def _make_library(file: str, flags: tuple[str, ...]) -> Library:
+    command = _find_compiler()
+    # The macros that a compiler defines for these flags are its version and, by -march=native, the CPU's features.
+    macros = _run([*command, *flags, "-dM", "-E", "-x", "c", os.devnull])
+    source = KERNEL_FOLDER / file
+    key = kernel_cache.key_of(source.read_text(), *flags, *command, macros.decode())
+    description = _run([*command, "--version"]).decode().splitlines()[0]
+    with tempfile.TemporaryDirectory(prefix="gac-", ignore_cleanup_errors=True) as folder:
+        # Not from the cache's folder: what is loaded is what was checked, whatever is written there meanwhile.
+        path = Path(folder) / "library.so"
+        binary = kernel_cache.load(key)
+        if binary is None:
+            _run([*command, *flags, "-o", str(path), str(source)])
+            kernel_cache.store(key, path.read_bytes())
+        else:
+            path.write_bytes(binary)
+        try:
+            return Library(ctypes.CDLL(str(path)), description)
+        except OSError as error:
+            raise NotCompiled(
+                f"the compiled {file} cannot be loaded: {error}; where {tempfile.gettempdir()} forbids that, set TMPDIR"
+                " to another folder"
+            ) from error
+
+
+def _find_compiler() -> list[str]:
+    if chosen := shlex.split(os.environ.get("CC", "")):
+        if shutil.which(chosen[0]) is None:
+            raise NotCompiled(f"CC names {chosen[0]}, which is not there: {_REMEDY}")
+        return chosen
+    for name in _NAMES:
+        if (path := shutil.which(name)) is not None:
+            return [path]
+    raise NotCompiled(f"there is no C compiler ({', '.join(_NAMES)}): {_REMEDY}")
+
+
+def _run(command: list[str]) -> bytes:
+    try:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_SECONDS
+        ).stdout
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        log = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+        reason = f"ended with status {error.returncode}: {log}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = f"failed: {error}"
+    raise NotCompiled(f"the C compiler {command[0]} {reason}; {_REMEDY}")

@@ -1,0 +1,239 @@
+"""Convolution over spikes by events on the CPU: specification, C kernels, autograd, public function.
+
+Spikes are 0 or 1 and few, so a convolution is a sum of rows of the weight: out[pixel] += weight[tap, channel] for each
+spike. The kernels (``kernels/event_conv.c``) list the spikes once, for the output and for the weight gradient.
+"""
+
+import ctypes
+import functools
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from gac.ops import c_compiler, openmp
+from gac.ops.watchers import watched
+
+_log = logging.getLogger("gac")
+
+MAX_DENSITY = 0.25
+"""The largest part of the inputs that spike for which events are used."""
+
+
+def reference(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """Return the convolution of :func:`event_conv2d` in plain torch; the specification."""
+    return F.conv2d(spikes, weight, stride=stride, padding=padding)
+
+
+def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """Return the convolution of spikes with a weight, with an effort that is proportional to the number of spikes.
+
+    Equal to ``reference`` but for the order of summation: an output that n spikes reach is within n * 2**-24 times
+    the sum of the absolute values of their weights of the exact one. Results are the same to the bit for any number of
+    threads and any CPU. There is no second derivative; the input gradient is the dense one.
+
+    The dense convolution runs for other dtypes than float32 and other devices than the CPU, under autocast,
+    torch.compile and whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than
+    0 and 1 or with more than MAX_DENSITY spikes, for weights and gradients that are not finite, and without a C
+    compiler (:func:`status`).
+
+    Args:
+        spikes: [N, C, H, W], in any memory order; the output has that of ``reference``.
+        weight: [K, C, kernel height, kernel width].
+        stride: In both directions.
+        padding: Zeros at each side.
+
+    Returns:
+        [N, K, H', W'].
+    """
+    if not _is_supported(spikes, weight, stride, padding) or not status().ok:
+        return reference(spikes, weight, stride, padding)
+    if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
+        return _EventConvolution.apply(spikes, weight, stride, padding)[0]
+    return _forward(spikes, weight, stride, padding)[0]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the event kernels run on this machine, and what is missing if not, in one line."""
+
+    ok: bool
+    reason: str
+
+
+@functools.cache
+def status() -> Status:
+    """Return whether the event kernels run here; compiles them at the first call, and logs once that they do not."""
+    try:
+        library = c_compiler.load_library("event_conv.c")
+    except c_compiler.NotCompiled as error:
+        _log.warning("convolutions over spikes are dense on the CPU: %s", error)
+        return Status(False, str(error))
+    threads = "torch's threads" if openmp.parallel_function() else "one thread, as torch's OpenMP runtime is not found"
+    return Status(True, f"{_kernels().instructions().decode()} code by {library.compiler}; {threads}")
+
+
+def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    # What F.conv2d refuses is left to it.
+    return not (
+        torch.compiler.is_compiling()
+        or watched(spikes)
+        or watched(weight)
+        or torch.is_autocast_enabled("cpu")
+        or any(
+            x.device.type != "cpu" or x.dtype != torch.float32 or x.layout != torch.strided for x in (spikes, weight)
+        )
+        or not (type(stride) is int and type(padding) is int and stride >= 1 and padding >= 0)
+        or not (spikes.ndim == weight.ndim == 4 and spikes.shape[1] == weight.shape[1])
+        or spikes.numel() == 0
+        or weight.numel() == 0
+        or any(size + 2 * padding < kernel for size, kernel in zip(spikes.shape[2:], weight.shape[2:], strict=True))
+    )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("frames", "channels", "height", "width", "outputs", "kernel_height", "kernel_width"),
+            *("stride", "padding", "out_height", "out_width"),
+        )
+    )
+
+
+class _Team(ctypes.Structure):
+    _fields_ = (("parallel", ctypes.c_void_p), ("threads", ctypes.c_int64))
+
+
+def _team() -> _Team:
+    return _Team(openmp.parallel_function(), torch.get_num_threads())
+
+
+def _shape(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> _Shape:
+    outputs = (
+        (size + 2 * padding - kernel) // stride + 1
+        for size, kernel in zip(spikes.shape[2:], weight.shape[2:], strict=True)
+    )
+    return _Shape(*spikes.shape, weight.shape[0], *weight.shape[2:], stride, padding, *outputs)
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL:
+    functions = c_compiler.load_library("event_conv.c").functions
+    shape, team, pointer, number = ctypes.POINTER(_Shape), ctypes.POINTER(_Team), ctypes.c_void_p, ctypes.c_int64
+    for name, result, parameters in (
+        ("instructions", ctypes.c_char_p, ()),
+        ("list_stride", number, (shape,)),
+        ("list_count", number, (shape,)),
+        ("packed_size", number, (shape,)),
+        ("list_events", number, (shape, team, pointer, pointer, pointer)),
+        ("pack", ctypes.c_int, (shape, team, pointer, number, number, pointer)),
+        ("convolve", None, (shape, team, pointer, pointer, pointer, pointer)),
+        ("weight_gradient", ctypes.c_int, (shape, team, *[pointer] * 5, number, number)),
+    ):
+        function = getattr(functions, name)
+        function.restype, function.argtypes = result, parameters
+    return functions
+
+
+def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the convolution, and the lists of spikes if it was made from them."""
+    kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
+    rows = _channels_innermost(spikes)
+    count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)
+    index = torch.empty(len(count) * kernels.list_stride(shape), dtype=torch.uint8)
+    events = kernels.list_events(shape, team, rows.data_ptr(), index.data_ptr(), count.data_ptr())
+    packed = torch.empty(kernels.packed_size(shape))
+    if not 0 <= events <= _most_events(spikes) or not _pack(shape, team, weight, packed):
+        return reference(spikes, weight, stride, padding), None, None
+    outputs = (shape.frames, shape.outputs, shape.out_height, shape.out_width)
+    out = torch.empty(outputs, memory_format=torch.channels_last)
+    kernels.convolve(shape, team, index.data_ptr(), count.data_ptr(), packed.data_ptr(), out.data_ptr())
+    if not (_is_channels_last(spikes) or _is_channels_last(weight)):
+        out = out.contiguous()
+    return out, index, count
+
+
+def _most_events(spikes: Tensor) -> float:
+    # In one thread events gain nothing over a dense convolution in several, unless they are as many times fewer.
+    threads = 1 if openmp.parallel_function() else torch.get_num_threads()
+    return MAX_DENSITY * spikes.numel() / threads
+
+
+def _pack(shape: _Shape, team: _Team, weight: Tensor, packed: Tensor) -> bool:
+    """Put the weight into tiles; return whether all of it is finite."""
+    weight = weight.detach() if weight.is_contiguous() else _channels_innermost(weight)
+    return bool(_kernels().pack(shape, team, weight.data_ptr(), *_weight_strides(weight), packed.data_ptr()))
+
+
+def _weight_strides(weight: Tensor) -> tuple[int, int]:
+    """Return how far apart channels and kernel positions of a contiguous or channels_last weight are in memory."""
+    _, C, height, width = weight.shape
+    return (height * width, 1) if weight.is_contiguous() else (1, C)
+
+
+def _channels_innermost(x: Tensor) -> Tensor:
+    return x.detach().contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class _EventConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        spikes: Tensor, weight: Tensor, stride: int, padding: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return _forward(spikes, weight, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        spikes, weight, ctx.stride, ctx.padding = inputs
+        _, index, count = output
+        ctx.mark_non_differentiable(*(each for each in (index, count) if each is not None))
+        ctx.save_for_backward(spikes, weight, index, count)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        spikes, weight, index, count = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None, None
+        wanted_spikes, wanted_weight, *_ = ctx.needs_input_grad
+        grad_spikes = grad_weight = None
+        if wanted_spikes:
+            grad_spikes, _ = _dense_gradients(gradient, spikes, weight, ctx.stride, ctx.padding, (True, False))
+        if wanted_weight and index is not None:
+            grad_weight = _weight_gradient(gradient, spikes, weight, index, count, ctx.stride, ctx.padding)
+        if wanted_weight and grad_weight is None:
+            # oneDNN's weight gradient of a strided 1 x 1 convolution in channels_last writes out of bounds.
+            dense = (x.contiguous() for x in (gradient, spikes, weight))
+            _, grad_weight = _dense_gradients(*dense, ctx.stride, ctx.padding, (False, True))
+        return grad_spikes, grad_weight, None, None
+
+
+def _weight_gradient(
+    gradient: Tensor, spikes: Tensor, weight: Tensor, index: Tensor, count: Tensor, stride: int, padding: int
+) -> Tensor | None:
+    """Return the weight gradient by events, or None if ``gradient`` is not finite."""
+    kernels, shape, rows = _kernels(), _shape(spikes, weight, stride, padding), _channels_innermost(gradient)
+    memory_format = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
+    packed, grad_weight = torch.empty(kernels.packed_size(shape)), torch.empty(weight.shape, memory_format=memory_format)
+    buffers = (x.data_ptr() for x in (index, count, rows, packed, grad_weight))
+    finite = kernels.weight_gradient(shape, _team(), *buffers, *_weight_strides(grad_weight))
+    return grad_weight if finite else None
+
+
+def _dense_gradients(
+    gradient: Tensor, spikes: Tensor, weight: Tensor, stride: int, padding: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    sizes = ([stride] * 2, [padding] * 2, [1, 1])
+    results = torch.ops.aten.convolution_backward(
+        gradient, spikes, weight, None, *sizes, False, [0, 0], 1, [*wanted, False]
+    )
+    return results[0], results[1]
