@@ -37,7 +37,7 @@ _loaded: dict[tuple[str, tuple[str, ...]], Library | NotCompiled] = {}
 _lock = threading.Lock()
 
 
-def load_library(file: str, flags: tuple[str, ...] = FLAGS) -> Library:
+def load_library(file: str) -> Library:
     """Return the library of a C source in ``kernels/``: loaded before, from the disk, or compiled now.
 
     On the disk it is kept under its source, flags, compiler version and the CPU's features
@@ -48,40 +48,51 @@ def load_library(file: str, flags: tuple[str, ...] = FLAGS) -> Library:
             is not tried again.
     """
     with _lock:
-        if (file, flags) not in _loaded:
+        if (library := _loaded.get((file, FLAGS))) is None:
             try:
-                _loaded[file, flags] = _make_library(file, flags)
+                library = _make_library(file)
             except NotCompiled as error:
-                _loaded[file, flags] = error
-        library = _loaded[file, flags]
+                library = error
+            _loaded[file, FLAGS] = library
     if isinstance(library, NotCompiled):
         raise NotCompiled(*library.args)
     return library
 
 
-def _make_library(file: str, flags: tuple[str, ...]) -> Library:
+def _make_library(file: str) -> Library:
     command = _find_compiler()
     # The macros that a compiler defines for these flags are its version and, by -march=native, the CPU's features.
-    macros = _run([*command, *flags, "-dM", "-E", "-x", "c", os.devnull])
+    macros = _run([*command, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
     source = KERNEL_FOLDER / file
-    key = kernel_cache.key_of(source.read_text(), *flags, *command, macros.decode())
+    key = kernel_cache.key_of(source.read_text(), *FLAGS, *command, macros.decode())
     description = _run([*command, "--version"]).decode().splitlines()[0]
-    with tempfile.TemporaryDirectory(prefix="gac-", ignore_cleanup_errors=True) as folder:
-        # Not from the cache's folder: what is loaded is what was checked, whatever is written there meanwhile.
-        path = Path(folder) / "library.so"
-        binary = kernel_cache.load(key)
-        if binary is None:
-            _run([*command, *flags, "-o", str(path), str(source)])
-            kernel_cache.store(key, path.read_bytes())
-        else:
-            path.write_bytes(binary)
+    kept = kernel_cache.load(key)
+    if kept is not None:
         try:
-            return Library(ctypes.CDLL(str(path)), description)
-        except OSError as error:
-            raise NotCompiled(
-                f"the compiled {file} cannot be loaded: {error}; where {tempfile.gettempdir()} forbids that, set TMPDIR"
-                " to another folder"
-            ) from error
+            return Library(_load(kept), description)
+        except OSError:
+            pass  # such as one that needs a C library which this machine no longer has
+    with tempfile.TemporaryDirectory(prefix="gac-") as folder:
+        output = Path(folder) / "library.so"
+        _run([*command, *FLAGS, "-o", str(output), str(source)])
+        binary = output.read_bytes()
+    try:
+        functions = _load(binary)
+    except OSError as error:
+        raise NotCompiled(
+            f"the compiled {file} cannot be loaded: {error}; if {tempfile.gettempdir()} forbids it, set TMPDIR to"
+            " another folder"
+        ) from error
+    kernel_cache.store(key, binary)
+    return Library(functions, description)
+
+
+def _load(binary: bytes) -> ctypes.CDLL:
+    # Not the cache's file: what is loaded is what was checked, whatever is written there meanwhile.
+    with tempfile.TemporaryDirectory(prefix="gac-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "library.so"
+        path.write_bytes(binary)
+        return ctypes.CDLL(str(path))
 
 
 def _find_compiler() -> list[str]:
@@ -102,7 +113,7 @@ def _run(command: list[str]) -> bytes:
         ).stdout
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        log = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+        log = next((line for line in lines if "error: " in line), lines[-1] if lines else "no message")
         reason = f"ended with status {error.returncode}: {log}"
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = f"failed: {error}"

@@ -73,7 +73,9 @@ def status() -> Status:
         _log.warning("convolutions over spikes are dense on the CPU: %s", error)
         return Status(False, str(error))
     threads = "torch's threads" if openmp.parallel_function() else "one thread, as torch's OpenMP runtime is not found"
-    return Status(True, f"{_kernels().instructions().decode()} code by {library.compiler}; {threads}")
+    reason = f"{_kernels().instructions().decode()} code by {library.compiler}; {threads}"
+    _log.info("convolutions over spikes on the CPU: %s", reason)
+    return Status(True, reason)
 
 
 def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -223,7 +225,10 @@ def _weight_gradient(
     """Return the weight gradient by events, or None if ``gradient`` is not finite."""
     kernels, shape, rows = _kernels(), _shape(spikes, weight, stride, padding), _channels_innermost(gradient)
     memory_format = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
-    packed, grad_weight = torch.empty(kernels.packed_size(shape)), torch.empty(weight.shape, memory_format=memory_format)
+    packed, grad_weight = (
+        torch.empty(kernels.packed_size(shape)),
+        torch.empty(weight.shape, memory_format=memory_format),
+    )
     buffers = (x.data_ptr() for x in (index, count, rows, packed, grad_weight))
     finite = kernels.weight_gradient(shape, _team(), *buffers, *_weight_strides(grad_weight))
     return grad_weight if finite else None

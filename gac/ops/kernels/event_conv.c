@@ -206,9 +206,13 @@ INLINE void convolve_strip(
     const EventJob* job, int64_t block, int64_t begin, int64_t end, const int64_t width, const int vectors
 ) {
     const Shape* s = job->shape;
-    const int64_t chunks = parts(s->channels, CHUNK), stride = list_stride(s);
+    // Not read again for each pixel, as stores to the output might have changed them.
+    const uint8_t *indices = job->index, *counts = job->count;
+    const int64_t chunks = parts(s->channels, CHUNK), stride = list_stride(s), step = s->stride * chunks;
+    const int64_t outputs = s->outputs;
+    float* result = job->result + block * BLOCK;
     for (int64_t pixel = begin * s->out_width; pixel < end * s->out_width; pixel++) {
-        memset(job->result + pixel * s->outputs + block * BLOCK, 0, width * sizeof(float));
+        memset(result + pixel * outputs, 0, width * sizeof(float));
     }
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         for (int64_t tap = 0; tap < taps(s); tap++) {
@@ -220,12 +224,12 @@ INLINE void convolve_strip(
                 const int64_t frame = line / s->out_height, y = line % s->out_height;
                 if (y < rows.begin || y >= rows.end) continue;
                 const int64_t input = (frame * s->height + y * s->stride + dy) * s->width + dx;
-                for (int64_t x = columns.begin; x < columns.end; x++) {
-                    const int64_t list = (input + x * s->stride) * chunks + chunk;
-                    const int events = job->count[list];
+                int64_t list = (input + columns.begin * s->stride) * chunks + chunk;
+                float* out = result + (line * s->out_width + columns.begin) * outputs;
+                for (int64_t x = columns.begin; x < columns.end; x++, list += step, out += outputs) {
+                    const int events = counts[list];
                     if (!events) continue;
-                    const uint8_t* index = job->index + list * stride;
-                    float* out = job->result + (line * s->out_width + x) * s->outputs + block * BLOCK;
+                    const uint8_t* index = indices + list * stride;
                     float copy[BLOCK];
                     float* sums = out;
                     if (width < vectors * LANES) sums = memcpy(copy, out, width * sizeof(float));
@@ -268,7 +272,10 @@ void convolve(
 
 INLINE void sum_tile(const EventJob* job, int64_t block, int64_t chunk, int64_t tap, const int64_t width, const int vectors) {
     const Shape* s = job->shape;
-    const int64_t chunks = parts(s->channels, CHUNK), stride = list_stride(s);
+    const uint8_t *indices = job->index, *counts = job->count;
+    const float* all_gradients = job->gradient + block * BLOCK;
+    const int64_t chunks = parts(s->channels, CHUNK), stride = list_stride(s), step = s->stride * chunks;
+    const int64_t outputs = s->outputs;
     const int64_t lines = s->frames * s->out_height, together = parts(SUM_PIXELS, s->out_width);
     const int64_t dy = tap / s->kernel_width - s->padding, dx = tap % s->kernel_width - s->padding;
     const Range rows = reached(s->out_height, s->height, dy, s->stride);
@@ -282,19 +289,20 @@ INLINE void sum_tile(const EventJob* job, int64_t block, int64_t chunk, int64_t 
             const int64_t frame = line / s->out_height, y = line % s->out_height;
             if (y < rows.begin || y >= rows.end) continue;
             const int64_t input = (frame * s->height + y * s->stride + dy) * s->width + dx;
-            for (int64_t x = columns.begin; x < columns.end; x++) {
-                const int64_t list = (input + x * s->stride) * chunks + chunk;
-                const int events = job->count[list];
+            int64_t list = (input + columns.begin * s->stride) * chunks + chunk;
+            const float* gradients = all_gradients + (line * s->out_width + columns.begin) * outputs;
+            for (int64_t x = columns.begin; x < columns.end; x++, list += step, gradients += outputs) {
+                const int events = counts[list];
                 if (!events) continue;
-                const uint8_t* index = job->index + list * stride;
-                const float* gradients = job->gradient + (line * s->out_width + x) * s->outputs + block * BLOCK;
+                const uint8_t* index = indices + list * stride;
+                const float* source = gradients;
                 float copy[BLOCK];
                 if (width < vectors * LANES) {
                     memset(copy, 0, sizeof copy);
-                    gradients = memcpy(copy, gradients, width * sizeof(float));
+                    source = memcpy(copy, gradients, width * sizeof(float));
                 }
                 Vector gradient[VECTORS];
-                UNROLL for (int i = 0; i < vectors; i++) gradient[i] = *(const Vector*)(gradients + i * LANES);
+                UNROLL for (int i = 0; i < vectors; i++) gradient[i] = *(const Vector*)(source + i * LANES);
                 for (int event = 0; event < events; event++) {
                     float* sums = tile + (int64_t)index[event] * BLOCK;
                     UNROLL for (int i = 0; i < vectors; i++) *(Vector*)(sums + i * LANES) += gradient[i];
