@@ -182,7 +182,8 @@ def _channels_innermost(x: Tensor) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    # Of 1 x 1 kernels and pixels, which lie in memory alike in both orders, torch tells the order by the strides.
+    return x.is_contiguous(memory_format=torch.channels_last) and (x.stride(1), x.stride(3)) == (1, x.shape[1])
 
 
 class _EventConvolution(torch.autograd.Function):
@@ -224,11 +225,9 @@ def _weight_gradient(
 ) -> Tensor | None:
     """Return the weight gradient by events, or None if ``gradient`` is not finite."""
     kernels, shape, rows = _kernels(), _shape(spikes, weight, stride, padding), _channels_innermost(gradient)
-    memory_format = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
-    packed, grad_weight = (
-        torch.empty(kernels.packed_size(shape)),
-        torch.empty(weight.shape, memory_format=memory_format),
-    )
+    dense = weight.is_contiguous() or _is_channels_last(weight)
+    grad_weight = torch.empty_like(weight, memory_format=torch.preserve_format if dense else torch.contiguous_format)
+    packed = torch.empty(kernels.packed_size(shape))
     buffers = (x.data_ptr() for x in (index, count, rows, packed, grad_weight))
     finite = kernels.weight_gradient(shape, _team(), *buffers, *_weight_strides(grad_weight))
     return grad_weight if finite else None
