@@ -19,8 +19,13 @@ from gac.ops.watchers import watched
 
 _log = logging.getLogger("gac")
 
-MAX_DENSITY = 0.25
+# Where events and oneDNN's dense convolution, in the better memory order, take equally long (one thread of a Zen 5, 3 x 3
+# kernels, 64 to 512 channels): forward above 0.35, weight gradient at about 0.35. With 32 channels events gain up to a
+# half in channels_last and nothing otherwise, with 16 they take twice as long.
+MAX_DENSITY = 0.3
 """The largest part of the inputs that spike for which events are used."""
+MIN_CHANNELS = 64
+"""The fewest input and output channels for which events are used."""
 
 
 def reference(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -37,8 +42,9 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
 
     The dense convolution runs for other dtypes than float32 and other devices than the CPU, under autocast,
     torch.compile and whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than
-    0 and 1 or with more than MAX_DENSITY spikes, for weights and gradients that are not finite, and without a C
-    compiler (:func:`status`).
+    0 and 1, with more than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the
+    spikes are in channels_last, for weights and gradients that are not finite, and without a C compiler
+    (:func:`status`).
 
     Args:
         spikes: [N, C, H, W], in any memory order; the output has that of ``reference``.
@@ -49,7 +55,8 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     Returns:
         [N, K, H', W'].
     """
-    if not _is_supported(spikes, weight, stride, padding) or not status().ok:
+    supported = _is_supported(spikes, weight, stride, padding)
+    if not (supported and _pays(spikes, weight, stride) and status().ok):
         return reference(spikes, weight, stride, padding)
     if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
         return _EventConvolution.apply(spikes, weight, stride, padding)[0]
@@ -96,6 +103,13 @@ def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> 
     )
 
 
+def _pays(spikes: Tensor, weight: Tensor, stride: int) -> bool:
+    """Return whether events can be faster than the dense convolution, if spikes are few."""
+    # A strided 1 x 1 kernel reads so few pixels that it would be slower to change the order of all.
+    fitting_order = weight.shape[2:].numel() > 1 or stride == 1 or _is_channels_last(spikes)
+    return fitting_order and min(weight.shape[:2]) >= MIN_CHANNELS
+
+
 class _Shape(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
@@ -132,6 +146,7 @@ def _kernels() -> ctypes.CDLL:
         ("list_count", number, (shape,)),
         ("packed_size", number, (shape,)),
         ("list_events", number, (shape, team, pointer, pointer, pointer)),
+        ("transpose", None, (team, number, number, number, pointer, pointer)),
         ("pack", ctypes.c_int, (shape, team, pointer, number, number, pointer)),
         ("convolve", None, (shape, team, pointer, pointer, pointer, pointer)),
         ("weight_gradient", ctypes.c_int, (shape, team, *[pointer] * 5, number, number)),
@@ -144,30 +159,36 @@ def _kernels() -> ctypes.CDLL:
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the convolution, and the lists of spikes if it was made from them."""
     kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
-    rows = _channels_innermost(spikes)
+    rows = _rows(spikes, team)
     count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)
     index = torch.empty(len(count) * kernels.list_stride(shape), dtype=torch.uint8)
     events = kernels.list_events(shape, team, rows.data_ptr(), index.data_ptr(), count.data_ptr())
     packed = torch.empty(kernels.packed_size(shape))
-    if not 0 <= events <= _most_events(spikes) or not _pack(shape, team, weight, packed):
+    if not 0 <= events <= _most_events(shape) or not _pack(shape, team, weight, packed):
         return reference(spikes, weight, stride, padding), None, None
     outputs = (shape.frames, shape.outputs, shape.out_height, shape.out_width)
     out = torch.empty(outputs, memory_format=torch.channels_last)
     kernels.convolve(shape, team, index.data_ptr(), count.data_ptr(), packed.data_ptr(), out.data_ptr())
     if not (_is_channels_last(spikes) or _is_channels_last(weight)):
-        out = out.contiguous()
+        rows, out = out, torch.empty(outputs)
+        pixels = shape.out_height * shape.out_width
+        kernels.transpose(team, shape.frames, pixels, shape.outputs, rows.data_ptr(), out.data_ptr())
     return out, index, count
 
 
-def _most_events(spikes: Tensor) -> float:
+def _most_events(shape: _Shape) -> float:
     # In one thread events gain nothing over a dense convolution in several, unless they are as many times fewer.
     threads = 1 if openmp.parallel_function() else torch.get_num_threads()
-    return MAX_DENSITY * spikes.numel() / threads
+    height, width = shape.height, shape.width
+    if shape.kernel_height * shape.kernel_width == 1 and shape.stride > 1:
+        height, width = shape.out_height, shape.out_width
+    return MAX_DENSITY * shape.frames * shape.channels * height * width / threads
 
 
 def _pack(shape: _Shape, team: _Team, weight: Tensor, packed: Tensor) -> bool:
     """Put the weight into tiles; return whether all of it is finite."""
-    weight = weight.detach() if weight.is_contiguous() else _channels_innermost(weight)
+    if not weight.is_contiguous():
+        weight = weight.contiguous(memory_format=torch.channels_last)
     return bool(_kernels().pack(shape, team, weight.data_ptr(), *_weight_strides(weight), packed.data_ptr()))
 
 
@@ -177,8 +198,14 @@ def _weight_strides(weight: Tensor) -> tuple[int, int]:
     return (height * width, 1) if weight.is_contiguous() else (1, C)
 
 
-def _channels_innermost(x: Tensor) -> Tensor:
-    return x.detach().contiguous(memory_format=torch.channels_last)
+def _rows(x: Tensor, team: _Team) -> Tensor:
+    """Return ``x`` with its channels innermost in memory."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    x, rows = x.contiguous(), torch.empty(x.shape, memory_format=torch.channels_last)
+    N, C, H, W = x.shape
+    _kernels().transpose(team, N, C, H * W, x.data_ptr(), rows.data_ptr())  # several times as fast as torch's copy
+    return rows
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -224,12 +251,13 @@ def _weight_gradient(
     gradient: Tensor, spikes: Tensor, weight: Tensor, index: Tensor, count: Tensor, stride: int, padding: int
 ) -> Tensor | None:
     """Return the weight gradient by events, or None if ``gradient`` is not finite."""
-    kernels, shape, rows = _kernels(), _shape(spikes, weight, stride, padding), _channels_innermost(gradient)
+    kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
+    rows = _rows(gradient, team)
     dense = weight.is_contiguous() or _is_channels_last(weight)
     grad_weight = torch.empty_like(weight, memory_format=torch.preserve_format if dense else torch.contiguous_format)
     packed = torch.empty(kernels.packed_size(shape))
     buffers = (x.data_ptr() for x in (index, count, rows, packed, grad_weight))
-    finite = kernels.weight_gradient(shape, _team(), *buffers, *_weight_strides(grad_weight))
+    finite = kernels.weight_gradient(shape, team, *buffers, *_weight_strides(grad_weight))
     return grad_weight if finite else None
 
 

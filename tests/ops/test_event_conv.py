@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -39,18 +40,20 @@ CASES = {
     "5 x 5": (2, 6, 8, 8, 10, 5, 3, 2),
     "many pixels": (40, 2, 16, 16, 3, 3, 1, 1),
 }
+DEFAULT_DENSITY, DEFAULT_PAYS = event_conv.MAX_DENSITY, event_conv._pays
 LAYOUTS = ("contiguous", "channels_last", "weight_channels_last", "strided")
 
 
 @pytest.fixture(autouse=True)
 def by_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let events be used at any density, in memory that is poisoned before it is written."""
+    """Let events be used at any size and density, in memory that is poisoned before it is written."""
     if "GAC_TEST_SANITIZE" in os.environ:
         monkeypatch.setattr(c_compiler, "FLAGS", (*c_compiler.FLAGS, *SANITIZERS))
     forget_kernels()
     if not event_conv.status().ok:
         pytest.skip(event_conv.status().reason)
     monkeypatch.setattr(event_conv, "MAX_DENSITY", 1e6)
+    monkeypatch.setattr(event_conv, "_pays", lambda *_: True)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield
@@ -188,6 +191,20 @@ def test_vectors_do_not_change_a_bit(case: str, target: str, monkeypatch: pytest
         assert torch.equal(result, here)
 
 
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+@pytest.mark.usefixtures("no_dense")
+def test_compilers_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    expected = [event_conv2d(*make(case)) for case in CASES]
+    monkeypatch.setenv("CC", name)
+    monkeypatch.setattr(c_compiler, "_loaded", {})
+    forget_kernels()
+    assert event_conv.status().ok, event_conv.status().reason
+    for case, result in zip(CASES, expected, strict=True):
+        assert torch.equal(event_conv2d(*make(case)), result)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.usefixtures("no_dense")
 def test_all_accesses_are_in_bounds(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,13 +292,35 @@ def test_zero_times_infinity_is_not_lost(value: float) -> None:
     torch.testing.assert_close(*grad_weights, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_many_spikes_are_convolved_densely(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_conv, "MAX_DENSITY", 0.1)
-    dense: list[tuple] = []
-    monkeypatch.setattr(event_conv, "reference", lambda *arguments: dense.append(arguments) or F.conv2d(*arguments[:2]))
-    for density, runs in ((0.05, 0), (0.2, 1)):
-        event_conv2d((torch.rand(2, 64, 8, 8) < density).float(), torch.randn(8, 64, 1, 1))
-        assert len(dense) == runs
+@pytest.mark.parametrize(
+    ("density", "channels", "kernel", "stride", "layout", "by_events"),
+    [
+        (0.05, 64, 3, 1, "contiguous_format", True),
+        (0.05, 64, 1, 2, "channels_last", True),
+        (0.5, 64, 3, 1, "contiguous_format", False),
+        (0.5, 64, 1, 2, "channels_last", False),
+        (0.05, 63, 3, 1, "channels_last", False),
+        (0.05, 64, 1, 2, "contiguous_format", False),
+    ],
+)
+def test_events_are_used_where_they_are_faster(
+    density: float,
+    channels: int,
+    kernel: int,
+    stride: int,
+    layout: str,
+    by_events: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(event_conv, "MAX_DENSITY", DEFAULT_DENSITY)
+    monkeypatch.setattr(event_conv, "_pays", DEFAULT_PAYS)
+    dense: list[Tensor] = []
+    monkeypatch.setattr(
+        event_conv, "reference", lambda x, w, s, p: dense.append(x) or F.conv2d(x, w, stride=s, padding=p)
+    )
+    spikes = (torch.rand(2, channels, 8, 8) < density).float().to(memory_format=getattr(torch, layout))
+    event_conv2d(spikes, torch.randn(64, channels, kernel, kernel), stride)
+    assert len(dense) == (0 if by_events else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -7,6 +7,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define INSTRUCTIONS "AVX-512"
@@ -73,47 +76,121 @@ int64_t packed_size(const Shape* s) {
 
 // --- Lists of events: for each pixel and chunk, how many channels spike, and which
 
+#define GROUP 16
+
+// Returns which of GROUP values are not 0, as bits; adds to *others those which are not 1 either.
+INLINE uint32_t nonzero(const float* values, uint32_t* others) {
+#if defined(__AVX512F__)
+    const __m512 all = _mm512_loadu_ps(values);
+    const uint32_t bits = _mm512_cmp_ps_mask(all, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    *others |= bits & _mm512_cmp_ps_mask(all, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ);
+#elif defined(__AVX__)
+    uint32_t bits = 0;
+    for (int half = 0; half < GROUP; half += 8) {
+        const __m256 all = _mm256_loadu_ps(values + half);
+        const __m256 spikes = _mm256_cmp_ps(all, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+        const __m256 no_ones = _mm256_cmp_ps(all, _mm256_set1_ps(1.0f), _CMP_NEQ_UQ);
+        bits |= (uint32_t)_mm256_movemask_ps(spikes) << half;
+        *others |= (uint32_t)_mm256_movemask_ps(_mm256_and_ps(spikes, no_ones));
+    }
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < GROUP; i++) {
+        bits |= (uint32_t)(values[i] != 0.0f) << i;
+        *others |= (values[i] != 0.0f) & (values[i] != 1.0f);
+    }
+#endif
+    return bits;
+}
+
+INLINE uint32_t nonzero_of(const float* values, int64_t size, uint32_t* others) {
+    if (size >= GROUP) return nonzero(values, others);
+    float padded[GROUP] = {0};
+    memcpy(padded, values, size * sizeof(float));
+    return nonzero(padded, others);
+}
+
 typedef struct {
     const Shape* shape;
     const float* spikes;
     uint8_t *index, *count;
     int64_t next, events;
-    int other_values;
+    uint32_t others;
 } ListJob;
+
+// Returns the number of events of a pixel's chunk.
+INLINE int list_chunk(const float* values, int64_t channels, uint8_t* list, uint32_t* others) {
+    int count = 0;
+    // 64 channels at once: where a loop over few events ends is what a CPU predicts badly.
+    for (int64_t first = 0; first < channels; first += 64) {
+        uint64_t bits = 0;
+        for (int64_t c = first; c < least(first + 64, channels); c += GROUP) {
+            bits |= (uint64_t)nonzero_of(values + c, channels - c, others) << (c - first);
+        }
+        for (; bits; bits &= bits - 1) list[count++] = (uint8_t)(first + __builtin_ctzll(bits));
+    }
+    return count;
+}
 
 static void list_pixels(void* argument) {
     ListJob* job = argument;
     const Shape* s = job->shape;
     const int64_t pixels = s->frames * s->height * s->width, chunks = parts(s->channels, CHUNK), stride = list_stride(s);
+    const int leaves_out = taps(s) == 1 && s->stride > 1;
     int64_t events = 0;
-    int other_values = 0;
+    uint32_t others = 0;
     for (int64_t task; (task = take(&job->next)) * LIST_PIXELS < pixels;) {
         const int64_t end = least((task + 1) * LIST_PIXELS, pixels);
         for (int64_t pixel = task * LIST_PIXELS; pixel < end; pixel++) {
+            const int64_t y = pixel / s->width % s->height + s->padding, x = pixel % s->width + s->padding;
+            if (leaves_out && (y % s->stride != 0 || x % s->stride != 0)) continue;
             for (int64_t chunk = 0; chunk < chunks; chunk++) {
                 const float* values = job->spikes + pixel * s->channels + chunk * CHUNK;
-                const int channels = (int)least(CHUNK, s->channels - chunk * CHUNK);
-                uint8_t* list = job->index + (pixel * chunks + chunk) * stride;
-                int count = 0;
-                for (int c = 0; c < channels; c++) other_values |= (values[c] != 0.0f) & (values[c] != 1.0f);
-                for (int c = 0; c < channels; c++) {
-                    list[count] = (uint8_t)c;
-                    count += values[c] != 0.0f;
-                }
-                job->count[pixel * chunks + chunk] = (uint8_t)count;
-                events += count;
+                const int64_t list = pixel * chunks + chunk, channels = least(CHUNK, s->channels - chunk * CHUNK);
+                events += job->count[list] = (uint8_t)list_chunk(values, channels, job->index + list * stride, &others);
             }
         }
     }
     __atomic_fetch_add(&job->events, events, __ATOMIC_RELAXED);
-    __atomic_fetch_or(&job->other_values, other_values, __ATOMIC_RELAXED);
+    __atomic_fetch_or(&job->others, others, __ATOMIC_RELAXED);
 }
 
-// Returns the number of events, or -1 if there are other values than 0 and 1.
+// Returns the number of events, or -1 if there are other values than 0 and 1. Pixels that a strided 1 x 1 convolution
+// passes over have no list.
 int64_t list_events(const Shape* s, const Team* team, const float* spikes, uint8_t* index, uint8_t* count) {
     ListJob job = {.shape = s, .spikes = spikes, .index = index, .count = count};
     run(team, list_pixels, &job);
-    return job.other_values ? -1 : job.events;
+    return job.others ? -1 : job.events;
+}
+
+// --- Memory order
+
+typedef struct {
+    int64_t frames, rows, columns;
+    const float* from;
+    float* to;
+    int64_t next;
+} TransposeJob;
+
+static void transpose_frames(void* argument) {
+    TransposeJob* job = argument;
+    const int64_t rows = job->rows, columns = job->columns, blocks = parts(rows, GROUP);
+    for (int64_t task; (task = take(&job->next)) < job->frames * blocks;) {
+        const int64_t frame = task / blocks, top = task % blocks * GROUP, bottom = least(top + GROUP, rows);
+        const float* from = job->from + frame * rows * columns;
+        float* to = job->to + frame * rows * columns;
+        for (int64_t left = 0; left < columns; left += GROUP) {
+            for (int64_t column = left; column < least(left + GROUP, columns); column++) {
+                for (int64_t row = top; row < bottom; row++) to[column * rows + row] = from[row * columns + column];
+            }
+        }
+    }
+}
+
+// Writes frames [rows][columns] as [columns][rows]: NHWC as NCHW and back.
+void transpose(const Team* team, int64_t frames, int64_t rows, int64_t columns, const float* from, float* to) {
+    TransposeJob job = {frames, rows, columns, from, to, 0};
+    run(team, transpose_frames, &job);
 }
 
 // --- Weights in tiles: [blocks of outputs][chunks of channels][taps][CHUNK][BLOCK]
