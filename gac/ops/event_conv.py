@@ -19,7 +19,7 @@ from gac.ops.watchers import watched
 
 _log = logging.getLogger("gac")
 
-# Where events and oneDNN's dense convolution, in the better memory order, take equally long (one thread of a Zen 5, 3 x 3
+# Where events and oneDNN's dense convolution, in the better memory order, are equally fast (one thread of a Zen 5, 3 x 3
 # kernels, 64 to 512 channels): forward above 0.35, weight gradient at about 0.35. With 32 channels events gain up to a
 # half in channels_last and nothing otherwise, with 16 they take twice as long.
 MAX_DENSITY = 0.3
