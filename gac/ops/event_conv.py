@@ -7,6 +7,7 @@ spike. The kernels (``kernels/event_conv.c``) list the spikes once, for the outp
 import ctypes
 import functools
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,9 @@ from gac.ops.watchers import watched
 
 _log = logging.getLogger("gac")
 
-# Where events and oneDNN's dense convolution, in the better memory order, are equally fast (one thread of a Zen 5, 3 x 3
-# kernels, 64 to 512 channels): forward above 0.35, weight gradient at about 0.35. With 32 channels events gain up to a
-# half in channels_last and nothing otherwise, with 16 they take twice as long.
+# Where events take as long as oneDNN's dense convolution in the better memory order, in a thread of a Zen 5, for 3 x 3
+# kernels of 64 to 512 channels: forward above 0.35, weight gradient at about 0.35. With 32 channels events gain up to a
+# half in channels_last and nothing otherwise, with 16 they take twice as long. docs/performance.md has the table.
 MAX_DENSITY = 0.3
 """The largest part of the inputs that spike for which events are used."""
 MIN_CHANNELS = 64
@@ -37,8 +38,9 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     """Return the convolution of spikes with a weight, with an effort that is proportional to the number of spikes.
 
     Equal to ``reference`` but for the order of summation: an output that n spikes reach is within n * 2**-24 times
-    the sum of the absolute values of their weights of the exact one. Results are the same to the bit for any number of
-    threads and any CPU. There is no second derivative; the input gradient is the dense one.
+    the sum of the absolute values of their weights of the exact one, and likewise the weight gradient. Both are the
+    same to the bit for any number of threads and any CPU. The input gradient is the dense one. There is no second
+    derivative.
 
     The dense convolution runs for other dtypes than float32 and other devices than the CPU, under autocast,
     torch.compile and whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than
@@ -55,8 +57,7 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     Returns:
         [N, K, H', W'].
     """
-    supported = _is_supported(spikes, weight, stride, padding)
-    if not (supported and _pays(spikes, weight, stride) and status().ok):
+    if not _is_supported(spikes, weight, stride, padding):
         return reference(spikes, weight, stride, padding)
     if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
         return _EventConvolution.apply(spikes, weight, stride, padding)[0]
@@ -158,6 +159,8 @@ def _kernels() -> ctypes.CDLL:
 
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the convolution, and the lists of spikes if it was made from them."""
+    if not (_pays(spikes, weight, stride) and status().ok):
+        return reference(spikes, weight, stride, padding), None, None
     kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
     rows = _rows(spikes, team)
     count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)
@@ -177,8 +180,8 @@ def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple
 
 
 def _most_events(shape: _Shape) -> float:
-    # In one thread events gain nothing over a dense convolution in several, unless they are as many times fewer.
-    threads = 1 if openmp.parallel_function() else torch.get_num_threads()
+    # One thread competes with a dense convolution in all of them. Results must not depend on torch's number of threads.
+    threads = 1 if openmp.parallel_function() else os.cpu_count() or 1
     height, width = shape.height, shape.width
     if shape.kernel_height * shape.kernel_width == 1 and shape.stride > 1:
         height, width = shape.out_height, shape.out_width
@@ -241,9 +244,11 @@ class _EventConvolution(torch.autograd.Function):
         if wanted_weight and index is not None:
             grad_weight = _weight_gradient(gradient, spikes, weight, index, count, ctx.stride, ctx.padding)
         if wanted_weight and grad_weight is None:
-            # oneDNN's weight gradient of a strided 1 x 1 convolution in channels_last writes out of bounds.
-            dense = (x.contiguous() for x in (gradient, spikes, weight))
-            _, grad_weight = _dense_gradients(*dense, ctx.stride, ctx.padding, (False, True))
+            if ctx.stride > 1 and weight.shape[2:].numel() == 1:
+                # oneDNN writes out of bounds in channels_last (docs/performance.md), of which a 1 x 1 weight's strides
+                # are a sign too. The weight's values are not read.
+                gradient, spikes, weight = gradient.contiguous(), spikes.contiguous(), torch.empty(weight.shape)
+            _, grad_weight = _dense_gradients(gradient, spikes, weight, ctx.stride, ctx.padding, (False, True))
         return grad_spikes, grad_weight, None, None
 
 

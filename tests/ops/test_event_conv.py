@@ -323,6 +323,23 @@ def test_events_are_used_where_they_are_faster(
     assert len(dense) == (0 if by_events else 1)
 
 
+def test_the_dense_weight_gradient_of_a_shortcut_is_in_the_order_that_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_conv, "_pays", DEFAULT_PAYS)
+    seen, dense = [], event_conv._dense_gradients
+
+    def recorded(gradient: Tensor, spikes: Tensor, weight: Tensor, *others) -> tuple:
+        if others[-1] == (False, True):
+            seen.extend([gradient.stride(), spikes.stride(), weight.stride()])
+        return dense(gradient, spikes, weight, *others)
+
+    monkeypatch.setattr(event_conv, "_dense_gradients", recorded)
+    spikes, weight, *sizes = make("shortcut", layout="channels_last")
+    *_, grad_weight = run(event_conv2d, spikes, weight, *sizes)
+    *_, expected = run(event_conv.reference, spikes.double().contiguous(), weight.double().contiguous(), *sizes)
+    torch.testing.assert_close(grad_weight, expected.float())
+    assert seen == [(640, 16, 4, 1), (896, 56, 7, 1), (16, 1, 1, 1)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("dense_only")
 def test_other_dtypes(dtype: torch.dtype) -> None:
@@ -490,23 +507,26 @@ def test_python_threads_at_once() -> None:
             assert torch.equal(out, wanted)
 
 
+@pytest.mark.usefixtures("no_dense")
 def test_without_torchs_openmp_one_thread_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, before = make("tails"), torch.get_num_threads()
-    expected = run(event_conv2d, *arguments)
+    arguments = make("tails")
+    out, _, grad_weight = run(event_conv2d, *arguments)
     monkeypatch.setattr(openmp, "parallel_function", lambda: None)
     forget_kernels()
     assert event_conv.status().reason.endswith("one thread, as torch's OpenMP runtime is not found")
-    torch.set_num_threads(4)
-    try:
-        for result, wanted in zip(run(event_conv2d, *arguments), expected, strict=True):
-            torch.testing.assert_close(result, wanted, rtol=0, atol=0 if result is not expected[1] else 1e-5)
-        monkeypatch.setattr(event_conv, "MAX_DENSITY", 0.2)
-        spikes = (torch.rand(2, 64, 8, 8) < 0.1).float()
-        assert event_conv._forward(spikes, torch.ones(8, 64, 1, 1), 1, 0)[1] is None
-        torch.set_num_threads(1)
-        assert event_conv._forward(spikes, torch.ones(8, 64, 1, 1), 1, 0)[1] is not None
-    finally:
-        torch.set_num_threads(before)
+    alone = run(event_conv2d, *arguments)
+    assert torch.equal(alone[0], out)
+    assert torch.equal(alone[2], grad_weight)
+
+
+def test_one_thread_of_many_has_to_have_less_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_conv, "MAX_DENSITY", 0.4)
+    monkeypatch.setattr(openmp, "parallel_function", lambda: None)
+    spikes, weight = (torch.rand(2, 64, 8, 8) < 0.15).float(), torch.ones(8, 64, 1, 1)
+    monkeypatch.setattr(event_conv.os, "cpu_count", lambda: 2)
+    assert event_conv._forward(spikes, weight, 1, 0)[1] is not None
+    monkeypatch.setattr(event_conv.os, "cpu_count", lambda: 4)
+    assert event_conv._forward(spikes, weight, 1, 0)[1] is None
 
 
 @pytest.mark.skipif(openmp.parallel_function() is None, reason="torch's OpenMP runtime is not found")
