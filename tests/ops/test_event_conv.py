@@ -378,6 +378,12 @@ def test_what_watches_operations_sees_the_specification() -> None:
     )
     assert torch.equal(compiled(spikes, weight), dense)
     assert "conv2d" in graphs[0].code
+
+    class Logged(Tensor):
+        pass
+
+    for arguments in ((spikes.as_subclass(Logged), weight), (spikes, weight.as_subclass(Logged))):
+        assert type(event_conv2d(*arguments, stride, padding)) is Logged
     batched = torch.vmap(lambda w: event_conv2d(spikes, w, stride, padding))(torch.stack([weight, weight]))
     torch.testing.assert_close(batched[1], dense)
     (grad,) = torch.func.grad(lambda w: event_conv2d(spikes, w, stride, padding).sum(), argnums=(0,))(weight)
