@@ -64,4 +64,4 @@ format: install
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs/demo runs/demo-pictures runs/weights
+	rm -rf $(VENV) runs/demo runs/demo-report runs/weights

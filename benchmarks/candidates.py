@@ -3,22 +3,21 @@
 An implementation is one entry of ``IMPLEMENTATIONS``.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, monitor
 from torch import Tensor, nn
 
-from benchmarks.common import PRECISIONS, NetworkSize
-from benchmarks.peers import FAMILIES, SPIKINGJELLY, STEP_LOOP, Network, Style
+from benchmarks.common import PRECISIONS, MeasurementError, NetworkSize
+from benchmarks.peers import LIF, Network, spikingjelly_lif
 from gac import create_model
-from gac.command_line import Parser, at_least
+from gac.command_line import Parser
 from gac.config import TrainConfig
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
 from gac.execution.device import autocast
@@ -47,6 +46,15 @@ class Setting:
         torch.manual_seed(0)
         return list(REFERENCE.build(self.size, self.T).state_dict().values())
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a network runs in the precision."""
+        return autocast(self.device, "off" if self.precision == "fp32" else self.precision)
+
+    def describe(self, implementation: "Implementation") -> dict[str, Any]:
+        """Return what is timed of an implementation, as tables and JSON files have it."""
+        place = {"implementation": implementation.name, "T": self.T, "batch": self.batch}
+        return place | {"precision": self.precision, "layout": implementation.layout(self)}
+
 
 class Candidate:
     """A network with what it needs to be trained, on random images and labels.
@@ -56,18 +64,18 @@ class Candidate:
     """
 
     def __init__(self, implementation: "Implementation", setting: Setting, weights: Sequence[Tensor]) -> None:
-        size, batch, device = setting.size, setting.batch, setting.device
-        memory_format = MEMORY_FORMATS[implementation.layout(setting)]
-        self.network = load(implementation.build(size, setting.T), weights).to(device, memory_format=memory_format)
-        shape = (batch, 3, size.image_size, size.image_size)
-        self.images = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
-        self.labels = torch.randint(size.num_classes, (batch,), device=device)
+        size, device = setting.size, setting.device
+        self.implementation, self.setting = implementation, setting
+        self.memory_format = MEMORY_FORMATS[implementation.layout(setting)]
+        network = load(implementation.build(size, setting.T), weights)
+        self.network = network.to(device, memory_format=self.memory_format)
+        images = torch.randn(setting.batch, 3, size.image_size, size.image_size, device=device)
+        self.images = images.contiguous(memory_format=self.memory_format)
+        self.labels = torch.randint(size.num_classes, (setting.batch,), device=device)
         config = TrainConfig(learning_rate=0.01, momentum=0.9, weight_decay=5e-5)
         self.optimizer = make_optimizer(self.network.parameters(), config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
         self._loss: Tensor | None = None
-        self._time_dimension = 1 if implementation.batch_first else 0
-        self._device, self._amp = device, "off" if setting.precision == "fp32" else setting.precision
         self._replayed: dict[Callable, Replayed] | None = {} if implementation.replayed else None
 
     def train_step(self) -> Tensor:
@@ -82,16 +90,16 @@ class Candidate:
         if self._replayed is None:
             return step()
         if step not in self._replayed:
-            self._replayed[step] = Replayed(step, CaptureOnDevice(self._device))
+            self._replayed[step] = Replayed(step, CaptureOnDevice(self.setting.device))
             for _ in range(WARM_UP_CALLS):
                 self._replayed[step]()
         return self._replayed[step]()
 
     def _train(self) -> Tensor:
         self.optimizer.zero_grad()
-        with autocast(self._device, self._amp):
+        with self.setting.autocast():
             logits = self.network(self.images)
-            loss = F.cross_entropy(logits.float().mean(self._time_dimension), self.labels)
+            loss = F.cross_entropy(logits.float().mean(self.implementation.time_dimension), self.labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -100,57 +108,49 @@ class Candidate:
 
     @torch.inference_mode()
     def _evaluate(self) -> Tensor:
-        with autocast(self._device, self._amp):
+        with self.setting.autocast():
             return self.network(self.images)
-
-    def start_evaluation(self) -> None:
-        """Let BatchNorm use its running statistics."""
-        self.network.eval()
 
     def rest(self) -> None:
         """Free what the last step left behind: gradients, membrane potentials that hold a graph, captured graphs."""
         if self._replayed:
-            if self._device.type == "cuda":
+            if self.setting.device.type == "cuda":
                 # The last replay may not have ended.
-                torch.cuda.synchronize(self._device)
+                torch.cuda.synchronize(self.setting.device)
             self._replayed.clear()
         self.optimizer.zero_grad()
         functional.reset_net(self.network)
 
-    def diverged(self) -> bool:
-        """Return whether the last training step's loss is not finite."""
-        return self._loss is not None and not self._loss.isfinite().item()
+    def check_loss(self) -> None:
+        """Raise MeasurementError if the last training step's loss is not finite."""
+        if self._loss is not None and not self._loss.isfinite().item():
+            at = self.setting
+            where = f"{self.implementation.name}, T={at.T}, batch {at.batch}, {at.precision}"
+            raise MeasurementError(f"{where}: the loss is not finite any more")
 
 
 class ConvolutionFloor(Candidate):
     """The floor under a training step: the convolutions of all residual blocks on T x B frames, and nothing else.
 
     A training step is the forward pass, the data gradient and the weight gradient of each; the first block's data
-    gradient counts, since the gate before it is trained. Every convolution gets what it gets in the network from two
-    random images, repeated for the batch: spikes cost less power than noise, which limits the clock of a GPU.
+    gradient counts, since the gate before it is trained. Every convolution gets what it gets in the network: spikes
+    cost less power than noise, which limits the clock of a GPU.
     """
-
-    def __init__(self, implementation: "Implementation", setting: Setting, weights: Sequence[Tensor]) -> None:
-        super().__init__(implementation, setting, weights)
-        network = load(implementation.build(setting.size, setting.T), weights)
-        self._modules = [module for module in network.stages.modules() if isinstance(module, nn.Conv2d)]
-        self._inputs = record_inputs(network, self._modules, setting.size.image_size)
-        self._setting, self._memory_format = setting, MEMORY_FORMATS[implementation.layout(setting)]
 
     @cached_property
     def convolutions(self) -> list[tuple[nn.Module, Tensor, Tensor]]:
         """Each convolution with its input and its output's gradient, on the device; made when a turn begins."""
-        place = {"device": self._setting.device, "dtype": PRECISIONS[self._setting.precision].dtype}
-        place["memory_format"] = self._memory_format
-        frames, grads, convolutions = self._setting.T * self._setting.batch, {}, []
-        for module, few in zip(self._modules, self._inputs, strict=True):
-            x = few.repeat(math.ceil(frames / len(few)), 1, 1, 1)[:frames].to(**place).requires_grad_()
-            convolution = deepcopy(module).to(**place)
-            shape = (frames, *convolution(x[:1]).shape[1:])
+        blocks, grads, convolutions = self.network.stages, {}, []
+        place = {"dtype": PRECISIONS[self.setting.precision], "memory_format": self.memory_format}
+        with monitor.InputMonitor(blocks, nn.Conv2d, lambda x: x.to(copy=True, **place)) as inputs, torch.no_grad():
+            self.network.train()(self.images)
+        for name in inputs.monitored_layers:
+            convolution, (x,) = deepcopy(blocks.get_submodule(name)).to(**place), inputs[name]
+            shape = (len(x), *convolution(x[:1]).shape[1:])
             if shape not in grads:
                 # Shared by convolutions with equal outputs: they are read, never written.
-                grads[shape] = torch.randn(shape, device=place["device"]).to(**place)
-            convolutions.append((convolution, x, grads[shape]))
+                grads[shape] = torch.randn(shape, device=x.device).to(**place)
+            convolutions.append((convolution, x.requires_grad_(), grads[shape]))
         return convolutions
 
     def _train(self) -> None:
@@ -180,7 +180,7 @@ class Implementation:
     style: tuple[str, str]
     build: Callable[[NetworkSize, int], nn.Module]
     work: type[Candidate] = Candidate
-    batch_first: bool = False  # logits are [B, T, K], else [T, B, K]
+    time_dimension: int = 0  # of the logits: 0 for [T, B, K], 1 for [B, T, K]
     keeps_channels_last: bool = True  # activations stay in channels_last where the images are
     kernels: bool = False  # needs our CUDA kernels, which have no float64
     replayed: bool = False  # its steps are replays of CUDA graphs
@@ -201,74 +201,43 @@ class Implementation:
         return "NHWC" if wanted and self.keeps_channels_last else "NCHW"
 
 
-def _ours(name: str, style: tuple[str, str], backend: str, **options: Any) -> Implementation:
-    def build(size: NetworkSize, T: int) -> MSResNet:
-        # A temporal attention that starts dead has no gradient to compare.
-        sizes = {"width": size.width, "depth": size.depth}
-        return create_model(size.network, size.num_classes, T, temporal_init="alive", backend=backend, **sizes)
-
-    return Implementation(name, style, build, **options)
+def _ours(backend: str, size: NetworkSize, T: int) -> MSResNet:
+    # A temporal attention that starts dead has no gradient to compare.
+    options = {"width": size.width, "depth": size.depth, "temporal_init": "alive", "backend": backend}
+    return create_model(size.network, size.num_classes, T, **options)
 
 
-def _peer(name: str, style: tuple[str, str], code: Style, **options: bool) -> Implementation:
-    def build(size: NetworkSize, T: int) -> Network:
-        return Network(code, FAMILIES[size.family], T, size.num_classes, size.width, size.depth)
-
-    return Implementation(name, style, build, **options)
-
-
-REFERENCE = _ours("ours-torch", ("#009E73", "s"), "torch")
+REFERENCE = Implementation("ours-torch", ("#009E73", "s"), partial(_ours, "torch"))
 """The implementation that makes the weights and that the others are checked against."""
-IMPLEMENTATIONS = {
-    implementation.name: implementation
-    for implementation in (
-        _ours("ours-cupy", ("#0072B2", "o"), "cupy", kernels=True),
-        _ours("ours-cupy-graph", ("#56B4E9", "v"), "cupy", kernels=True, replayed=True),
-        REFERENCE,
-        _peer("spikingjelly", ("#D55E00", "^"), SPIKINGJELLY),
-        _peer("step-loop", ("#666666", "D"), STEP_LOOP, batch_first=True, keeps_channels_last=False),
-        replace(REFERENCE, name=FLOOR, style=("#000000", "_"), work=ConvolutionFloor),
-    )
-}
+_ALL = (
+    Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels=True),
+    Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels=True, replayed=True),
+    REFERENCE,
+    Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, 0, spikingjelly_lif)),
+    Implementation(
+        "step-loop", ("#666666", "D"), partial(Network, 1, LIF), time_dimension=1, keeps_channels_last=False
+    ),
+    replace(REFERENCE, name=FLOOR, style=("#000000", "_"), work=ConvolutionFloor),
+)
+IMPLEMENTATIONS = {each.name: each for each in _ALL}
 NETWORKS = [name for name, each in IMPLEMENTATIONS.items() if each.work is Candidate and not each.replayed]
 
 
 def add_options(parser: Parser, names: Collection[str], **defaults: Any) -> None:
     """Add the options that all benchmarks of networks have; those whose default is a list take several values."""
-    add, positive = parser.add, at_least(1)
     help = "what to compare; those that the device cannot run are skipped"
-    add("--implementations", help, choices=names, default=list(names))
-    NetworkSize.add_options(parser)
-    add("--time-steps", "number of time steps", type=positive, default=defaults["T"], metavar="T")
-    add("--batch", "images per batch", type=positive, default=defaults["batch"], metavar="B")
+    parser.add("--implementations", help, choices=names, default=list(names))
+    NetworkSize.add_options(parser, defaults["T"], defaults["batch"])
     help = "float32, or autocast to half precision; those that the device lacks are skipped"
-    add("--precision", help, choices=PRECISIONS, default=defaults["precision"])
+    parser.add("--precision", help, choices=PRECISIONS, default=defaults["precision"])
     help = (
         "memory order of images and weights; auto on a GPU: NHWC with our kernels, and in half precision for all but"
         " the step-loop, which does not keep it; else NCHW"
     )
-    add("--layout", help, choices=("auto", *MEMORY_FORMATS), default="auto")
+    parser.add("--layout", help, choices=("auto", *MEMORY_FORMATS), default="auto")
 
 
 def load(network: nn.Module, weights: Sequence[Tensor]) -> nn.Module:
     """Return a network with the reference's weights, in its order (see benchmarks/peers.py)."""
     network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
     return network
-
-
-def record_inputs(network: nn.Module, modules: Sequence[nn.Module], image_size: int) -> list[Tensor]:
-    """Return a copy of what each of ``modules`` gets first in a training forward pass of two random images.
-
-    Two, because BatchNorm refuses a single value for each channel.
-    """
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[module] = arguments[0].detach().clone()
-
-    handles = [module.register_forward_pre_hook(record) for module in modules]
-    with torch.no_grad():
-        network.train()(torch.randn(2, 3, image_size, image_size))
-    for handle in handles:
-        handle.remove()
-    return [inputs[module] for module in modules]

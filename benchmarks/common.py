@@ -1,26 +1,28 @@
 """What all benchmarks share: command line, report and timing."""
 
-import argparse
 import json
 import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from gac import create_model
-from gac.command_line import Parser, at_least, new_file
-from gac.errors import InputError
+from gac.command_line import Parser, at_least, finish, new_file
 from gac.execution.device import ask, select_device
 from gac.execution.environment import describe_environment
-from gac.files import atomic_write
+from gac.files import atomic_write, writing
+from gac.models.ms_resnet import Family
+from gac.models.registry import family_of, list_models
 
 ROOT = Path(__file__).parents[1]
 OUT_OF_MEMORY = "out of memory"
@@ -34,19 +36,12 @@ class MeasurementError(Exception):
     """A measurement that must not be reported; the message is one line that says why."""
 
 
-class Precision(NamedTuple):
-    """What a precision is called in figures, and the type of its activations."""
-
-    title: str
-    dtype: torch.dtype
-
-
-PRECISIONS = {
-    "fp32": Precision("float32", torch.float32),
-    "fp16": Precision("float16 autocast", torch.float16),
-    "bf16": Precision("bfloat16 autocast", torch.bfloat16),
-}
-DTYPES = {str(each.dtype).removeprefix("torch."): each.dtype for each in PRECISIONS.values()}
+# The type of the activations in each precision.
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS.values()}
+NETWORKS = [name for name in list_models() if name.startswith("gac_")]
+# Side of the images in pixels and number of classes of the published networks of each family.
+PUBLISHED_SIZES = {"cifar": (32, 100), "imagenet": (224, 1000)}
 
 
 def make_parser(module: str, purpose: str, written: str, drawn: str | None = None) -> Parser:
@@ -57,14 +52,6 @@ def make_parser(module: str, purpose: str, written: str, drawn: str | None = Non
     if drawn is not None:
         parser.add("--plot", f"draw {drawn} there", type=new_file(".png"), metavar="FILE")
     return parser
-
-
-# Family, image size and number of classes of each network.
-NETWORKS = {
-    "gac_msresnet18_cifar": ("cifar", 32, 100),
-    "gac_msresnet18": ("imagenet", 224, 1000),
-    "gac_msresnet34": ("imagenet", 224, 1000),
-}
 
 
 @dataclass(frozen=True)
@@ -81,35 +68,34 @@ class NetworkSize:
     num_classes: int
 
     @property
-    def family(self) -> str:
-        """The authors' code that it follows: "cifar" or "imagenet"."""
-        return NETWORKS[self.network][0]
+    def family(self) -> Family:
+        """The authors' code that it follows."""
+        return family_of(self.network)
 
     def __str__(self) -> str:
         pixels = f"{self.image_size} x {self.image_size} pixels"
         return f"{self.network}, width {self.width}, depth {list(self.depth)}, {pixels}, {self.num_classes} classes"
 
     @staticmethod
-    def add_options(parser: Parser) -> None:
-        """Add the options that :meth:`from_options` reads."""
+    def add_options(parser: Parser, T: int | list[int], batch: int | list[int]) -> None:
+        """Add the options that :meth:`from_options` reads, --time-steps and --batch with their defaults."""
         add, positive = parser.add, at_least(1)
         add("--network", "what is measured", choices=NETWORKS, default="gac_msresnet18_cifar")
         add("--width", "channels of the stem", type=positive, default=64, metavar="C")
         add("--depth", "blocks in each stage; None: the published network's", nargs="+", type=positive, metavar="N")
         add("--image-size", "side of the images; None: 32 for CIFAR, else 224", type=at_least(8), metavar="PIXELS")
         add("--num-classes", "number of classes; None: 100 for CIFAR, else 1000", type=positive, metavar="K")
+        add("--time-steps", "number of time steps", type=positive, default=T, metavar="T")
+        add("--batch", "images per batch", type=positive, default=batch, metavar="B")
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace) -> "NetworkSize":
+    def from_options(cls, options: Namespace) -> "NetworkSize":
         """Return the size asked for. Raises InputError if the depth does not fit the network's number of stages."""
         with torch.device("meta"):
-            published = tuple(len(stage) for stage in create_model(options.network, num_classes=1, T=1).stages)
-        depth = published if options.depth is None else tuple(options.depth)
-        if len(depth) != len(published):
-            raise InputError(f"--depth: {options.network} has {len(published)} stages, got {len(depth)} numbers")
-        _, pixels, classes = NETWORKS[options.network]
+            stages = create_model(options.network, num_classes=1, T=1, depth=options.depth).stages
+        pixels, classes = PUBLISHED_SIZES[family_of(options.network).neuron]
         sizes = options.image_size or pixels, options.num_classes or classes
-        return cls(options.network, options.width, depth, *sizes)
+        return cls(options.network, options.width, tuple(map(len, stages)), *sizes)
 
 
 class Table:
@@ -156,29 +142,29 @@ class Report:
         """Extend a list in the JSON file and write it: what is measured stays, whatever happens next."""
         self.data.setdefault(key, []).extend(results)
         if self._path is not None:
-            with atomic_write(self._path) as file:
+            with writing(self._path), atomic_write(self._path) as file:
                 file.write(f"{json.dumps(self.data, indent=2, allow_nan=False)}\n".encode())
 
 
-def program(parser: Parser, measure: Callable[[argparse.Namespace, Report], None]) -> Callable[..., int]:
+def program(parser: Parser, measure: Callable[[Namespace, Report], None]) -> Callable[..., int]:
     """Return a command line as a function that takes sys.argv by default and returns the exit status.
 
-    That is 0, 1 for a MeasurementError, 2 for bad input, 130 for an interrupt.
+    That is 0, 1 for a MeasurementError or results that cannot be written, 2 for bad input, 130 for an interrupt.
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
-        try:
+
+        def run() -> None:
             options = parser.parse_args(arguments)
             torch.backends.cudnn.benchmark = True
             measure(options, Report(parser, arguments, select_device(options.device), options.json))
-        except (MeasurementError, InputError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1 if isinstance(error, MeasurementError) else 2
+
+        try:
+            return finish(run, MeasurementError)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        return 0
 
     return main
 
@@ -190,7 +176,7 @@ def timing(samples_ms: Sequence[float]) -> Timing:
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object] | None],
     device: torch.device,
     rounds: int,
     repeats: int,
@@ -202,19 +188,18 @@ def time_in_turns(
 
     A turn is one untimed call and ``repeats`` timed ones that follow without a pause, on a GPU timed by events and
     after ``settle`` seconds of untimed ones, in which its clock falls to what it sustains; a sample is one of them,
-    divided by ``each``. It starts with an empty memory cache: blocks that the previous call left
-    behind would else be returned to the driver during the timing. After it ``after_turn`` frees what the call of this
-    name left. Out of memory gives OUT_OF_MEMORY.
+    divided by ``each``. It starts with an empty memory cache: blocks that the previous call left behind would else be
+    returned to the driver during the timing. After it ``after_turn`` frees what the call of this name left. Out of
+    memory gives OUT_OF_MEMORY, and so does None, which stands for what had no memory to begin.
     """
-    samples: dict[str, list[float] | None] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if samples[name] is None:
-                continue
-            release_cached_memory(device)
-            turn = or_out_of_memory(lambda call=call: _take_turn(call, device, repeats, settle))
-            after_turn(name)
-            samples[name] = None if turn is None else samples[name] + [ms / each for ms in turn]
+    samples: dict[str, list[float] | None] = {name: None if call is None else [] for name, call in calls.items()}
+    for name in list(calls) * rounds:
+        if samples[name] is None:
+            continue
+        torch.cuda.empty_cache()
+        turn = or_out_of_memory(partial(take_turn, calls[name], device, repeats, settle))
+        after_turn(name)
+        samples[name] = None if turn is None else samples[name] + [ms / each for ms in turn]
     return {name: OUT_OF_MEMORY if taken is None else timing(taken) for name, taken in samples.items()}
 
 
@@ -226,33 +211,26 @@ def grouped(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple, list[dict
     return groups
 
 
-def release_cached_memory(device: torch.device) -> None:
-    """Give memory that torch holds without need back to a GPU's driver."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def or_out_of_memory(call: Callable[[], Result]) -> Result | None:
     """Return what a call returns, or None if memory ran out in it."""
     try:
         return call()
-    except torch.OutOfMemoryError:
-        return None
     except RuntimeError as error:
         # torch has no type of its own for a CPU that cannot allocate.
-        if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+        if not (cpu or isinstance(error, torch.OutOfMemoryError)):
             raise
         return None
 
 
-def _take_turn(call: Callable[[], object], device: torch.device, repeats: int, settle: float) -> list[float]:
+def take_turn(call: Callable[[], object], device: torch.device, repeats: int, settle: float = 0.0) -> list[float]:
+    """Return the milliseconds of each timed call of a turn of :func:`time_in_turns`."""
     call()
     if device.type == "cuda":
         end = time.perf_counter() + settle
         while time.perf_counter() < end:
-            call()
             torch.cuda.synchronize(device)
-        call()
+            call()
         # Calls are queued without waiting, as in training: where the host is too slow to keep the GPU busy, it shows.
         with torch.cuda.device(device):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -5,7 +5,6 @@ in half precision layer by layer. Networks that others would write are compared 
 timed family and T, in float64, where rounding decides no spike.
 """
 
-import hashlib
 import os
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import monitor
 from torch import Tensor, nn
 
-from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, load
+from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, Setting, load
 from benchmarks.common import ROOT, MeasurementError, NetworkSize, Report
 from gac import LIFNode
 from gac.errors import InputError
@@ -57,10 +57,11 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     # Most of the time the compiler works, in each process. What is timed is not compiled by torch.
     chosen = ["-m", marker, "-k", "not compile", "-n", str(min(8, os.cpu_count() or 1))]
     command = ["-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *paths]
-    unchanging = {
-        title: text for title, text in report.environment.items() if title not in ("date", "command", "commit")
-    }
-    key = kernel_cache.key_of(command, unchanging, environment.get("CUDA_VISIBLE_DEVICES"), _digest(paths))
+    # Everything that could change how these tests end.
+    versions = [text for title, text in report.environment.items() if title not in ("date", "command", "commit")]
+    files = [path for folder in ("gac", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.*"))]
+    sources = [path.read_text("utf-8") for path in (*files, *map(ROOT.joinpath, paths)) if path.suffix in SOURCES]
+    key = kernel_cache.key_of(command, versions, environment.get("CUDA_VISIBLE_DEVICES"), *sources)
     if (passed := kernel_cache.load(key)) is not None:
         report.line("equality", f"{int(passed)} tests of the kernels passed on this device before, with these sources")
         report.data["kernel_tests"] = int(passed)
@@ -79,16 +80,6 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     report.line("equality", f"{len(cases)} tests of the kernels passed on this device")
     report.data["kernel_tests"] = len(cases)
     kernel_cache.store(key, str(len(cases)).encode())
-
-
-def _digest(paths: Sequence[str]) -> str:
-    """Return a digest of everything that could change how these tests end."""
-    sources = [path for folder in ("gac", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.*"))]
-    digest = hashlib.sha256()
-    for path in (*sources, *(ROOT / path for path in paths)):
-        if path.is_file() and path.suffix in SOURCES:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def compare(what: str, got: Outcome, wanted: Outcome, limit: float) -> list[dict[str, Any]]:
@@ -113,16 +104,16 @@ def relative_rms(got: Tensor, wanted: Tensor) -> float:
     return 0.0 if error == size == 0 else (error / size).item()
 
 
-def begin(
-    options: Namespace, precisions: Sequence[str], report: Report, **more: Any
-) -> tuple[NetworkSize, list[Implementation], list[str]]:
-    """Begin the report of a benchmark of networks; return their size and what of those asked for can run.
+def begin(options: Namespace, report: Report, **more: Any) -> tuple[list[Implementation], list[Setting]]:
+    """Begin the report of a benchmark of networks; return what of those asked for can run, and every setting.
 
     Raises InputError if the device can run none of the implementations or precisions, MeasurementError if they differ.
     """
-    size = NetworkSize.from_options(options)
-    missing = {name: IMPLEMENTATIONS[name].missing(report.device) for name in dict.fromkeys(options.implementations)}
-    lacking = {name: _lack(name, report.device) for name in dict.fromkeys(precisions)}
+    size, device = NetworkSize.from_options(options), report.device
+    asked_for = options.time_steps, options.batch, options.precision
+    time_steps, batches, precisions = (each if isinstance(each, list) else [each] for each in asked_for)
+    missing = {name: IMPLEMENTATIONS[name].missing(device) for name in options.implementations}
+    lacking = {name: _lack(name, device) for name in precisions}
     for option, reasons in (("--implementations", missing), ("--precision", lacking)):
         if all(reasons.values()):
             raise InputError(f"{option}: nothing can run, {'; '.join(f'{k}: {v}' for k, v in reasons.items())}")
@@ -132,19 +123,17 @@ def begin(
     for name, reason in skipped.items():
         report.line("skipped", f"{name}: {reason}")
     implementations = [IMPLEMENTATIONS[name] for name in missing if name not in skipped]
-    time_steps = options.time_steps if isinstance(options.time_steps, list) else [options.time_steps]
     check_networks(implementations, size, time_steps, report)
-    return size, implementations, [name for name in lacking if name not in skipped]
+    settings = product(time_steps, batches, [name for name in precisions if name not in skipped])
+    return implementations, [Setting(size, *setting, options.layout, device) for setting in settings]
 
 
 def _lack(precision: str, device: torch.device) -> str | None:
     """Return why a device cannot train in a precision, None if it can."""
     if precision == "fp16" and device.type != "cuda":
         return "needs a CUDA device"
-    if precision == "bf16" and device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                return "the GPU has no bfloat16 arithmetic"
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU has no bfloat16 arithmetic"
     return None
 
 
@@ -158,10 +147,10 @@ def check_networks(
     if any(each.kernels for each in implementations):
         run_tests(NETWORK_TESTS, report)
     # Large enough for every kind of block and BatchNorm.
-    depth, image_size = tuple(min(2, blocks) for blocks in size.depth), 8 if size.family == "cifar" else 32
+    depth, image_size = tuple(min(2, blocks) for blocks in size.depth), 8 if size.family.neuron == "cifar" else 32
     small = replace(size, width=8, depth=depth, image_size=image_size, num_classes=min(10, size.num_classes))
     found = []
-    for T in dict.fromkeys(time_steps):
+    for T in time_steps:
         torch.manual_seed(0)
         reference = REFERENCE.build(small, T).double()
         images = torch.randn(BATCH, 3, image_size, image_size, dtype=torch.float64)
@@ -181,10 +170,8 @@ def check_networks(
 
 
 def _check_firing(network: nn.Module, images: Tensor) -> None:
-    firing = monitor.OutputMonitor(network, LIFNode, lambda spikes: spikes.mean().item())
-    with torch.no_grad():
+    with monitor.OutputMonitor(network, LIFNode, lambda spikes: spikes.mean().item()) as firing, torch.no_grad():
         network(images)
-    firing.remove_hooks()
     # The gate's output is below 1, CIFAR's threshold: one step of it leaves the first block silent.
     rates = [rate for i, rate in enumerate(firing.records) if not (network.T == 1 and i in (1, 2))]
     if not all(0 < rate < 1 for rate in rates):
@@ -209,12 +196,12 @@ def perturb(network: nn.Module, images: Tensor) -> None:
 def _run(
     each: Implementation, size: NetworkSize, T: int, weights: Sequence[Tensor], images: Tensor, labels: Tensor
 ) -> Outcome:
-    network, time = load(each.build(size, T), weights).to(images), 1 if each.batch_first else 0
-    logits = network.train()(images).movedim(time, 0)
+    network = load(each.build(size, T), weights).to(images)
+    logits = network.train()(images).movedim(each.time_dimension, 0)
     F.cross_entropy(logits.mean(0), labels).backward()
     statistics = [buffer.clone() for buffer in network.buffers()]
     with torch.no_grad():
-        evaluated = network.eval()(images).movedim(time, 0)
+        evaluated = network.eval()(images).movedim(each.time_dimension, 0)
     return {
         "training logits": [logits.detach()],
         # Where no spike arrives there is none.

@@ -71,7 +71,7 @@ def parts(options: Namespace, folder: Path, scratch: Path, device: torch.device)
     yield benchmark("throughput", "throughput", *network, "256", *turns, seconds=180, quick=True)
     yield benchmark("profile", "profile", *network, "256", "--implementations", ours, seconds=60, quick=True)
     half = ["--train.amp", "fp16"] if on_gpu else []
-    yield train("digits", "--config", "configs/digits.yaml", *half, seconds=60, quick=True)
+    yield train("digits", "--config", "configs/digits.yaml", *half, seconds=120, quick=True)
     if options.data is not None:
         data = ["--data.name", "npz", "--data.root", str(user_path(options.data, "--data"))]
         yield train("cifar", "--config", "configs/cifar10.yaml", *data, "--train.epochs", "1", seconds=300)

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, monitor
 from torch import Tensor, nn
 
 from benchmarks import common, plot
-from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, record_inputs
+from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE
 from benchmarks.common import DTYPES, OUT_OF_MEMORY, NetworkSize, or_out_of_memory
 from benchmarks.equality import OPERATION_TESTS, compare, run_tests
 from gac.command_line import at_least
@@ -78,35 +78,30 @@ def _residual(layer: Layer, y: Tensor, weight: Tensor, bias: Tensor, shortcut: T
     return membrane, _fire(layer, membrane)
 
 
-def _blocks(network: MSResNet) -> list[nn.Module]:
-    return [block for stage in network.stages for block in stage]
-
-
 def _of_type(kind: type, network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, kind)]
 
 
-def _norms(shortcut_norm: bool, network: MSResNet) -> list[nn.Module]:
-    inner = _blocks(network)[:-1]
-    return [block.conv2.norm for block in inner if isinstance(block.shortcut, nn.Identity) != shortcut_norm]
+def _norms(shortcut_norm: bool, network: MSResNet, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    return [block.conv2.norm for block in blocks[:-1] if isinstance(block.shortcut, nn.Identity) != shortcut_norm]
 
 
-# For each operation the modules of the network whose inputs have its shape, and its peer.
-MEASURED: dict[str, tuple[Callable[[MSResNet], Sequence[nn.Module]], Callable[..., tuple[Tensor, ...]]]] = {
-    "lif": (lambda network: _of_type(LIFNode, network), lambda layer, x: (_fire(layer, x),)),
-    "batch_statistics": (lambda network: _of_type(BatchNorm2d, network.stages), _moments),
+# For each operation the modules of a network and its blocks whose inputs have its shape, and its peer.
+MEASURED: dict[str, tuple[Callable[..., Sequence[nn.Module]], Callable[..., tuple[Tensor, ...]]]] = {
+    "lif": (lambda network, blocks: _of_type(LIFNode, network), lambda layer, x: (_fire(layer, x),)),
+    "batch_statistics": (lambda network, blocks: _of_type(BatchNorm2d, network.stages), _moments),
     "norm_lif": (
-        lambda network: [block.lif2 for block in _blocks(network)],
+        lambda network, blocks: [block.lif2 for block in blocks],
         lambda layer, *inputs: (_fire(layer, _normalize(*inputs)),),
     ),
     "residual_lif": (partial(_norms, False), _residual),
     "residual_norm_lif": (partial(_norms, True), _residual),
     "residual": (
-        lambda network: [_blocks(network)[-1].conv2.norm],
+        lambda network, blocks: [blocks[-1].conv2.norm],
         lambda layer, *inputs: (_normalize(*inputs[:3]) + inputs[3],),
     ),
-    "gate_lif": (lambda network: [_blocks(network)[0].lif1], _gate),
-    "lif_pool": (lambda network: [network.lif], lambda layer, x: (_fire(layer, x).mean((-2, -1)),)),
+    "gate_lif": (lambda network, blocks: [blocks[0].lif1], _gate),
+    "lif_pool": (lambda network, blocks: [network.lif], lambda layer, x: (_fire(layer, x).mean((-2, -1)),)),
 }
 
 
@@ -132,8 +127,14 @@ class Case:
 def sites(name: str, size: NetworkSize) -> Counter[tuple[int, ...]]:
     """Return how many layers of the network have each of the shapes [C, H, W] that the operation meets."""
     network = REFERENCE.build(size, 1)
-    inputs = record_inputs(network, MEASURED[name][0](network), size.image_size)
-    return Counter(tuple(x.shape[-3:]) for x in inputs)
+    names = {module: name for name, module in network.named_modules()}
+    # Their outputs have the shape of their inputs.
+    kinds, shape = (LIFNode, BatchNorm2d), lambda y: tuple(y.shape[-3:])
+    with monitor.OutputMonitor(network, kinds, shape) as shapes, torch.no_grad():
+        # Two images, because BatchNorm refuses a single value for each channel.
+        network.train()(torch.randn(2, 3, size.image_size, size.image_size))
+    modules = MEASURED[name][0](network, [block for stage in network.stages for block in stage])
+    return Counter(shapes[names[module]][0] for module in modules)
 
 
 def compare_with_peer(name: str, layer: Layer) -> list[dict[str, Any]]:
@@ -158,15 +159,9 @@ def capturable_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def in_a_row(calls: Sequence[Callable[[], object]], keep: int = 0) -> Callable[[], None]:
+def in_a_row(calls: Sequence[Callable[[], object]], keep: int = 0) -> Callable[[], object]:
     """Return a call that makes all ``calls``; what each returns is dropped once ``keep`` more have returned."""
-
-    def run() -> None:
-        kept: deque[object] = deque(maxlen=keep)
-        for call in calls:
-            kept.append(call())
-
-    return run
+    return lambda: deque((call() for call in calls), maxlen=keep)
 
 
 def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -193,9 +188,7 @@ def copy_bandwidth(device: torch.device, rounds: int, repeats: int) -> float:
 def measure(name: str, layer: Layer, layers: int, copied: float, rounds: int, repeats: int) -> list[dict[str, Any]]:
     """Return a row, of what the JSON file holds, for the forward pass and, where there is one, for the backward pass.
 
-    Args:
-        layers: How many layers of the network have this shape.
-        copied: Bytes per second of a copy.
+    ``layers`` is how many layers of the network have this shape, ``copied`` the bytes per second of a copy.
     """
     cases, device = [Case(name, layer)], layer.device
     if device.type == "cuda":
@@ -212,10 +205,9 @@ def measure(name: str, layer: Layer, layers: int, copied: float, rounds: int, re
         times = math.ceil(min(wanted, MOST_CALLS) / len(cases))
         row = {"operation": name, "shape": layer.shape, "layers": layers, "dtype": str(layer.dtype)[6:]}
         row |= {"pass": direction, "bytes": moved, **_time(cases, direction, times, device, rounds, repeats)}
-        common.release_cached_memory(device)
-        bandwidth = None if row["ours"] == OUT_OF_MEMORY else 1000 * moved / row["ours"]["median_ms"]
-        share = None if bandwidth is None else bandwidth / copied
-        rows.append(row | {"bytes_per_second": bandwidth, "share_of_copy": share})
+        torch.cuda.empty_cache()
+        rate = bandwidth_of_all_layers([row])
+        rows.append(row | {"bytes_per_second": rate, "share_of_copy": None if rate is None else rate / copied})
     return rows
 
 
@@ -231,10 +223,8 @@ def _time(
         # A replay of SpikingJelly's neuron at these sizes ends in an illegal memory access.
         return captured(run, device) if who == "ours" else run
 
-    replays = {who: or_out_of_memory(partial(prepare, who)) for who in ("ours", "peer")}
-    fitting = {who: call for who, call in replays.items() if call is not None}
-    timings = common.time_in_turns(fitting, device, rounds, repeats, each=times * len(cases))
-    return {who: timings.get(who, OUT_OF_MEMORY) for who in replays}
+    calls = {who: or_out_of_memory(partial(prepare, who)) for who in ("ours", "peer")}
+    return common.time_in_turns(calls, device, rounds, repeats, each=times * len(cases))
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -264,7 +254,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
     if on_gpu and (reason := IMPLEMENTATIONS["ours-cupy"].missing(device)):
         raise InputError(f"the fused operations cannot run: {reason}; --device cpu times their references")
     size, T = NetworkSize.from_options(options), options.time_steps
-    names, dtypes = dict.fromkeys(options.operations), [DTYPES[name] for name in dict.fromkeys(options.dtype)]
+    names, dtypes = options.operations, [DTYPES[name] for name in options.dtype]
     report.begin(network=asdict(size))
     report.line("network", size)
     if on_gpu:
@@ -274,7 +264,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
     with capturable_stream(device):
         torch.manual_seed(0)
         # In half precision membranes on the threshold are common; SpikingJelly fires there, the original does not.
-        small, neuron = (T, min(options.batch, GATE_BATCH)), PRESETS[size.family]
+        small, neuron = (T, min(options.batch, GATE_BATCH)), PRESETS[size.family.neuron]
         agreement = []
         for name in names:
             for image in sites(name, size):
@@ -284,32 +274,28 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
         report.line("copy", f"{copied / 1e9:.4g} GB/s read and written\n")
         report.data |= {"copy_bytes_per_second": copied, "agreement": agreement}
         TABLE.header()
-        rows: list[dict[str, Any]] = []
         for name, dtype in product(names, dtypes):
             for image, count in sites(name, size).items():
                 layer = Layer((T, options.batch, *image), dtype, neuron, device, on_gpu)
-                found = measure(name, layer, count, copied, options.rounds, options.repeats)
-                for row in found:
+                rows = measure(name, layer, count, copied, options.rounds, options.repeats)
+                for row in rows:
                     print_row(row)
-                rows += found
-                report.add("rows", found)
+                report.add("rows", rows)
     print()
-    for key, of_key in common.grouped(rows, "operation", "dtype", "pass").items():
-        bandwidth = bandwidth_of_all_layers(of_key)
-        share = OUT_OF_MEMORY if bandwidth is None else f"{100 * bandwidth / copied:.3g} % of copy"
-        print(f"{key[0]:<18}{key[1]:<10}{key[2]:<10}all layers: {share}")
+    for (name, dtype, direction), rows in common.grouped(report.data["rows"], "operation", "dtype", "pass").items():
+        rate = bandwidth_of_all_layers(rows)
+        share = OUT_OF_MEMORY if rate is None else f"{100 * rate / copied:.3g} % of copy"
+        print(f"{name:<18}{dtype:<10}{direction:<10}all layers: {share}")
     if options.plot is not None:
         title = f"{size.network}, T = {T}, batch {options.batch}"
-        plot.write(plot.bandwidth_figure(rows, title, report.environment), options.plot)
+        plot.write(plot.bandwidth_figure(report.data["rows"], title, report.environment), options.plot)
 
 
 PARSER = common.make_parser("benchmarks.kernels", __doc__, "all measurements", "the bandwidths")
 add, positive = PARSER.add, at_least(1)
 summaries = "; ".join(f"{name}: {each.summary}" for name, each in OPERATIONS.items())
 add("--operations", f"what to measure: {summaries}", choices=MEASURED, default=list(MEASURED))
-NetworkSize.add_options(PARSER)
-add("--time-steps", "number of time steps", type=positive, default=6, metavar="T")
-add("--batch", "images per batch", type=positive, default=256, metavar="B")
+NetworkSize.add_options(PARSER, T=6, batch=256)
 add("--dtype", "type of the activations", choices=DTYPES, default=["float32", "float16"])
 add("--rounds", "turns that ours and the peer get", type=positive, default=5)
 add("--repeats", "timed replays in a turn, after an untimed one", type=positive, default=5)

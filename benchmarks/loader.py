@@ -6,24 +6,21 @@ after three untimed rounds: starting the workers and the batches that they prepa
 comes from memory, so a cold disk shows in a first run on a whole data set only.
 """
 
-import io
 import math
 import os
 import sys
 import tempfile
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.common import Report, Table, make_parser, program, time_in_turns
+from benchmarks.common import Report, Table, make_parser, program, take_turn, timing
 from gac.command_line import at_least
 from gac.config import DataConfig
 from gac.data import image_folder
@@ -33,28 +30,23 @@ from gac.errors import InputError
 
 WARM_UP_ROUNDS = 3
 SAMPLED_FILES = 1000
-COLUMNS = ("split", 5), ("workers", 7), ("images/s", 9), ("[quartiles]", 16), ("per worker", 10), ("of the need", 11)
-TABLE = Table(*COLUMNS)
+TABLE = Table(
+    *(("split", 5), ("workers", 7), ("images/s", 9), ("[quartiles]", 16), ("per worker", 10), ("of the need", 11))
+)
 # The commonest size in ImageNet, in pixels, and a quality that gives about 100 kB, as its files have.
 SIZE, QUALITY, CROPS = (500, 375), 98, 8
 
 
 def _measure_and_report(options: Namespace, report: Report) -> None:
-    config = DataConfig(
-        name="imagefolder",
-        image_size=options.image_size,
-        resize=options.resize,
-        augment="autoaugment_imagenet" if options.auto_augment else "off",
-        horizontal_flip=False,
-    )
-    splits, counts, batch = dict.fromkeys(options.splits), dict.fromkeys(options.workers), options.batch
-    with ExitStack() as stack:
-        root = options.root
-        if root is None:
-            root = stack.enter_context(tempfile.TemporaryDirectory(prefix="gac-loader-"))
+    augment = "autoaugment_imagenet" if options.auto_augment else "off"
+    sizes = {"image_size": options.image_size, "resize": options.resize}
+    config = DataConfig(name="imagefolder", augment=augment, horizontal_flip=False, **sizes)
+    splits, counts, batch = options.splits, options.workers, options.batch
+    with tempfile.TemporaryDirectory(prefix="gac-loader-") as made:
+        if options.make_images is not None:
             for name in ("train", "val"):
-                write_photographs(Path(root) / name, options.make_images)
-        folders = open_folders(root, list(splits))
+                write_photographs(Path(made) / name, options.make_images)
+        folders = open_folders(made if options.root is None else options.root, splits)
         most = max(1, *counts)
         needed = (WARM_UP_ROUNDS + options.rounds) * most * batch
         for listed in folders.values():
@@ -74,12 +66,13 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
         for split in splits:
             cells = []
             for workers in counts:
-                cells.append(_measure(folders[split], split, config, workers, options, report.device))
-                low, high = cells[-1]["quartiles"]
-                rate, each, share = (cells[-1][key] for key in ("images_per_second", "per_worker", "share_of_need"))
-                of_need = "-" if share is None else f"{100 * share:.0f} %"
-                TABLE.row(split, workers, f"{rate:,.0f}", f"[{low:,.0f}, {high:,.0f}]", f"{each:,.0f}", of_need)
-                report.add("cells", cells[-1:])
+                cell = _measure(folders[split], split, config, workers, options, report.device)
+                rates = *cell["quartiles"], cell["images_per_second"], cell["per_worker"]
+                low, high, rate, each = (f"{value:,.0f}" for value in rates)
+                of_need = "-" if options.need is None else f"{100 * cell['share_of_need']:.0f} %"
+                TABLE.row(split, workers, rate, f"[{low}, {high}]", each, of_need)
+                report.add("cells", [cell])
+                cells.append(cell)
             if options.need is not None:
                 print(_verdict(cells, options.need), flush=True)
 
@@ -117,9 +110,8 @@ def _measure(
     for _ in range(WARM_UP_ROUNDS - 1):
         take_round()
     # One more untimed round, then the timed ones.
-    rounds = time_in_turns({"round": take_round}, device, 1, options.rounds)["round"]
-    images = per_round * options.batch
-    slow, rate, fast = (1000 * images / ms for ms in np.percentile(rounds["samples_ms"], (75, 50, 25)).tolist())
+    rounds, images = timing(take_turn(take_round, device, options.rounds)), per_round * options.batch
+    fast, slow, rate = (1000 * images / ms for ms in (*rounds["quartiles_ms"], rounds["median_ms"]))
     found = {"split": split, "workers": workers, "images_per_second": rate, "quartiles": (slow, fast)}
     found |= {"per_worker": rate / per_round, "share_of_need": None if options.need is None else rate / options.need}
     return found | {"skipped_images": loader.skipped, "images_per_round": images, "rounds_ms": rounds["samples_ms"]}
@@ -146,9 +138,8 @@ def write_photographs(folder: Path, images: int) -> None:
         for number in range(label, images, 2):
             path, crop = folder / name / f"{number}.JPEG", number // 2
             if crop < CROPS:
-                file, left = io.BytesIO(), crop * (image.width - SIZE[0]) // (CROPS - 1)
-                image.crop((left, 0, left + SIZE[0], SIZE[1])).save(file, "JPEG", quality=QUALITY)
-                path.write_bytes(file.getvalue())
+                left = crop * (image.width - SIZE[0]) // (CROPS - 1)
+                image.crop((left, 0, left + SIZE[0], SIZE[1])).save(path, quality=QUALITY)
             else:
                 os.link(folder / name / f"{label + 2 * (crop % CROPS)}.JPEG", path)
 
@@ -162,7 +153,7 @@ help = "make N JPEG files of 500 x 375 pixels and about 100 kB in a temporary fo
 source.add_argument("--make-images", type=at_least(2), metavar="N", help=help)
 add("--splits", "training images, augmented, or test", choices=("train", "test"), default=["train"])
 cores = len(os.sched_getaffinity(0))
-workers = [*(2**power for power in range(cores.bit_length())), cores]
+workers = sorted({*(2**power for power in range(cores.bit_length())), cores})
 help = "numbers of processes that decode; 0 decodes in the process that takes the batches"
 add("--workers", help, type=at_least(0), default=workers, metavar="W")
 add("--need", "what the network takes, to compare with", type=at_least(1, float), metavar="IMAGES/S")

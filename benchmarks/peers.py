@@ -6,64 +6,39 @@ into them one after the other. The ImageNet networks of the first are SpikingJel
 Rect(2.0) and the coding after the stem, for which that class has no place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
-
-class Family(NamedTuple):
-    """The authors' constants for one size of images; ``widths`` are multiples of the stem's channels."""
-
-    stem_kernel: int
-    stem_stride: int
-    widths: tuple[int, ...]
-    strides: tuple[int, ...]
-    tau: float
-    threshold: float
-    triangle: bool  # the surrogate gradient: max(0, 1 - |v - threshold|), else 1 where |v - threshold| < 1/2
-    detach_reset: bool
-
-
-FAMILIES = {
-    "cifar": Family(3, 1, (2, 4, 8), (1, 2, 2), 2.0, 1.0, True, False),
-    "imagenet": Family(7, 2, (1, 2, 4, 8), (2, 2, 2, 2), 4 / 3, 0.5, False, True),
-}
-
-
-class Style(NamedTuple):
-    """A way to write it: dimension of time, spiking layer of a family, image layers over the frames of a sequence."""
-
-    time: int
-    make_lif: Callable[[Family], nn.Module]
-    every_frame: Callable[..., nn.Module]
-
-    def conv_norm(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
-        """Return a convolution with BatchNorm over all frames."""
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
-        return self.every_frame(conv, nn.BatchNorm2d(out_channels))
+from benchmarks.common import NetworkSize
+from gac.neuron import PRESETS
+from gac.ops.neuron import LIFParameters
 
 
 class Network(nn.Module):
-    """Images [B, 3, H, W] to logits at every time step, everything computed T times."""
+    """Images [B, 3, H, W] to logits at every time step, everything computed T times.
 
-    def __init__(
-        self, style: Style, family: Family, T: int, num_classes: int, width: int, depth: Sequence[int]
-    ) -> None:
+    Sequences are [T, B, ...], as SpikingJelly's, with ``time`` 0, and [B, T, ...], as the paper's, with 1.
+    """
+
+    def __init__(self, time: int, make_lif: Callable[[LIFParameters], nn.Module], size: NetworkSize, T: int) -> None:
         super().__init__()
-        self.T, self.time = T, style.time
-        self.stem = style.conv_norm(3, width, family.stem_kernel, family.stem_stride)
-        self.encoder = GatedAttention(style, family, T, width)
-        widths = [width, *(width * factor for factor in family.widths)]
+        self.T, self.time, family = T, time, size.family
+        make_lif = partial(make_lif, PRESETS[family.neuron])
+        self.stem = conv_norm(3, size.width, family.stem_kernel, family.stem_stride)
+        self.encoder = GatedAttention(time, make_lif(), T, size.width)
+        widths = [size.width, *(size.width * factor for factor in family.widths)]
         self.stages = nn.Sequential()
-        for (entry, exit), blocks, stride in zip(pairwise(widths), depth, family.strides, strict=True):
-            first = Block(style, family, entry, exit, stride)
-            self.stages.append(nn.Sequential(first, *(Block(style, family, exit, exit, 1) for _ in range(blocks - 1))))
-        self.lif = style.make_lif(family)
-        self.fc = nn.Linear(widths[-1], num_classes)
+        for (entry, exit), blocks, stride in zip(pairwise(widths), size.depth, family.strides, strict=True):
+            first = Block(make_lif, entry, exit, stride)
+            self.stages.append(nn.Sequential(first, *(Block(make_lif, exit, exit, 1) for _ in range(blocks - 1))))
+        self.lif = make_lif()
+        self.fc = nn.Linear(widths[-1], size.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         # Usually a line of the training loop; here the loop is the same for all networks.
@@ -76,19 +51,14 @@ class Network(nn.Module):
 class GatedAttention(nn.Module):
     """LIF spikes times sigmoid(temporal x spatial-channel attention), all frames computed."""
 
-    def __init__(self, style: Style, family: Family, T: int, channels: int) -> None:
+    def __init__(self, time: int, lif: nn.Module, T: int, channels: int) -> None:
         super().__init__()
-        hidden, self.time = max(1, T // 2), style.time
-        self.lif = style.make_lif(family)
+        self.time, self.lif, hidden = time, lif, max(1, T // 2)
         self.temporal = nn.Sequential(nn.Linear(T, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, T, bias=False))
+        conv = partial(nn.Conv2d, channels, channels, 4, bias=False)
         # Kernels of 4 x 4 keep the size with 1 row and column before and 2 after.
-        self.spatial_channel = style.every_frame(
-            nn.ZeroPad2d((1, 2, 1, 2)),
-            nn.Conv2d(channels, channels, 4, bias=False),
-            nn.ReLU(),
-            nn.ZeroPad2d((1, 2, 1, 2)),
-            nn.Conv2d(channels, channels, 4, bias=False),
-        )
+        pad = nn.ZeroPad2d((1, 2, 1, 2))
+        self.spatial_channel = layer.SeqToANNContainer(pad, conv(), nn.ReLU(), pad, conv())
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.flatten(2).movedim(self.time, 1)  # [B, T, C*H*W]
@@ -100,66 +70,60 @@ class GatedAttention(nn.Module):
 class Block(nn.Module):
     """LIF-conv-BN twice plus the shortcut of the real-valued input."""
 
-    def __init__(self, style: Style, family: Family, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, make_lif: Callable[[], nn.Module], in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        first = style.make_lif(family), style.conv_norm(in_channels, out_channels, 3, stride)
-        self.residual = nn.Sequential(*first, style.make_lif(family), style.conv_norm(out_channels, out_channels, 3))
+        first, second = conv_norm(in_channels, out_channels, 3, stride), conv_norm(out_channels, out_channels, 3)
+        self.residual = nn.Sequential(make_lif(), first, make_lif(), second)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = style.conv_norm(in_channels, out_channels, 1, stride)
+            self.shortcut = conv_norm(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual(x) + self.shortcut(x)
 
 
-class EveryFrame(nn.Sequential):
-    """Run image layers over all B x T frames: [B, T, C, H, W] in and out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
+    """Return a convolution with BatchNorm over all frames of a sequence."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return layer.SeqToANNContainer(conv, nn.BatchNorm2d(out_channels))
 
 
 class LIF(nn.Module):
     """The authors' neuron, one time step after the other: [B, T, C, H, W] to spikes of the same shape."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, constants: LIFParameters) -> None:
         super().__init__()
-        self.family, self.decay = family, 1.0 - 1.0 / family.tau
+        self.constants = constants
 
     def forward(self, x: Tensor) -> Tensor:
         membrane = torch.zeros_like(x[:, 0])
         spikes = []
         for t in range(x.shape[1]):
-            membrane = self.decay * membrane + x[:, t]
-            spike = Spike.apply(membrane, self.family)
-            membrane = membrane * (1.0 - (spike.detach() if self.family.detach_reset else spike))
+            membrane = self.constants.decay * membrane + x[:, t]
+            spike = Spike.apply(membrane, self.constants)
+            membrane = membrane * (1.0 - (spike.detach() if self.constants.detach_reset else spike))
             spikes.append(spike)
         return torch.stack(spikes, dim=1)
 
 
 class Spike(torch.autograd.Function):
-    """1 where the membrane is above the threshold, else 0, with the family's surrogate gradient."""
+    """1 where the membrane is above the threshold, else 0, with the authors' surrogate gradients: triangle and Rect."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, membrane: Tensor, family: Family) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, membrane: Tensor, constants: LIFParameters) -> Tensor:
         ctx.save_for_backward(membrane)
-        ctx.family = family
-        return (membrane > family.threshold).to(membrane.dtype)
+        ctx.constants = constants
+        return (membrane > constants.v_threshold).to(membrane.dtype)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_spike: Tensor) -> tuple[Tensor, None]:
-        distance = (ctx.saved_tensors[0] - ctx.family.threshold).abs()
-        surrogate = (1.0 - distance).clamp(min=0.0) if ctx.family.triangle else (distance < 0.5).to(distance.dtype)
-        return grad_spike * surrogate, None
+        distance = (ctx.saved_tensors[0] - ctx.constants.v_threshold).abs()
+        triangle = isinstance(ctx.constants.surrogate, surrogate.PiecewiseQuadratic)
+        gradient = (1.0 - distance).clamp(min=0.0) if triangle else (distance < 0.5).to(distance.dtype)
+        return grad_spike * gradient, None
 
 
-def spikingjelly_lif(family: Family) -> neuron.LIFNode:
+def spikingjelly_lif(constants: LIFParameters) -> neuron.LIFNode:
     """Return SpikingJelly's neuron in multi-step mode."""
-    gradient = surrogate.PiecewiseQuadratic(1.0) if family.triangle else surrogate.Rect(1.0)
-    options = {"surrogate_function": gradient, "detach_reset": family.detach_reset, "step_mode": "m"}
-    return neuron.LIFNode(tau=family.tau, decay_input=False, v_threshold=family.threshold, **options)
-
-
-# SpikingJelly's layout is [T, B, ...], the paper's [B, T, ...].
-SPIKINGJELLY = Style(0, spikingjelly_lif, layer.SeqToANNContainer)
-STEP_LOOP = Style(1, LIF, EveryFrame)
+    options = asdict(constants)
+    return neuron.LIFNode(surrogate_function=options.pop("surrogate"), step_mode="m", **options)

@@ -9,11 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from benchmarks.candidates import IMPLEMENTATIONS
-from benchmarks.common import OUT_OF_MEMORY, PRECISIONS, grouped
-from gac.files import atomic_write
+from benchmarks.common import OUT_OF_MEMORY, grouped
+from gac.files import atomic_write, writing
 
 RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False}
 RC |= {"axes.axisbelow": True, "axes.edgecolor": "#444444", "grid.color": "#dddddd", "legend.frameon": False}
@@ -26,29 +25,24 @@ def throughput_figure(cells: Sequence[dict[str, Any]], title: str, environment: 
     The vertical axis is images/s x T: computing T steps without any gain or loss is a horizontal line. Bars are
     quartiles; a cross on the axis marks what ran out of memory.
     """
-    panels = grouped(cells, "batch", "precision")
-    batches, precisions = (list(dict.fromkeys(values)) for values in zip(*panels, strict=True))
-    names = [name for name in IMPLEMENTATIONS if any(cell["implementation"] == name for cell in cells)]
+    by_panel = grouped(cells, "batch", "precision")
+    rows, columns = (len(set(values)) for values in zip(*by_panel, strict=True))
     with mpl.rc_context(RC):
-        figure, grid = _panels(len(batches), len(precisions), max(2.8, 5.6 / len(precisions)), 2.4, title, environment)
-        for axes_row, batch in zip(grid, batches, strict=True):
-            for axes, precision in zip(axes_row, precisions, strict=True):
-                by_name = grouped(panels[batch, precision], "implementation")
-                for name in names:
-                    _draw_line(axes, name, by_name.get((name,), []))
-                axes.margins(x=0.06)
-                axes.set_xticks(sorted({cell["T"] for cell in cells}))
-                axes.yaxis.set_major_locator(MaxNLocator(5))
-                axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1000:g}k" if y >= 1000 else f"{y:g}")
-                axes.grid(axis="y")
-                axes.set_title(f"batch {batch}, {PRECISIONS[precision].title}")
+        figure, grid = panels((rows, columns), (max(2.8, 5.6 / columns), 2.4), title, environment)
+        for axes, ((batch, precision), of_panel) in zip(np.ravel(grid), by_panel.items(), strict=True):
+            for (name,), of_line in grouped(of_panel, "implementation").items():
+                _draw_line(axes, name, of_line)
+            axes.set_xticks(sorted({cell["T"] for cell in cells}))
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1000:g}k" if y >= 1000 else f"{y:g}")
+            axes.grid(axis="y")
+            axes.set_title(f"batch {batch}, {precision}")
+        for axes, *_ in grid:
             # After all panels of the row, which share the axis: fixing one end stops its scaling.
-            axes_row[0].set_ylim(bottom=0)
-            axes_row[0].set_ylabel("training, images/s × T")
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel("training, images/s × T")
         for axes in grid[-1]:
             axes.set_xlabel("time steps T")
-        styles = {name: IMPLEMENTATIONS[name].style for name in names}
-        handles = [Line2D([], [], color=color, marker=marker, label=name) for name, (color, marker) in styles.items()]
+        handles, _ = grid[0][0].get_legend_handles_labels()
         if any(cell["train"] == OUT_OF_MEMORY for cell in cells):
             handles.append(Line2D([], [], color="#444444", marker="x", linestyle="none", label=OUT_OF_MEMORY))
         # In two rows: a single panel is narrower than one.
@@ -60,15 +54,12 @@ def _draw_line(axes: Axes, name: str, cells: Sequence[dict[str, Any]]) -> None:
     color, marker = IMPLEMENTATIONS[name].style
     cells = sorted(cells, key=lambda cell: cell["T"])
     measured = [cell for cell in cells if cell["train"] != OUT_OF_MEMORY]
+    durations = [(*cell["train"]["quartiles_ms"], cell["train"]["median_ms"]) for cell in measured]
+    T, batch = (np.array([cell[key] for cell in measured]) for key in ("T", "batch"))
     # The short duration is the high throughput.
-    high, middle, low = (
-        np.array(
-            [1000 * cell["batch"] * cell["T"] / np.percentile(cell["train"]["samples_ms"], q) for cell in measured]
-        )
-        for q in (25, 50, 75)
-    )
+    high, low, middle = 1000 * batch * T / np.array(durations).reshape(-1, 3).T
     style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.4, "capsize": 2.5}
-    axes.errorbar([cell["T"] for cell in measured], middle, yerr=[middle - low, high - middle], **style)
+    axes.errorbar(T, middle, yerr=[middle - low, high - middle], label=name, **style)
     for cell in cells:
         if cell["train"] == OUT_OF_MEMORY:
             axes.plot(cell["T"], 0, color=color, marker="x", clip_on=False)
@@ -78,7 +69,7 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
     """Return a figure with a panel for each dtype; a bar is the bytes per second of one pass over those of a copy."""
     dtypes, groups = grouped(rows, "dtype"), list(grouped(rows, "operation", "shape"))
     with mpl.rc_context(RC):
-        figure, (grid,) = _panels(1, len(dtypes), 6.5, 0.34 * len(groups) + 1.2, title, environment)
+        figure, (grid,) = panels((1, len(dtypes)), (6.5, 0.34 * len(groups) + 1.2), title, environment)
         for axes, ((dtype,), of_dtype) in zip(grid, dtypes.items(), strict=True):
             for offset, (direction, color) in zip((-0.19, 0.19), COLORS.items(), strict=True):
                 bars = [row for row in of_dtype if row["pass"] == direction and row["share_of_copy"]]
@@ -97,17 +88,17 @@ def bandwidth_figure(rows: Sequence[dict[str, Any]], title: str, environment: Ma
     return figure
 
 
-def _panels(
-    rows: int, columns: int, width: float, height: float, title: str, environment: Mapping[str, str]
+def panels(
+    shape: tuple[int, int], size: tuple[float, float], title: str, environment: Mapping[str, str], sharex: bool = True
 ) -> tuple[Figure, Sequence[Sequence[Axes]]]:
-    """Return a figure with panels of some size in inches; its title says where the measurement was made."""
+    """Return a figure of rows and columns of panels, of a width and height in inches; its title says where it ran."""
     where = environment["CPU"] if environment["device"] == "CPU" else environment["device"].split(",")[0]
-    figure = Figure(figsize=(columns * width, rows * height + 1.2), dpi=200, layout="constrained")
+    figure = Figure(figsize=(shape[1] * size[0], shape[0] * size[1] + 1.2), dpi=200, layout="constrained")
     figure.suptitle(f"{title}\n{where}; torch {environment['torch'].split(',')[0]}", fontsize=9.5)
-    return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row")
+    return figure, figure.subplots(*shape, squeeze=False, sharex=sharex, sharey="row")
 
 
 def write(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file."""
-    with atomic_write(path) as file:
+    with writing(path), atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -12,13 +12,12 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity
 
 from benchmarks import candidates, common
 from benchmarks.candidates import NETWORKS, Candidate, Implementation, Setting
@@ -30,51 +29,37 @@ from gac.ops.cuda.compiler import KERNEL_FOLDER
 TABLE = Table(("group", 30), ("ms/step", 9), ("share", 7), ("calls/step", 10))
 # In idle time no kernel runs (on a GPU), or none of torch's operators (on a CPU).
 IDLE, OTHER = "idle", "other"
-# The first pattern that is found in the name decides, whatever its case.
-KERNEL_RULES = (
-    ("BatchNorm", r"batch_?norm|\bbn_|bn_[fb]w"),
+# The first pattern that is found in the name of a kernel or an operator (aten::) decides, whatever its case.
+RULES = {
+    "BatchNorm": r"batch_?norm|\bbn_|bn_[fb]w",
     # Before the convolutions, whose names have memory formats too: these are what channels_last is to avoid.
-    ("layout conversions", r"nchw_?to_?nhwc|nhwc_?to_?nchw"),
-    ("matrix products", r"xmma_gemm(?!.*(fprop|[dw]grad))"),
-    ("convolutions", r"conv(?!ert)|cudnn|xmma|implicit_gemm|winograd|[fdw]grad|fprop|nchw|nhwc"),
-    ("neurons (SpikingJelly)", r"^_?(forward|backward)_kernel|lif"),
-    ("optimiser and loss scaling", r"multi_tensor_apply|sgd|amp_"),
-    ("loss", r"softmax|nll_loss"),
-    ("matrix products", r"gemm|gemv|nvjet|splitk|cublas"),
-    ("copies and casts", r"memcpy|memset|copy|catarray|fill"),
-    ("reductions", r"reduce"),
-    ("element by element", r"elementwise|vectorized"),
-)
-OPERATOR_RULES = (
-    ("BatchNorm", r"batch_?norm"),
-    ("convolutions", r"conv"),
-    ("neurons (SpikingJelly)", r"lif|surrogatespike"),
-    ("neurons (step by step)", r"\bspike"),
-    ("optimiser and loss scaling", r"optimizer|sgd"),
-    ("loss", r"softmax|nll_loss|cross_entropy"),
-    ("matrix products", r"\b(mm|addmm|linear|matmul|bmm)\b"),
-    ("copies and casts", r"copy|::(to|contiguous|clone|cat|stack|repeat|zeros?|zero_|fill_|empty.*)$"),
-    ("reductions", r"::(sum|mean|max|amax)\b"),
-    ("element by element", r"::(add|sub|rsub|mul|div|neg|abs|ge|gt|lt|eq|clamp|sigmoid|where|relu|threshold)"),
-)
+    "layout conversions": r"nchw_?to_?nhwc|nhwc_?to_?nchw",
+    "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|winograd|[fdw]grad|fprop|nchw|nhwc",
+    "neurons (SpikingJelly)": r"^_?(forward|backward)_kernel|lif|surrogatespike",
+    "neurons (step by step)": r"\bspike",
+    "optimiser and loss scaling": r"multi_tensor_apply|optimizer|sgd|\b_?amp_",
+    "loss": r"softmax|nll_loss|cross_entropy",
+    "matrix products": r"gemm|gemv|nvjet|splitk|cublas|aten::(mm|addmm|linear|matmul|bmm)\b",
+    "copies and casts": r"memcpy|memset|copy|catarray|fill"
+    r"|aten::(to|contiguous|clone|cat|stack|repeat|zeros?_?|empty.*)$",
+    "reductions": r"reduce|aten::(sum|mean|max|amax)\b",
+    "element by element": r"elementwise|vectorized"
+    r"|aten::(add|sub|rsub|mul|div|neg|abs|ge|gt|lt|eq|clamp|sigmoid|where|relu|threshold)",
+}
 
 
 def kernel_group(name: str) -> str:
-    """Return the group of a GPU kernel: its own name for this package's, else by KERNEL_RULES."""
+    """Return the group of a GPU kernel: its own name for this package's, else by RULES."""
     ours = re.match(r"(?:void )?(\w+)\s*(?:<|\(|$)", name)
-    return ours[1] if ours is not None and ours[1] in our_kernels() else _first_match([name], KERNEL_RULES)
+    return ours[1] if ours is not None and ours[1] in our_kernels() else operator_group([name])
 
 
 def operator_group(names: Sequence[str]) -> str:
-    """Return the group of an operator on a CPU, by OPERATOR_RULES: the operators it is a part of decide before it.
+    """Return the group of an operator by RULES: the operators that it is a part of decide before it.
 
     ``names`` begin with the outermost and end with its own; the backward pass names nodes by the class behind them.
     """
-    return _first_match(names, OPERATOR_RULES)
-
-
-def _first_match(names: Sequence[str], rules: tuple[tuple[str, str], ...]) -> str:
-    matches = (group for name in names for group, pattern in rules if re.search(pattern, name, re.IGNORECASE))
+    matches = (group for name in names for group, rule in RULES.items() if re.search(rule, name, re.IGNORECASE))
     return next(matches, OTHER)
 
 
@@ -90,8 +75,14 @@ def profile_steps(step: Callable[[], object], steps: int, device: torch.device) 
 
     ``step`` has been warmed up.
     """
+    # The outermost range: what is left of it on a CPU when all operators are taken away is idle.
+    with torch.profiler.profile() as profiler, torch.profiler.record_function(IDLE):
+        for _ in range(steps):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     groups: dict[str, dict[str, Any]] = {}
-    for group, name, ms in (_gpu_times if device.type == "cuda" else _cpu_times)(step, steps, device):
+    for group, name, ms in (_gpu_times if device.type == "cuda" else _cpu_times)(profiler.events()):
         found = groups.setdefault(group, {"ms": 0.0, "calls": 0.0, "names": defaultdict(float)})
         found["ms"] += ms / steps
         found["calls"] += 1 / steps
@@ -99,13 +90,9 @@ def profile_steps(step: Callable[[], object], steps: int, device: torch.device) 
     return groups
 
 
-def _gpu_times(step: Callable[[], object], steps: int, device: torch.device) -> Iterable[tuple[str, str, float]]:
+def _gpu_times(events: Iterable[FunctionEvent]) -> Iterable[tuple[str, str, float]]:
     """Yield group, name and milliseconds of everything that ran."""
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize(device)
-    names, spans = what_ran(profiler.events())
+    names, spans = what_ran(events)
     if not names:
         raise MeasurementError("the profiler recorded nothing of the GPU: is another profiler (CUPTI) active?")
     shares, idle = divide_time(spans)
@@ -125,47 +112,34 @@ def divide_time(spans: Sequence[tuple[float, float]]) -> tuple[list[float], floa
 
     Moments in which several kernels run, on several streams, are divided evenly among them.
     """
-    starting, ending = defaultdict(set), defaultdict(set)
-    for number, (start, end) in enumerate(spans):
-        starting[start].add(number)
-        ending[end].add(number)
-    shares, idle = [0.0] * len(spans), 0.0
-    running: set[int] = set()
-    for moment, following in pairwise(sorted(starting.keys() | ending.keys())):
-        running |= starting[moment]
-        running -= ending[moment]
-        for number in running:
-            shares[number] += (following - moment) / len(running)
-        idle += 0 if running else following - moment
-    return shares, idle
+    moments, places = np.unique(spans, return_inverse=True)
+    starts, ends = places.reshape(-1, 2).T
+    begun, ended = (np.bincount(places, minlength=len(moments)) for places in (starts, ends))
+    running, durations = np.cumsum(begun - ended)[:-1], np.diff(moments)
+    # What a kernel that ran all the time would have got at each moment.
+    share = np.append(0, np.cumsum(durations / np.maximum(running, 1)))
+    return (share[ends] - share[starts]).tolist(), durations[running == 0].sum().item()
 
 
-def _cpu_times(step: Callable[[], object], steps: int, device: torch.device) -> Iterable[tuple[str, str, float]]:
+def _cpu_times(events: Iterable[FunctionEvent]) -> Iterable[tuple[str, str, float]]:
     """Yield group, name and milliseconds of every operator."""
-    profile = torch.profiler.profile(activities=[ProfilerActivity.CPU])
-    # The outermost range: what is left of it when all operators are taken away is idle.
-    with profile as profiler, torch.profiler.record_function(IDLE):
-        for _ in range(steps):
-            step()
-    for event in profiler.events():
-        names, parent = [event.name], event.cpu_parent
-        while parent is not None:
-            names.insert(0, parent.name)
-            parent = parent.cpu_parent
+    for event in events:
+        names = _path(event)
         # What is not in the range, before and after the steps, is the profiler's own.
         if names[0] == IDLE:
             yield IDLE if len(names) == 1 else operator_group(names[1:]), event.name, event.self_cpu_time_total / 1000
 
 
+def _path(event: FunctionEvent | None) -> list[str]:
+    return [] if event is None else [*_path(event.cpu_parent), event.name]
+
+
 def _measure_and_report(options: Namespace, report: common.Report) -> None:
-    device = report.device
-    more = {"rules": dict(KERNEL_RULES if device.type == "cuda" else OPERATOR_RULES), "step": options.step}
-    size, implementations, _ = begin(options, [options.precision], report, **more)
-    report.data["breakdowns"] = []
-    setting = Setting(size, options.time_steps, options.batch, options.precision, options.layout, device)
+    more = {"rules": RULES, "step": options.step, "breakdowns": []}
+    implementations, (setting,) = begin(options, report, **more)
     for each in implementations:
         found = common.or_out_of_memory(partial(_profile, each, setting, options))
-        common.release_cached_memory(device)
+        torch.cuda.empty_cache()
         if found is None:
             print(f"\n{each.name}: {OUT_OF_MEMORY}")
             continue
@@ -187,16 +161,13 @@ def _profile(implementation: Implementation, setting: Setting, options: Namespac
     candidate = Candidate(implementation, setting, setting.weights())
     step = candidate.train_step
     if options.step == "evaluation":
-        candidate.start_evaluation()
+        candidate.network.eval()
         step = candidate.eval_step
     for _ in range(options.warmup):
         step()
-    timing = common.time_in_turns({"step": step}, setting.device, rounds=1, repeats=options.steps)["step"]
-    if timing == OUT_OF_MEMORY:
-        raise torch.OutOfMemoryError
+    timing = common.timing(common.take_turn(step, setting.device, options.steps))
     groups = profile_steps(step, options.steps, setting.device)
-    if candidate.diverged():
-        raise MeasurementError(f"{implementation.name}: the loss is not finite any more")
+    candidate.check_loss()
     found = {"implementation": implementation.name, "layout": implementation.layout(setting), "timing": timing}
     return found | {"profiled_ms": sum(group["ms"] for group in groups.values()), "groups": groups}
 

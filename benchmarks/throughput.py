@@ -23,36 +23,37 @@ import torch
 
 from benchmarks import candidates, common, plot
 from benchmarks.candidates import FLOOR, IMPLEMENTATIONS, Candidate, Implementation, Setting
-from benchmarks.common import OUT_OF_MEMORY, MeasurementError, Table, Timing, or_out_of_memory, time_in_turns
+from benchmarks.common import OUT_OF_MEMORY, Table, Timing, or_out_of_memory
 from benchmarks.equality import begin
 from gac.command_line import at_least
 from gac.errors import InputError
 
-COLUMNS = (("implementation", 17), ("T", 2), ("batch", 5), ("precision", 9), ("layout", 6))
 TABLE = Table(
-    *COLUMNS,
+    *(("implementation", 17), ("T", 2), ("batch", 5), ("precision", 9), ("layout", 6)),
     *(("train ms", 13), ("[quartiles]", 16), ("x floor", 7), ("images/s", 9), ("time steps/s", 12)),
     *(("ms/time step", 12), ("peak GiB", 8), ("eval images/s", 13), ("[quartiles]", 16)),
 )
-LARGEST_BATCH_TABLE = Table(("implementation", 14), *COLUMNS[1:2], *COLUMNS[3:], ("largest batch", 13), ("peak GiB", 8))
+LARGEST_BATCH_TABLE = Table(
+    *(("implementation", 14), ("T", 2), ("precision", 9), ("layout", 6), ("largest batch", 13), ("peak GiB", 8))
+)
 
 
-def print_cell(cell: dict[str, Any], floor: dict[str, Any] | None) -> None:
-    """Print a cell of :func:`measure` as a row of TABLE; ``floor`` is only the convolutions at the same setting."""
-    train, evaluation, batch, T = cell["train"], cell["evaluation"], cell["batch"], cell["T"]
+def print_cell(cell: dict[str, Any], floor: Timing | None) -> None:
+    """Print a cell of :func:`measure` as a row of TABLE; ``floor`` is the convolutions' training step."""
+    train, evaluation = cell["train"], cell["evaluation"]
     row = [OUT_OF_MEMORY, *6 * "-"]
     if train != OUT_OF_MEMORY:
         ms, (low, high) = train["median_ms"], train["quartiles_ms"]
-        alone = floor is None or floor["train"] == OUT_OF_MEMORY
-        row = [f"{ms:.2f}", f"[{low:.2f}, {high:.2f}]", "-" if alone else f"{ms / floor['train']['median_ms']:.2f}"]
-        row += [_rate(train["images_per_second"]), _rate(train["time_steps_per_second"])]
-        row += [f"{train['ms_per_time_step']:.2f}", _gib(cell["peak_bytes"])]
+        of_floor = "-" if floor in (None, OUT_OF_MEMORY) else f"{ms / floor['median_ms']:.2f}"
+        rates = _rate(train["images_per_second"]), _rate(train["time_steps_per_second"])
+        row = [f"{ms:.2f}", f"[{low:.2f}, {high:.2f}]", of_floor, *rates, f"{train['ms_per_time_step']:.2f}"]
+        row.append(_gib(cell["peak_bytes"]))
     if evaluation == OUT_OF_MEMORY:
         row += [OUT_OF_MEMORY, "-"]
     else:
-        low, high = (_rate(1000 * batch / ms) for ms in reversed(evaluation["quartiles_ms"]))
+        low, high = (_rate(1000 * cell["batch"] / ms) for ms in reversed(evaluation["quartiles_ms"]))
         row += [_rate(evaluation["images_per_second"]), f"[{low}, {high}]"]
-    TABLE.row(cell["implementation"], T, batch, cell["precision"], cell["layout"], *row)
+    TABLE.row(*(cell[key] for key in ("implementation", "T", "batch", "precision", "layout")), *row)
 
 
 def _rate(value: float) -> str:
@@ -77,8 +78,7 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
     ``peak_bytes`` is the most that tensors took at once in a training step, weights and optimiser included; None on a
     CPU, where it is not measured, and for the floor. Raises MeasurementError if a loss is not finite at the end.
     """
-    weights, device = setting.weights(), setting.device
-    on_gpu = device.type == "cuda"
+    weights, device, on_gpu = setting.weights(), setting.device, setting.device.type == "cuda"
     workloads: dict[str, Candidate] = {}
     peaks: dict[str, int] = {}
     for each in implementations:
@@ -91,25 +91,19 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
         if peak is not None:
             peaks[each.name] = peak - before
         workload.rest()
-        common.release_cached_memory(device)
-
-    def time_all(calls: dict[str, Callable[[], object]]) -> dict[str, Timing]:
-        def rest(name: str) -> None:
-            workloads[name].rest()
-
-        return time_in_turns(calls, device, options.rounds, options.steps, rest, settle=options.settle)
-
-    timings = {"train": time_all({name: workloads[name].train_step for name in peaks})}
+        torch.cuda.empty_cache()
+    turns = {"rounds": options.rounds, "repeats": options.steps, "settle": options.settle}
+    turns["after_turn"] = lambda name: workloads[name].rest()
+    timings = {"train": common.time_in_turns({name: workloads[name].train_step for name in peaks}, device, **turns)}
     for name, timing in timings["train"].items():
-        if timing != OUT_OF_MEMORY and workloads[name].diverged():
-            where = f"{name}, T={setting.T}, batch {setting.batch}, {setting.precision}"
-            raise MeasurementError(f"{where}: the loss is not finite any more")
+        if timing != OUT_OF_MEMORY:
+            workloads[name].check_loss()
     for workload in workloads.values():
-        workload.start_evaluation()
-    timings["evaluation"] = time_all({name: workload.eval_step for name, workload in workloads.items()})
-    place = {"T": setting.T, "batch": setting.batch, "precision": setting.precision}
+        workload.network.eval()
+    eval_steps = {name: workload.eval_step for name, workload in workloads.items()}
+    timings["evaluation"] = common.time_in_turns(eval_steps, device, **turns)
     return [
-        {"implementation": each.name, **place, "layout": each.layout(setting)}
+        setting.describe(each)
         | {what: _with_rates(taken.get(each.name, OUT_OF_MEMORY), setting) for what, taken in timings.items()}
         | {"peak_bytes": peaks.get(each.name) if on_gpu and each.name != FLOOR else None}
         for each in implementations
@@ -138,7 +132,7 @@ def find_largest_batch(implementation: Implementation, setting: Setting) -> tupl
         peaks[batch] = or_out_of_memory(lambda: _warm_up(make(), 2, setting.device))
         # Autograd graphs hold cycles, which keep their tensors until they are collected.
         gc.collect()
-        common.release_cached_memory(setting.device)
+        torch.cuda.empty_cache()
         return peaks[batch] is not None
 
     batch = largest(fits)
@@ -167,31 +161,30 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
             raise InputError("--largest-batch needs a GPU: on a CPU, memory is not measured and has no fixed end")
         if not options.implementations:
             raise InputError(f"--largest-batch needs one of the implementations {', '.join(candidates.NETWORKS)}")
-    size, implementations, precisions = begin(options, options.precision, report)
+        options.batch = 1
+    implementations, settings = begin(options, report)
     if device.type == "cpu":
         report.line("memory", "not measured on a CPU")
     print()
-    time_steps = dict.fromkeys(options.time_steps)
     if options.largest_batch:
         LARGEST_BATCH_TABLE.header()
-        for T, precision, each in product(time_steps, precisions, implementations):
-            setting = Setting(size, T, 1, precision, options.layout, device)
+        for setting, each in product(settings, implementations):
             batch, peak = find_largest_batch(each, setting)
-            LARGEST_BATCH_TABLE.row(each.name, T, precision, each.layout(setting), batch, _gib(peak))
-            place = {"implementation": each.name, "T": T, "precision": precision, "layout": each.layout(setting)}
-            report.add("largest_batches", [{**place, "batch": batch, "peak_bytes": peak}])
+            found = replace(setting, batch=batch).describe(each) | {"peak_bytes": peak}
+            LARGEST_BATCH_TABLE.row(each.name, setting.T, setting.precision, found["layout"], batch, _gib(peak))
+            report.add("largest_batches", [found])
         return
     TABLE.header()
-    cells: list[dict[str, Any]] = []
-    for T, batch, precision in product(time_steps, dict.fromkeys(options.batch), precisions):
-        found = measure(implementations, Setting(size, T, batch, precision, options.layout, device), options)
-        for cell in found:
-            print_cell(cell, next((each for each in found if each["implementation"] == FLOOR), None))
-        cells += found
-        report.add("cells", found)
+    for setting in settings:
+        cells = measure(implementations, setting, options)
+        floor = {cell["implementation"]: cell["train"] for cell in cells}.get(FLOOR)
+        for cell in cells:
+            print_cell(cell, floor)
+        report.add("cells", cells)
     if options.plot is not None:
+        size = settings[0].size
         title = f"{size.network}, width {size.width}, {size.image_size} × {size.image_size} pixels"
-        plot.write(plot.throughput_figure(cells, title, report.environment), options.plot)
+        plot.write(plot.throughput_figure(report.data["cells"], title, report.environment), options.plot)
 
 
 PARSER = common.make_parser("benchmarks.throughput", __doc__, "all measurements", "the training throughput")

@@ -4,6 +4,7 @@ Whatever is wrong with a command line or a configuration file becomes one line o
 """
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -15,8 +16,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import nn
 
-from gac.analysis.energy import IMAGES, format_energy, measure_energy
+from gac.analysis.energy import IMAGES, format_energy
+from gac.analysis.report import check_replaceable, energy_of, write_report, write_saliency
+from gac.analysis.running import find_layer
+from gac.checkpoint import build_network, read_checkpoint
+from gac.config import Config
 from gac.errors import InputError
 from gac.evaluation.report import evaluate_checkpoint, format_report
 from gac.execution.distributed import Ranks, is_lost_connection, process_group
@@ -27,6 +33,8 @@ from gac.training.dry_run import dry_run, overfit_one_batch
 from gac.training.engine import train
 from gac.training.signals import Interrupted
 from gac.training.totals import TrainingDiverged
+
+logger = logging.getLogger("gac")
 
 
 def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[str] | None], int]:
@@ -85,14 +93,34 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
         _show(verdict)
         return 0 if learnt else 1
     else:
+        folder = parsed.output / "report"
+        if parsed.report:
+            ranks.on_main(lambda: check_replaceable(folder))
         train(parsed.config, parsed.output, parsed.resume, ranks=ranks)
+        if parsed.report:
+            # By one process, which sees all images.
+            ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder))
     return 0
+
+
+def _report(config: Config, checkpoint: Path, folder: Path) -> None:
+    """Write the report of a run's best network."""
+    digest = hashlib.sha256()
+    payload = read_checkpoint(checkpoint, digest)
+    report = evaluate_checkpoint(checkpoint, payload, config, sample=IMAGES)
+    write_report(report, digest.hexdigest(), energy_of(report), folder, may_replace=True)
+    logger.info("a page about it: %s", folder / "index.html")
 
 
 @_program
 def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
     """Run eval.py's command line and return its exit status."""
-    parsed = ranks.together(lambda: parse_eval(arguments))
+    parsed = ranks.together(lambda: parse_eval(arguments, ranks.size))
+    if parsed.layer is not None:
+        # Its name is known to be right before hours of work rather than after them.
+        options = {name: value for name, value in parsed.network.items() if name != "T"}
+        find_layer(build_network(parsed.payload, **options), parsed.layer, nn.Module, "layer")
+    looks = parsed.report is not None or parsed.saliency is not None
     report = evaluate_checkpoint(
         parsed.checkpoint,
         parsed.payload,
@@ -100,16 +128,15 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
         parsed.network,
         ranks,
         amp=parsed.amp,
-        unlabelled=parsed.predictions is not None,
-        sample=IMAGES if parsed.energy else 0,
+        unlabelled=parsed.predictions is not None or looks,
+        sample=IMAGES if parsed.energy or looks else 0,
     )
     if not ranks.is_main:
         return 0
     text, values = format_report(report), report.to_dict()
+    if parsed.energy or parsed.report is not None:
+        sample, energy = report.sample, energy_of(report)
     if parsed.energy:
-        sample = report.sample
-        with sample.running():
-            energy = measure_energy(sample.network, sample.inputs())
         text += f"\n\nenergy of an image over T={sample.network.T} steps, mean over {sample}\n{format_energy(energy)}"
         values["energy"] = {"data": str(sample)} | energy.to_dict()
     # Files are written before anything is printed, but one that cannot be written costs no other result.
@@ -120,6 +147,10 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
             last_first.callback(_write, parsed.json, lambda file: file.write(content))
         if parsed.predictions is not None:
             last_first.callback(_write, parsed.predictions, report.write_predictions)
+        if parsed.report is not None:
+            last_first.callback(write_report, report, parsed.sha256, energy, parsed.report, parsed.layer)
+        if parsed.saliency is not None:
+            last_first.callback(_write, parsed.saliency, lambda file: write_saliency(report, file, parsed.layer))
     return 0
 
 

@@ -25,19 +25,24 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists all options")
 
     def add(self, name: str, help: str, **options: Any) -> None:
-        """Add an option; one whose ``default`` is a list takes several values."""
-        several = {"nargs": "+"} if isinstance(options.get("default"), list) else {}
+        """Add an option; one whose ``default`` is a list takes several values, of which equal ones count once."""
+        several = {"nargs": "+", "action": _Distinct} if isinstance(options.get("default"), list) else {}
         self.add_argument(name, help=help, **several, **options)
 
 
-def finish(run: Callable[[], object]) -> int:
-    """Run a program and return its exit status: 0, or 1 for results that cannot be written and 2 for bad input.
+class _Distinct(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: list, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
 
-    Of these one line is printed to stderr.
+
+def finish(run: Callable[[], object], *failures: type[Exception]) -> int:
+    """Run a program and return its exit status: 0, or 2 for bad input and 1 for results that cannot be written.
+
+    Of these, and of ``failures``, which are 1 too, one line is printed to stderr.
     """
     try:
         run()
-    except (InputError, ResultsNotWritten) as error:
+    except (InputError, ResultsNotWritten, *failures) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from pydantic.dataclasses import dataclass
 
 from gac.coding import Coding
-from gac.coding.gated import TemporalInit
+from gac.coding.gated import Gate, TemporalInit
 from gac.errors import InputError, did_you_mean, quoted
 from gac.models.registry import family_of
 from gac.neuron import SURROGATE_SPELLINGS, Backend, Surrogate, preset_constants
@@ -76,23 +76,34 @@ def _configuration(prefix: str) -> Callable[[type], type]:
     return decorate
 
 
+EVENT_SETS = ("cifar10dvs", "dvs128gesture", "ncaltech101")
+"""The values of data.name that are sets of events of SpikingJelly."""
+
+
 @_configuration("data.")
 class DataConfig:
     """The data set and its augmentation."""
 
-    name: Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic"] = "cifar10"
+    name: Literal["digits", "cifar10", "cifar100", "npz", "imagefolder", "synthetic", *EVENT_SETS] = "cifar10"
     """Data set: digits (inside scikit-learn), cifar10 and cifar100 (torchvision), npz (arrays x_train, y_train, x_test,
     y_test of images, or of event frames for the model.T time steps), imagefolder (train/ and val/ with one folder per
-    class) or synthetic (random pixels)."""
+    class), synthetic (random pixels), or cifar10dvs, dvs128gesture or ncaltech101 (events, which SpikingJelly counts
+    into one frame for each of the model.T time steps)."""
     root: str = "data"
     """Folder of the data set; for npz the file itself. Not used by digits and synthetic."""
     download: bool = False
-    """Let torchvision download CIFAR into root when it is not there."""
+    """Let torchvision download CIFAR, or SpikingJelly CIFAR10-DVS, into root when it is not there."""
     crop_padding: NonNegativeInt = 4
     """All but imagefolder: pixels of black padding on each side of a training image before a random crop back
     to the image size; 0 turns the crop off."""
     horizontal_flip: bool = True
     """All data sets: flip each training image left to right with probability 1/2."""
+    roll: NonNegativeInt = 0
+    """All but imagefolder: shift each training image by up to so many pixels in both directions, after crop and flip;
+    what leaves it on one side comes back on the other. Customary with events."""
+    event_pool: PositiveInt = 1
+    """Sets of events: add up the events of squares of so many pixels a side, which makes frames smaller; 1 keeps the
+    sensor's pixels."""
     image_size: PositiveInt = 224
     """Side of the images in pixels that imagefolder crops to and synthetic makes."""
     resize: int = 256
@@ -117,6 +128,11 @@ class DataConfig:
         if self.name == "imagefolder" and self.resize < self.image_size:
             allowed = f"at least data.image_size ({self.image_size}), which is cropped from it"
             raise FieldError("data.resize", allowed, self.resize)
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether opening the data set may write into root, which processes must do one after another."""
+        return self.download or self.name in EVENT_SETS
 
 
 @_configuration("model.")
@@ -144,6 +160,9 @@ class ModelConfig:
     temporal_init: TemporalInit = "default"
     """Gated attention: initial weights of the temporal branch. default is the authors' (each hidden unit
     starts dead for static images with probability 1/2); alive flips the sign of the rows that would be dead."""
+    gate: Gate = "both"
+    """Gated attention: both attentions, as published, or for ablations only one of them, temporal or spatial_channel,
+    with 1 in place of the other."""
     backend: Backend = "auto"
     """What runs the neurons: cupy (CUDA kernels of this package), torch (on a CUDA device SpikingJelly's execution, or
     the reference loop where it has no fused one; on the CPU a loop in place) or auto (cupy on a CUDA device where CuPy

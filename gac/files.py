@@ -72,6 +72,25 @@ def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = l
         os.close(folder)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike, may_replace: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
+    """Make a folder that is called ``path`` once everything is in it.
+
+    What is there must be an empty folder, or one that may be replaced, which is deleted; else FileExistsError is
+    raised. ``path`` stays as it was if the block fails.
+    """
+    path = Path(os.path.realpath(path))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as scratch:
+        made, old = Path(scratch, "new"), Path(scratch, "old")
+        made.mkdir()
+        yield made
+        if path.is_dir() and (may_replace(path) or not any(path.iterdir())):
+            os.rename(path, old)
+        elif path.exists():
+            raise FileExistsError(errno.EEXIST, "it exists and is no empty folder")
+        os.rename(made, path)
+
+
 def remove_leftovers(path: str | os.PathLike) -> None:
     """Delete the temporary files of killed writers of ``path``; call it only while nobody writes ``path``."""
     path = Path(path)
@@ -116,8 +135,27 @@ def check_writable(path: Path, option: str) -> Path:
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"{option} {path}: expected a file in a folder that exists")
+    _check_parent(path, option)
+    return path
+
+
+def check_new_folder(path: Path, option: str) -> Path:
+    """Return ``path``, the value of a command-line option; raise InputError if no folder can be made there.
+
+    A folder that is empty counts as none.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(
+            f"{option} {path}: the folder is not empty, and nothing in it is overwritten: name another one"
+        )
+    if not path.is_dir() and (path.exists() or not path.absolute().parent.is_dir()):
+        raise InputError(f"{option} {path}: expected a new folder, in one that exists")
+    _check_parent(path, option)
+    return path
+
+
+def _check_parent(path: Path, option: str) -> None:
     try:
         tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as error:
         raise InputError(f"{option} {path}: its folder cannot be written: {error.strerror}") from error
-    return path

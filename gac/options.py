@@ -6,6 +6,7 @@ Both spell every value as text, which means the same in either place; options an
 
 import argparse
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import yaml
 from gac.checkpoint import is_ours, read_checkpoint, read_config
 from gac.config import EVALUATION_FIELDS, FIELDS, SECTIONS, Config, FieldError
 from gac.errors import InputError, abridged
-from gac.files import check_writable, user_path
+from gac.files import check_new_folder, check_writable, user_path
 
 # A value as it is written, None for YAML's null, and where it stands in a file.
 _Written = tuple[str | None, str]
@@ -30,6 +31,7 @@ class TrainArguments(NamedTuple):
     config: Config
     output: Path
     resume: str | None
+    report: bool
     dry_run: bool
     overfit_one_batch: bool
 
@@ -45,7 +47,7 @@ class EvalArguments(NamedTuple):
 
     ``payload`` is the checkpoint's content, ``config`` its own with overrides, ``network`` those of T, coding,
     neuron and its constants, which :func:`gac.checkpoint.build_network` takes, ``amp`` that of train.amp, None if
-    there is none.
+    there is none, ``sha256`` the digest of the checkpoint's file.
     """
 
     checkpoint: Path
@@ -56,13 +58,17 @@ class EvalArguments(NamedTuple):
     json: Path | None
     predictions: Path | None
     energy: bool
+    report: Path | None
+    saliency: Path | None
+    layer: str | None
+    sha256: str
 
 
 def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
     """Return what a command line of train.py, run by so many processes, asks for. Raises InputError."""
     given, overrides = _read_command_line(
         arguments,
-        "train.py --config FILE [--output FOLDER] [--resume auto|FILE | --dry-run | --overfit-one-batch]",
+        "train.py --config FILE [--output FOLDER] [--resume auto|FILE | --dry-run | --overfit-one-batch] [--report]",
         "Train a network and write all results to a run folder.",
         {
             "--config FILE": "YAML file with the options below; see configs/.",
@@ -71,6 +77,8 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
             "afresh if there is none; a file continues that checkpoint. train.epochs may be more than before: from "
             "there on the learning rate is that of a run of so many, not what such a run without the stop gives.",
             "--init FILE": "Begin with the weights of a checkpoint; the same as --train.init.",
+            "--report": "At the end write a page about best.pt to the folder report in the run folder, as eval.py"
+            " --report does; an earlier report there is replaced.",
             "--dry-run": "Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary "
             "folder next to --output, which stays as it is.",
             "--overfit-one-batch": "Train on the first batch only, without augmentation and mixing, and say whether it "
@@ -80,6 +88,8 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
     )
     if len(modes := [name for name in ("resume", "dry-run", "overfit-one-batch") if name in given]) > 1:
         raise InputError(f"--{modes[0]} and --{modes[1]} exclude each other: choose one")
+    if "report" in given and (trial := {"dry-run", "overfit-one-batch"} & given.keys()):
+        raise InputError(f"--report is of a run that stays: leave out --{min(trial)}")
     if processes > 1 and not {"dry-run", "overfit-one-batch"}.isdisjoint(given):
         raise InputError("--dry-run and --overfit-one-batch are for a single process: start train.py without torchrun")
     if not given.get("config"):
@@ -91,14 +101,19 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
     path = Path(given["config"])
     config = _make_config(Config(), _read_yaml(path) | overrides)
     output = Path(given.get("output") or Path("runs", path.stem))
-    return TrainArguments(config, output, given.get("resume"), "dry-run" in given, "overfit-one-batch" in given)
+    flags = (name in given for name in ("report", "dry-run", "overfit-one-batch"))
+    return TrainArguments(config, output, given.get("resume"), *flags)
 
 
-def parse_eval(arguments: Sequence[str]) -> EvalArguments:
-    """Return what a command line of eval.py asks for, with the checkpoint read. Raises InputError."""
+def parse_eval(arguments: Sequence[str], processes: int = 1) -> EvalArguments:
+    """Return what a command line of eval.py, run by so many processes, asks for, with the checkpoint read.
+
+    Raises InputError.
+    """
     given, overrides = _read_command_line(
         arguments,
-        "eval.py --checkpoint FILE [--json FILE] [--predictions FILE] [--energy]",
+        "eval.py --checkpoint FILE [--json FILE] [--predictions FILE] [--energy] [--report FOLDER] "
+        "[--saliency FILE] [--layer NAME]",
         "Score the network of a checkpoint on a test set. Defaults are the values it was trained with; a checkpoint of "
         "the authors holds none, so --data.name is required with it. Of what a checkpoint says, data.download is never "
         "followed, and data.root only where it exists on this machine.",
@@ -110,13 +125,24 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
             " there, as CSV. With it data.name imagefolder also takes a folder of images without class folders.",
             "--energy": "Count the operations of each layer on some of the test images and print the energy of an image"
             " in two conventions; see docs/energy.md.",
+            "--report FOLDER": "Write a page about the network there, index.html, with all tables and figures behind"
+            " it: accuracy, energy, firing rates, spikes, gates, saliency. The folder must be new or empty.",
+            "--saliency FILE": "Draw some of the test images there, as PNG, under maps of what speaks for the class"
+            " that each is taken for, at every time step; see docs/analysis.md. With it and with --report, as with"
+            " --predictions, a folder of images without class folders is taken.",
+            "--layer NAME": "The layer whose saliency is drawn, for example stages.2; without it the last stage whose"
+            " maps have 4 x 4 pixels.",
         },
         EVALUATION_FIELDS,
     )
     if not given.get("checkpoint"):
         raise InputError("--checkpoint is required: name a file, for example --checkpoint runs/digits/best.pt")
+    if processes > 1 and {"report", "saliency"} & given.keys():
+        # One that has a part of the images would call them all of them.
+        raise InputError("--report and --saliency are for a single process: start eval.py without torchrun")
     path = Path(given["checkpoint"])
-    payload = read_checkpoint(path)
+    digest = hashlib.sha256()
+    payload = read_checkpoint(path, digest)
     if not is_ours(payload) and "data.name" not in overrides:
         raise InputError(
             f"checkpoint {path} does not say what it was trained on: name it with --data.name, for example"
@@ -146,12 +172,27 @@ def parse_eval(arguments: Sequence[str]) -> EvalArguments:
     if config.data.name == "npz":
         used[os.path.realpath(user_path(config.data.root, "data.root"))] = "data.root"
     outputs: dict[str, Path] = {}
-    for name in [each for each in ("json", "predictions") if each in given]:
+    for name in [each for each in ("json", "predictions", "saliency") if each in given]:
         outputs[name] = check_writable(Path(given[name]), f"--{name}")
         if (other := used.setdefault(os.path.realpath(outputs[name]), f"--{name}")) != f"--{name}":
             raise InputError(f"--{name} {outputs[name]} is the file of {other} too: choose another one")
-    files = outputs.get("json"), outputs.get("predictions")
-    return EvalArguments(path, payload, config, network, amp, *files, "energy" in given)
+    if "layer" in given and not {"saliency", "report"} & given.keys():
+        raise InputError("--layer is the layer of --saliency and --report: add one of them")
+    report = check_new_folder(Path(given["report"]), "--report") if "report" in given else None
+    return EvalArguments(
+        checkpoint=path,
+        payload=payload,
+        config=config,
+        network=network,
+        amp=amp,
+        json=outputs.get("json"),
+        predictions=outputs.get("predictions"),
+        energy="energy" in given,
+        report=report,
+        saliency=outputs.get("saliency"),
+        layer=given.get("layer"),
+        sha256=digest.hexdigest(),
+    )
 
 
 # What the options that are no fields call a value that names a file or a folder.

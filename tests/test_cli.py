@@ -71,8 +71,8 @@ def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file)
     config = Config(
         data=DataConfig(
             name="npz", root="12", download=True, crop_padding=1, horizontal_flip=False, image_size=32, resize=40,
-            augment="randaugment", augment_group=3, random_erasing=0.5, workers=0, synthetic_classes=3,
-            synthetic_images=9,
+            roll=2, event_pool=4, augment="randaugment", augment_group=3, random_erasing=0.5, workers=0,
+            synthetic_classes=3, synthetic_images=9,
         ),
         model=ModelConfig(
             "msresnet18", "rate", 3, 8, [2, 1], "cifar", 2, 1, "alive", "torch", 1.5, 0.25, "super_spike", True
@@ -278,7 +278,7 @@ sys.exit(train_main(["--config", {path!r}, "--output", {str(tmp_path / "run")!r}
 def test_a_report_that_cannot_be_written_fails_before_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "read_checkpoint", lambda path: {"stem": torch.zeros(1)})
+    monkeypatch.setattr(options, "read_checkpoint", lambda path, digest: {"stem": torch.zeros(1)})
     arguments = ["--checkpoint", "x.pt", "--data.name", "digits", "--json"]
     assert parse_eval([*arguments, str(tmp_path / "report.json")]).json == tmp_path / "report.json"
     assert list(tmp_path.iterdir()) == []

@@ -1,13 +1,13 @@
-"""python -m gac.demo: what it prints is what the network does, and every picture is there."""
+"""python -m gac.demo: what it prints is what the network does, and the page is there."""
 
 import re
 import socket
 
 import pytest
 import torch
-from PIL import Image
 
 import gac
+from gac.analysis.report import is_report
 from gac.data.digits import load_digits
 from gac.demo import main
 
@@ -15,7 +15,7 @@ from gac.demo import main
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """The demo's output folder and what it printed, made without a network connection."""
-    folder = tmp_path_factory.mktemp("demo") / "pictures"
+    folder = tmp_path_factory.mktemp("demo") / "page"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the demo opened a connection"))
         printed = []
@@ -26,16 +26,14 @@ def done(tmp_path_factory):
     return folder, "\n".join(printed)
 
 
-def test_every_picture_is_written_and_named(done):
+def test_the_page_is_written_and_named(done):
     folder, printed = done
-    named = re.findall(r"^wrote +(.+)$", printed, flags=re.MULTILINE)
-    assert sorted(named) == sorted(map(str, folder.iterdir()))
-    names = {path.stem for path in folder.iterdir()}
-    assert names == {"accuracy", "predictions", "gates", "raster", "firing", "energy"}
-    for path in folder.iterdir():
-        with Image.open(path) as picture:
-            # More than one colour: something is drawn.
-            assert len(picture.convert("L").getcolors()) > 20
+    (page,) = re.findall(r"^all of it +(.+)$", printed, flags=re.MULTILINE)
+    assert page == str(folder / "index.html")
+    assert "99.17 %" in (folder / "index.html").read_text()
+    names = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"accuracy", "predictions", "gate_maps", "raster_1", "firing", "energy", "saliency"} <= names
+    assert is_report(folder)
 
 
 def test_what_is_said_of_the_images_is_what_the_network_says(done, one_thread):
@@ -65,8 +63,11 @@ def test_energy_names_both_conventions_and_the_images(done):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--output", str(tmp_path / "file")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: cannot write {tmp_path / 'file'}: ")
+    assert main(["--output", str(tmp_path / "file" / "page")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'file' / 'page'}: ")
+    assert main(["--output", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path} holds something else than a report")
     assert main(["--outptu", "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--outptu" in line

@@ -27,7 +27,13 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     names: dict[str, object] = {}
     for block in python_blocks("analysis.md"):
         exec(block, names)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"firing.png", "gates.png", "raster.png", "energy.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "firing.png",
+        "gates.png",
+        "raster.png",
+        "energy.png",
+        "saliency.png",
+    }
     capsys.readouterr()
     names["images"] = torch.rand(2, 1, 8, 8)
     # The last one needs NeuroBench, which is no dependency.

@@ -1,5 +1,6 @@
 """eval.py on checkpoints of both kinds."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from gac import create_model
 from gac.checkpoint import read_checkpoint, write_checkpoint
 from gac.cli import eval_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
+from gac.errors import InputError
 from gac.options import parse_eval
 from gac.training.engine import train
 from recorded_graph import CaptureByRecording
@@ -278,3 +281,41 @@ def test_fewer_images_are_kept_where_the_memory_is_small(
     assert eval_main(["--checkpoint", str(run / "best.pt"), "--energy", "--device=cpu"]) == 0
     assert "too little memory to keep 256 test images for a closer look: 4 are kept" in caplog.text
     assert "mean over 4 of the 10 test images of synthetic" in capsys.readouterr().out
+
+
+def test_a_report_and_saliency_are_of_the_file_that_was_scored(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "page"
+    folder.mkdir()
+    command = ["--checkpoint", str(run / "best.pt"), "--report", str(folder)]
+    # Files of results may go into it.
+    assert eval_main([*command, "--json", str(folder / "scores.json")]) == 0
+    assert "energy" not in capsys.readouterr().out
+    digest = hashlib.sha256((run / "best.pt").read_bytes()).hexdigest()
+    assert digest in (folder / "index.html").read_text()
+    report, scores = (json.loads((folder / name).read_text()) for name in ("report.json", "scores.json"))
+    assert report["sha256"] == digest
+    assert report["scores"]["top1_by_time"] == scores["scores"]["top1_by_time"]
+    before = sorted(folder.rglob("*"))
+    message = error_of(capsys, *command)
+    assert (
+        message
+        == f"error: --report {folder}: the folder is not empty, and nothing in it is overwritten: name another one\n"
+    )
+    assert sorted(folder.rglob("*")) == before
+    saliency = tmp_path / "maps.png"
+    command = ["--checkpoint", str(run / "best.pt"), "--saliency", str(saliency), "--layer"]
+    assert eval_main([*command, "stages.0"]) == 0
+    with Image.open(saliency) as picture:
+        assert len(set(picture.convert("L").get_flattened_data())) > 20
+    capsys.readouterr()
+    assert error_of(capsys, *command, "stage.0").startswith(
+        "error: there is no layer 'stage.0' (did you mean stages.0?): there are stem, stem.conv, stem.norm and "
+    )
+    with pytest.raises(InputError, match="without torchrun"):
+        parse_eval(command[:-1], processes=2)
+    assert "add one of them" in error_of(capsys, *command[:2], "--layer", "stages.0")
+    command = ["--checkpoint", str(run / "best.pt"), "--report", str(folder)]
+    for place, reason in ((run / "best.pt", "expected a new folder"), (tmp_path / "no" / "page", "in one that exists")):
+        assert reason in error_of(capsys, *command[:2], "--report", str(place))

@@ -7,7 +7,7 @@ import pytest
 
 from gac import files
 from gac.errors import InputError
-from gac.files import atomic_write, remove_leftovers, user_path, writing
+from gac.files import atomic_folder, atomic_write, remove_leftovers, user_path, writing
 
 
 def test_the_file_appears_whole(tmp_path):
@@ -140,3 +140,32 @@ def test_an_error_that_was_there_before_is_not_one_of_writing(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"^worker died$"):
         fail()
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "results"
+    target.mkdir()
+    with atomic_folder(target) as made:
+        (made / "one").write_text("1")
+        assert os.listdir(target) == []
+    assert os.listdir(target) == ["one"]
+
+    def write_half():
+        with atomic_folder(target, lambda path: True) as made:
+            (made / "two").write_text("2")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write_half()
+    with pytest.raises(FileExistsError), atomic_folder(target):
+        pass
+    assert os.listdir(target) == ["one"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "file", lambda path: True):
+        pass
+    (tmp_path / "link").symlink_to(target)
+    with atomic_folder(tmp_path / "link", lambda path: path == target) as made:
+        (made / "three").write_text("3")
+    assert (tmp_path / "link").is_symlink()
+    assert os.listdir(target) == ["three"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "results"]

@@ -1,5 +1,6 @@
 """train.py as a user runs it: a real process, real signals."""
 
+import hashlib
 import json
 import os
 import random
@@ -420,3 +421,27 @@ def test_bad_input_is_status_2_and_one_line(config_file: Path, tmp_path: Path) -
     assert stderr.count("\n") == 1
     assert stderr.startswith("error: unknown network 'gac_resnet18', expected one of: gac_msresnet18_cifar")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_report_of_the_best_network_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, epochs = replace(CONFIG.data, synthetic_images=40), replace(CONFIG.train, epochs=1)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(replace(CONFIG, data=data, train=epochs).to_dict()))
+    command = ["--config", str(path), "--output", str(tmp_path / "run"), "--report"]
+    assert train_main(command) == 0
+    report = json.loads((tmp_path / "run/report/report.json").read_text())
+    best = tmp_path / "run/best.pt"
+    assert report["sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
+    (line,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert report["scores"]["top1"] == line["test_top1"]
+    # One more epoch: the report of the first is replaced, unless something else lies beside it.
+    again = [*command, "--resume=auto", "--train.epochs=2"]
+    assert train_main(again) == 0
+    assert json.loads((tmp_path / "run/report/report.json").read_text())["config"]["train"]["epochs"] == 2
+    (tmp_path / "run/report/mine").write_text("")
+    capsys.readouterr()
+    assert train_main(again) == 2
+    assert "holds something else than a report" in capsys.readouterr().err
+    assert train_main([*command, "--dry-run"]) == 2
+    assert "leave out --dry-run" in capsys.readouterr().err

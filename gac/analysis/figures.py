@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 import matplotlib as mpl
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -16,6 +19,7 @@ from torch import Tensor
 from gac.analysis.energy import Energy
 from gac.analysis.firing import LayerFiring
 from gac.analysis.gates import Gates
+from gac.analysis.saliency import Saliency
 from gac.data import DataInfo
 from gac.data.arrays import ArraySet
 from gac.evaluation.predictions import ClassScore
@@ -37,6 +41,8 @@ _STYLE = {
     "grid.linewidth": 0.5,
     "legend.frameon": False,
     "image.interpolation": "nearest",
+    # The name of a class may have dollars in it.
+    "text.parse_math": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), _INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
 }
@@ -156,13 +162,52 @@ def gate_maps_figure(
     return figure
 
 
+def saliency_figure(
+    images: Tensor, saliency: Saliency, data: DataInfo | ArraySet, captions: Sequence[str] | None = None
+) -> Figure:
+    """Return images [N, C, H, W] (or event frames [N, T, C, H, W]) under their saliency maps, and the spikes beside.
+
+    The maps are those of the mean over time and of each time step, in parts of the image's largest mean and of its
+    largest value in any step; what is negative, and speaks against the class, is left out. The images are normalised
+    as ``data`` says.
+    """
+    spikes = saliency.spikes.numpy()
+    by_time, mean = (maps.clamp(min=0) for maps in (saliency.maps, saliency.mean[:, None]))
+    shares = torch.cat([maps / maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-30) for maps in (mean, by_time)], 1)
+    shares = F.interpolate(shares, images.shape[-2:], mode="bilinear").numpy()
+    titles = ["image", "mean over t", *(f"t = {step}" for step in range(1, shares.shape[1])), "spikes"]
+    with mpl.rc_context(_STYLE):
+        size = 1.0 * len(titles) + 1.8, 1.0 * len(images) + 0.9
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        grid = figure.subplots(len(images), len(titles), squeeze=False)
+        for row, (axes_row, image) in enumerate(zip(grid, images, strict=True)):
+            for axes in axes_row[:-1]:
+                _show(axes, image, data)
+            for axes, share in zip(axes_row[1:-1], shares[row], strict=True):
+                # The image is seen where nothing speaks for the class.
+                axes.imshow(share, cmap=_RATES, vmin=0, vmax=1, alpha=0.8 * share)
+            counted = axes_row[-1].imshow(spikes[row], cmap="gray", vmin=0, vmax=max(1, spikes.max()))
+            _bare(axes_row[-1])
+            if captions is not None:
+                lines = (_short(line, 16) for line in captions[row].splitlines())
+                axes_row[0].set_ylabel("\n".join(lines), fontsize=8)
+        for axes, title in zip(grid[0], titles, strict=True):
+            axes.set_title(title)
+        maps = ScalarMappable(Normalize(0, 1), _RATES)
+        for drawn, label in ((counted, f"spikes in {saliency.spiking_layer}"), (maps, f"Grad-CAM of {saliency.layer}")):
+            figure.colorbar(drawn, ax=grid, label=label, shrink=min(1.0, 2 / len(images)))
+    return figure
+
+
 def accuracy_figure(top1_by_time: Sequence[float]) -> Figure:
     """Return the top-1 accuracy, in percent, of the outputs' mean over the first t time steps, against t."""
     steps = np.arange(1, len(top1_by_time) + 1)
     with _panel(min(6.4, 2.6 + 0.4 * len(steps)), 2.6) as (figure, axes):
         axes.plot(steps, top1_by_time, color=_BLUE, marker="o", markersize=4.5)
         for step, top1 in zip(steps, top1_by_time, strict=True) if len(steps) <= 10 else ():
-            axes.annotate(f"{top1:.2f}", (step, top1), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            # Beside a line that rises from the first point.
+            offset = (0, -12) if step == 1 and top1 < max(top1_by_time[:2]) else (0, 6)
+            axes.annotate(f"{top1:.2f}", (step, top1), offset, textcoords="offset points", ha="center", fontsize=8)
         axes.set_xticks(_steps(len(steps))[1])
         axes.margins(x=0.1, y=0.2)
         axes.grid(axis="y")
@@ -178,9 +223,11 @@ def prediction_figure(
     """Return images [N, C, H, W] (or event frames [N, T, C, H, W]), each beside the class probabilities at every step.
 
     ``probabilities``, [T, N, K], are those of the outputs' mean over the first t steps; the largest has the other
-    colour. The images are normalised as ``data`` says.
+    colour. Of more than 30 classes each image has the 10 that are most probable at any step. The images are normalised
+    as ``data`` says.
     """
     steps, count, classes = probabilities.shape
+    few = classes <= _MOST_CLASSES
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(1.5 * (steps + 1), 1.25 * count + 0.5), dpi=150, layout="constrained")
         grid = figure.subplots(count, steps + 1, squeeze=False)
@@ -188,20 +235,24 @@ def prediction_figure(
             _show(axes_row[0], image, data)
             if captions is not None:
                 axes_row[0].set_ylabel(_short(captions[row], 14))
-            for axes, shares in zip(axes_row[1:], probabilities[:, row].cpu().numpy(), strict=True):
+            of_image = probabilities[:, row].cpu()
+            shown = torch.arange(classes) if few else of_image.amax(0).topk(10).indices.sort().values
+            for axes, shares in zip(axes_row[1:], of_image[:, shown].numpy(), strict=True):
                 best = shares.argmax()
-                axes.bar(range(classes), 100 * shares, color=[_ORANGE if k == best else _BLUE for k in range(classes)])
-                name = data.class_names[best] if data.class_names else str(best)
+                colors = [_ORANGE if k == best else _BLUE for k in range(len(shown))]
+                axes.bar(range(len(shown)), 100 * shares, color=colors)
+                name = data.class_names[shown[best]] if data.class_names else str(int(shown[best]))
                 axes.text(best, 100 * shares[best] + 3, _short(name, 10), ha="center", va="bottom", fontsize=8)
                 axes.set_ylim(0, 125)
                 axes.set_yticks((0, 50, 100), ("0", "50", "100 %") if axes is axes_row[1] else ("", "", ""))
                 axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-                axes.tick_params(labelsize=7.5, labelbottom=row == count - 1)
+                axes.tick_params(labelsize=7.5, labelbottom=few and row == count - 1)
                 axes.grid(axis="y")
         grid[0, 0].set_title("image")
         for step, axes in enumerate(grid[0, 1:], 1):
             axes.set_title(f"t = {step}")
-        figure.supxlabel("class, with its probability after steps 1..t", fontsize=9)
+        which = "class" if few else "the 10 most probable classes"
+        figure.supxlabel(f"{which}, with probability after steps 1..t", fontsize=9)
     return figure
 
 

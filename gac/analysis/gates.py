@@ -1,6 +1,6 @@
 """What the gates of gated attention coding do: their mean over time and channel, and maps over images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gac.analysis.firing import FiringRates
 from gac.analysis.running import run
 from gac.coding.gated import GatedAttentionUnit
 from gac.errors import InputError
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,46 @@ class _Watch:
         return Gates(name, self.total / self.pixels, torch.cat(self.temporal), torch.cat(self.maps))
 
 
+class GateMeans:
+    """Mean of each gate at each time step, over images and pixels, in the first images of an evaluation.
+
+    As :class:`gac.analysis.firing.FiringRates`: hooks only for these images. They keep no layer off the fused path.
+    """
+
+    def __init__(self, network: nn.Module, ranks: Ranks = SINGLE_PROCESS) -> None:
+        self.units = _units(network)
+        self.ranks = ranks
+        self._watched: dict[str, _Watch] = {}
+
+    def watch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches; the caller runs the network on each before it takes the next."""
+        seen = 0
+        with ExitStack() as hooks:
+            self._watched = {name: _Watch(unit, 0, hooks) for name, unit in self.units.items()}
+            for images, labels in batches:
+                if seen < FiringRates.IMAGES / self.ranks.size:
+                    seen += len(labels)
+                else:
+                    hooks.close()
+                yield images, labels
+
+    def read(self) -> dict[str, float]:
+        """Return the means in the evaluation just watched, as NAME/tSTEP; waits for the device.
+
+        Every rank must call it.
+        """
+        means = {}
+        for name, watch in self._watched.items():
+            found = self.ranks.gather((watch.total, watch.pixels))
+            mean = sum(total for total, _ in found) / sum(pixels for _, pixels in found)
+            means |= {f"{name}/t{step}": value for step, value in enumerate(mean.mean(1).tolist(), 1)}
+        return means
+
+
+def _units(network: nn.Module) -> dict[str, GatedAttentionUnit]:
+    return {name: unit for name, unit in network.named_modules() if isinstance(unit, GatedAttentionUnit)}
+
+
 def measure_gates(network: nn.Module, batches: Iterable[Tensor], maps: int = 8) -> list[Gates]:
     """Return what each gated attention unit of a network does, with the ``maps`` of the first so many images.
 
@@ -83,7 +125,7 @@ def measure_gates(network: nn.Module, batches: Iterable[Tensor], maps: int = 8) 
     Raises:
         InputError: If there are no images, or the network has no gated attention.
     """
-    units = {name: unit for name, unit in network.named_modules() if isinstance(unit, GatedAttentionUnit)}
+    units = _units(network)
     if not units:
         raise InputError(f"{type(network).__name__} has no gated attention, whose gates could be shown")
     with ExitStack() as hooks:

@@ -53,7 +53,7 @@ def find_layer(network: nn.Module, name: str, kind: type[nn.Module], what: str) 
     Raises:
         InputError: If there is none; the message has the closest name.
     """
-    layers = {each: module for each, module in network.named_modules() if isinstance(module, kind)}
+    layers = {each: module for each, module in network.named_modules() if each and isinstance(module, kind)}
     if name not in layers:
         suggestion = did_you_mean(name, {each: each for each in layers})
         there = f"there are {first_few(list(layers))}" if layers else f"the network has no {what}"

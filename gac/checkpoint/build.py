@@ -218,7 +218,7 @@ def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor]
         _check_values(state)
         state = authors.convert(state)
     arguments = _infer_arguments(state)
-    gated = _SQUEEZE in state
+    gated = "gate" in arguments
     known = {"T": arguments.get("T", DEFAULT_T), "coding": "gac" if gated else "direct", "neuron": None}
     if in_our_names and not gated and "coding" not in asked:
         raise InputError(
@@ -233,9 +233,8 @@ def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor]
         )
     if (gated or not in_our_names) and asked.get("coding", known["coding"]) != known["coding"]:
         raise InputError(f"coding={asked['coding']} was asked for, but its weights are those of {known['coding']}")
-    assumed = [f"T={DEFAULT_T}"] * (not gated and "T" not in asked)
-    if assumed:
-        logger.warning("a state dict does not say everything: assuming %s", " and ".join(assumed))
+    if "T" not in arguments and "T" not in asked:
+        logger.warning("a state dict does not say everything: assuming T=%d", DEFAULT_T)
     return state, arguments | known | asked
 
 
@@ -303,10 +302,12 @@ def _infer_arguments(state: dict[str, Tensor]) -> dict[str, Any]:
     }
     if _SQUEEZE in state:
         hidden, T = _shape(state, _SQUEEZE, 2)
-        kernel_size = _shape(state, _SPATIAL, 4)[-1]
         # Any reduction above T leaves one hidden unit, just as T itself does.
-        arguments.update(T=T, reduction=max(1, T // hidden), kernel_size=kernel_size)
-        arguments["name"] = f"gac_{arguments['name']}"
+        arguments.update(T=T, reduction=max(1, T // hidden))
+    if _SPATIAL in state:
+        arguments["kernel_size"] = _shape(state, _SPATIAL, 4)[-1]
+    if attentions := [name for name, key in (("temporal", _SQUEEZE), ("spatial_channel", _SPATIAL)) if key in state]:
+        arguments.update(name=f"gac_{arguments['name']}", gate=attentions[0] if len(attentions) == 1 else "both")
     return arguments
 
 

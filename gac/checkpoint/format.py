@@ -1,5 +1,6 @@
 """The checkpoint file: written whole or not at all, compared with its checksums when read, unable to run code."""
 
+import hashlib
 import os
 import pickle
 import pickletools
@@ -31,11 +32,11 @@ def write_checkpoint(path: str | os.PathLike, payload: dict, before_replace: Cal
         torch.save({"format": FORMAT, **payload}, file)
 
 
-def read_checkpoint(path: str | os.PathLike | BinaryIO) -> dict:
+def read_checkpoint(path: str | os.PathLike | BinaryIO, digest: "hashlib._Hash | None" = None) -> dict:
     """Return what a checkpoint file, named by its path or open for reading bytes, holds, on the CPU.
 
     Only tensors and plain containers are read (``weights_only=True``): a file that would run code is refused. Every
-    byte is compared with the checksums in the file.
+    byte is compared with the checksums in the file. ``digest`` is updated with the bytes of a file named by its path.
 
     Raises:
         DamagedCheckpoint: For a file that is cut short or has changed since it was written.
@@ -51,6 +52,10 @@ def read_checkpoint(path: str | os.PathLike | BinaryIO) -> dict:
     except OSError as error:
         raise InputError(f"checkpoint {path}: cannot be opened: {error.strerror}") from error
     with file:
+        if digest is not None:
+            # Of the file that is read: a run may put another one in its place at any time.
+            hashlib.file_digest(file, lambda: digest)
+            file.seek(0)
         return _read(file, str(path))
 
 

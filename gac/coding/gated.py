@@ -12,6 +12,8 @@ from gac.neuron import LIFNode
 from gac.ops.watchers import refuse_symbolic
 
 TemporalInit = Literal["default", "alive"]
+Gate = Literal["both", "temporal", "spatial_channel"]
+"""The attentions that a gate has: both, as published, or one alone, for ablations."""
 
 
 class TemporalAttention(nn.Module):
@@ -42,6 +44,11 @@ class TemporalAttention(nn.Module):
                 sums = self.squeeze.weight.sum(dim=1, keepdim=True)
                 self.squeeze.weight.mul_(torch.where(sums < 0, -1.0, 1.0))
 
+    @property
+    def T(self) -> int:
+        """Number of time steps that there are weights for."""
+        return self.squeeze.in_features
+
     def dead_units(self) -> int:
         """Return how many hidden units give zero for every static image with a positive maximum."""
         return int((self.squeeze.weight.detach().sum(dim=1) <= 0).sum())
@@ -51,8 +58,7 @@ class TemporalAttention(nn.Module):
         values = (x if x.is_contiguous() else x.movedim(-3, -1)).flatten(-3)
         average, maximum = values.mean(-1), values.max(-1).values  # [T, B] or [B]
         if x.dim() == 4:
-            T = self.squeeze.in_features
-            average, maximum = average.expand(T, -1), maximum.expand(T, -1)
+            average, maximum = average.expand(self.T, -1), maximum.expand(self.T, -1)
         pooled = torch.stack((average, maximum)).transpose(1, 2)  # [2, B, T]
         # In time-first memory order, which the gate's output takes from it.
         return self.expand(self.squeeze(pooled).relu()).sum(0).t().contiguous()
@@ -81,11 +87,29 @@ class SpatialChannelAttention(nn.Module):
         return self.conv2(self.pad(self.conv1(self.pad(x)).relu()))
 
 
+class NoTemporalAttention(nn.Module):
+    """1 for each image and time step, in place of :class:`TemporalAttention` in an ablation."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        self.T = T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_ones(self.T, x.shape[-4])
+
+
+class NoSpatialChannelAttention(nn.Module):
+    """1 for each channel and pixel, in place of :class:`SpatialChannelAttention` in an ablation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
 class GatedAttentionUnit(nn.Module):
     """The gate: sigmoid(TA(x) * SCA(x)) * spikes.
 
     ``x`` is [T, B, C, H, W], or one frame [B, C, H, W] that stands for T equal ones and is then computed once;
-    ``spikes`` and the output are [T, B, C, H, W].
+    ``spikes`` and the output are [T, B, C, H, W]. An ablation has 1 in place of TA(x) or SCA(x), and no weights for it.
     """
 
     def __init__(
@@ -95,10 +119,15 @@ class GatedAttentionUnit(nn.Module):
         kernel_size: int = 4,
         reduction: int = 2,
         temporal_init: TemporalInit = "default",
+        gate: Gate = "both",
     ) -> None:
         super().__init__()
-        self.temporal = TemporalAttention(T, reduction, temporal_init)
-        self.spatial_channel = SpatialChannelAttention(channels, kernel_size)
+        self.temporal = (
+            NoTemporalAttention(T) if gate == "spatial_channel" else TemporalAttention(T, reduction, temporal_init)
+        )
+        self.spatial_channel = (
+            NoSpatialChannelAttention() if gate == "temporal" else SpatialChannelAttention(channels, kernel_size)
+        )
 
     def forward(self, x: Tensor, spikes: Tensor) -> Tensor:
         temporal = self.temporal(x)[:, :, None, None, None]  # [T, B, 1, 1, 1]
@@ -120,10 +149,11 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
         reduction: The temporal attention has max(1, T // reduction) hidden units.
         temporal_init: "default" (the authors') or "alive" (see :class:`TemporalAttention`).
         neuron: The spiking layer; by default the authors' CIFAR preset.
+        gate: "both" attentions, or for ablations "temporal" or "spatial_channel" alone.
 
     Raises:
-        InputError: For T, channels, kernel_size or reduction below 1, and in forward for an input whose shape does
-            not fit.
+        InputError: For T, channels, kernel_size or reduction below 1, unknown names, and in forward for an input whose
+            shape does not fit.
     """
 
     def __init__(
@@ -134,33 +164,38 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
         reduction: int = 2,
         temporal_init: TemporalInit = "default",
         neuron: LIFNode | None = None,
+        gate: Gate = "both",
     ) -> None:
         super().__init__()
         sizes = {"T": T, "channels": channels, "kernel_size": kernel_size, "reduction": reduction}
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be an integer >= 1, got {value!r}")
-        if temporal_init not in get_args(TemporalInit):
-            raise InputError(f"temporal_init must be one of {', '.join(get_args(TemporalInit))}, got {temporal_init!r}")
+        for name, value, choices in (("temporal_init", temporal_init, TemporalInit), ("gate", gate, Gate)):
+            if value not in get_args(choices):
+                raise InputError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
         self.step_mode = "m"
         self.channels = channels
         self.lif = neuron if neuron is not None else LIFNode()
         if isinstance(self.lif, LIFNode):
             self.lif.keeps_state = False
-        self.gate = GatedAttentionUnit(T, channels, kernel_size, reduction, temporal_init)
+        self.gate = GatedAttentionUnit(T, channels, kernel_size, reduction, temporal_init, gate)
 
     @property
     def T(self) -> int:
-        """Number of time steps, for which the temporal attention has weights: another one is refused."""
-        return self.gate.temporal.squeeze.in_features
+        """Number of time steps; a temporal attention has weights for it, and another one is then refused."""
+        return self.gate.temporal.T
 
     @T.setter
     def T(self, value: int) -> None:
-        if value != self.T:
+        if value == self.T:
+            return
+        if isinstance(self.gate.temporal, TemporalAttention):
             raise InputError(
                 f"T of gated attention coding is fixed, as its temporal attention has weights for {self.T} time steps: "
                 f"make a network with T={value!r} instead"
             )
+        self.gate.temporal.T = value
 
     def extra_repr(self) -> str:
         return f"T={self.T}, channels={self.channels}"

@@ -23,13 +23,17 @@ class Split:
 
 @dataclass(frozen=True)
 class ArraySet:
-    """The splits "train" and "test", or those asked for; mean and std of each channel, in units where white is 1."""
+    """The splits "train" and "test", or those asked for; mean and std of each channel, in units where white is 1.
+
+    ``split`` is as in :class:`gac.data.DataInfo`.
+    """
 
     splits: Mapping[str, Split]
     num_classes: int
     class_names: tuple[str, ...] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    split: str | None = None
 
 
 class ArrayLoader:

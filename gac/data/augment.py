@@ -68,6 +68,26 @@ class CropAndFlip:
         return crop_and_flip(images.flatten(1, -3), top, left, flip, self.padding).view(images.shape)
 
 
+@dataclass(frozen=True)
+class Roll:
+    """Shift each image by up to ``pixels`` in both directions; what leaves it on one side comes back on the other."""
+
+    pixels: int
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment images with numbers from ``generator``, which lives on the images' device."""
+        shifts = torch.randint(
+            -self.pixels, self.pixels + 1, (2, len(images)), generator=generator, device=images.device
+        )
+        for axis, shift in zip((-2, -1), shifts, strict=True):
+            size = images.shape[axis]
+            taken = (torch.arange(size, device=images.device) - shift[:, None]) % size  # [B, size]
+            shape = [1] * images.dim()
+            shape[0], shape[axis] = taken.shape
+            images = images.gather(axis, taken.view(shape).expand(images.shape))
+        return images
+
+
 class Policy:
     """One of :data:`POLICIES`, drawn once for every ``group`` images of a batch, as torchvision draws for a tensor."""
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from gac.config import DataConfig
+from gac.config import EVENT_SETS, DataConfig
 from gac.data.arrays import ArrayLoader, ArraySet
-from gac.data.augment import Augmentation, Compose, CropAndFlip, Erasing, Policy, mean_color
+from gac.data.augment import Augmentation, Compose, CropAndFlip, Erasing, Policy, Roll, mean_color
 from gac.data.cifar import load_cifar
 from gac.data.class_folders import ClassFolders, open_folders
 from gac.data.digits import load_digits
+from gac.data.event_sets import load_event_set, warn_of_events
 from gac.data.image_folder import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -45,6 +46,7 @@ def build_data(
     shard: Shard = WHOLE,
     trained_on: DataInfo | None = None,
     unlabelled: bool = False,
+    frames: int | None = None,
 ) -> Data:
     """Open a data set and make the loaders of the splits asked for.
 
@@ -54,7 +56,8 @@ def build_data(
     phase coding need. With ``splits=("test",)`` the training images need not be there. Batch sizes are those of
     all ranks together; of each batch the loaders yield ``shard``. A network sees images as it was trained: with
     ``trained_on`` images are normalised by that mean and std, and a test set need not say them, nor its classes. With
-    ``unlabelled`` a folder of images without class folders is taken too; ``info`` then says 0 classes.
+    ``unlabelled`` a folder of images without class folders is taken too; ``info`` then says 0 classes. Sets of events
+    are cut into as many frames as in ``trained_on``, else into ``frames``: one for each time step.
 
     Raises:
         InputError: If files are missing or damaged, or an argument is out of range.
@@ -65,7 +68,7 @@ def build_data(
         folders = open_folders(config.root, splits, unlabelled)
         info = _folders_info(config, folders)
     else:
-        arrays = _load_arrays(config, splits, trained_on)
+        arrays = _load_arrays(config, splits, trained_on, frames)
         info = _arrays_info(config, arrays, splits)
     if trained_on is not None and trained_on.channels == info.channels:
         info = replace(info, mean=trained_on.mean, std=trained_on.std)
@@ -76,6 +79,8 @@ def build_data(
             if config.name == "imagefolder"
             else {split: arrays.splits[split].labels.numpy() for split in splits},
         )
+        if config.name in EVENT_SETS:
+            warn_of_events(config, info)
     if not normalize:
         info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
     normalization = Normalization(info.mean, info.std, device)
@@ -129,7 +134,9 @@ def _check_arguments(batch_size: int, eval_batch_size: int, seed: int, splits: C
         raise InputError(f"splits must be train, test or both; got {', '.join(splits) or 'none'}")
 
 
-def _load_arrays(config: DataConfig, splits: Collection[str], trained_on: DataInfo | None) -> ArraySet:
+def _load_arrays(
+    config: DataConfig, splits: Collection[str], trained_on: DataInfo | None, frames: int | None
+) -> ArraySet:
     match config.name:
         case "digits":
             return load_digits()
@@ -139,6 +146,8 @@ def _load_arrays(config: DataConfig, splits: Collection[str], trained_on: DataIn
             return load_cifar(CIFAR100, config.root, download=config.download, splits=splits)
         case "npz":
             return load_npz(config.root, splits, trained_on)
+        case name if name in EVENT_SETS:
+            return load_event_set(config, frames, splits, trained_on)
         case "synthetic":
             return load_synthetic(
                 images=config.synthetic_images,
@@ -153,6 +162,8 @@ def _augmentation(config: DataConfig, mean: Sequence[float]) -> Augmentation | N
     steps: list[Augmentation] = []
     if config.crop_padding or config.horizontal_flip:
         steps.append(CropAndFlip(config.crop_padding, config.horizontal_flip))
+    if config.roll:
+        steps.append(Roll(config.roll))
     if config.augment != "off":
         if len(mean) not in (1, 3):
             raise InputError(
@@ -181,6 +192,7 @@ def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) 
         std=arrays.std,
         train_labels=digest(arrays.splits["train"].labels.numpy()) if "train" in splits else None,
         frames=frames[0] if frames else None,
+        split=arrays.split,
     )
 
 

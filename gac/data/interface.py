@@ -65,7 +65,8 @@ class DataInfo:
     Images are yielded as (pixels - mean) / std with pixels in [0, 1], one mean and std per channel; without
     normalisation mean is 0 and std is 1. Label k stands for ``class_names[k]``. ``train_size`` and ``train_labels``
     (:func:`digest`), or ``test_size``, are None for a split not asked for. Images without labels have 0 classes. A
-    sample is ``frames`` event frames, one for each time step, or an image if that is None.
+    sample is ``frames`` event frames, one for each time step, or an image if that is None. Of sets of
+    events ``split`` is a digest of which samples are for training and which for testing.
     """
 
     name: str
@@ -80,6 +81,7 @@ class DataInfo:
     std: tuple[float, ...]
     train_labels: str | None = None
     frames: int | None = None
+    split: str | None = None
 
     @property
     def shape(self) -> str:

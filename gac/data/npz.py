@@ -77,11 +77,11 @@ def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = N
     )
 
 
-# What zipfile, its decompressors and numpy's reader of headers raise for damaged bytes depends on where those are.
-_UNREADABLE = (
+UNREADABLE = (
     *(ValueError, TypeError, SyntaxError, KeyError, OverflowError, UnicodeError, struct.error),
     *(OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
+"""What zipfile, its decompressors and numpy's reader of headers raise for damaged bytes depends on where those are."""
 
 
 class _Archive:
@@ -96,7 +96,7 @@ class _Archive:
             raise InputError(f"there is no file {self.path}; name an .npz file with --data.root ({_LAYOUT})")
         try:
             opened = np.load(self.path, allow_pickle=False)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise InputError(f"{self.path} is not a readable .npz file ({error}); write it with numpy.savez") from error
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise InputError(
@@ -131,7 +131,7 @@ class _Archive:
     def _reporting(self, name: str) -> Iterator[None]:
         try:
             yield
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise InputError(f"{self.path}: array {name} cannot be read ({error}); write the file again") from error
 
     def _size(self, name: str) -> int:

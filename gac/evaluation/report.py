@@ -109,7 +109,9 @@ def evaluate_checkpoint(
         InputError: If the network does not fit the data set, or one of them cannot be used.
     """
     ranks.check_equal(shared_fields(config) | {f"model.{name}": value for name, value in asked.items()})
-    opened = ranks.together(lambda: _open(path, payload, config, asked, ranks, amp, unlabelled), config.data.download)
+    opened = ranks.together(
+        lambda: _open(path, payload, config, asked, ranks, amp, unlabelled), config.data.writes_files
+    )
     device, network, data, labels, names = opened
     steps = asked.get("T", network.T)
     ranks.check_equal({"test images": data.test.size, "classes": data.info.num_classes})
@@ -204,6 +206,7 @@ def _open(
         shard=ranks.shard,
         trained_on=trained_on,
         unlabelled=True,
+        frames=network.T,
     )
     is_labelled = data.info.num_classes > 0
     if not is_labelled and not unlabelled:
@@ -220,6 +223,11 @@ def _open(
     _check_fit(path, network, data.info)
     labels = None
     if trained_on is not None:
+        if None not in (trained_on.split, data.info.split) and trained_on.split != data.info.split:
+            raise InputError(
+                f"checkpoint {path} was trained with another split of {trained_on.name}, so that test samples may be"
+                " among those it was trained on: name a folder with the samples that the set had then with --data.root"
+            )
         try:
             labels = trained_on.labels_of(data.info) if is_labelled else None
         except InputError as error:

@@ -76,6 +76,24 @@ class Sample:
             yield
 
 
+@torch.no_grad()
+def undecided(sample: Sample, count: int) -> tuple[Sample, Tensor]:
+    """Return ``count`` of the images, and the class probabilities [T, N, K] of the mean output over steps 1..t.
+
+    They are those whose class changes most often with time, as there is most to see in them. Call it while the sample
+    is running.
+    """
+    logits = torch.cat([sample.network(batch) for batch in sample.inputs()], 1)
+    steps = torch.arange(1, len(logits) + 1, device=logits.device)
+    probabilities = (logits.cumsum(0) / steps[:, None, None]).softmax(-1)
+    classes = probabilities.argmax(-1)
+    changes = (classes[1:] != classes[:-1]).sum(0)
+    chosen = changes.argsort(descending=True, stable=True)[:count]
+    places = [sample.places[i] for i in chosen.tolist()]
+    shown = replace(sample, images=sample.images[chosen], labels=sample.labels[chosen], places=places)
+    return shown, probabilities[:, chosen]
+
+
 def affordable(count: int, data: DataInfo, device: torch.device) -> int:
     """Return how many images may be kept beside everything else, at most ``count``; says so if they are fewer."""
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gac.coding import Coding
 from gac.coding.baselines import BaselineCoding
-from gac.coding.gated import GatedAttentionCoding, TemporalInit
+from gac.coding.gated import Gate, GatedAttentionCoding, TemporalInit
 from gac.errors import InputError
 from gac.models import fused
 from gac.models.blocks import ConvNorm, MSBlock
@@ -62,6 +62,7 @@ class MSResNet(nn.Module, base.StepModule):
         kernel_size: Gated attention: side of the spatial-channel convolutions in pixels.
         reduction: Gated attention: bottleneck factor of the temporal branch.
         temporal_init: Gated attention: initialisation of the temporal branch.
+        gate: Gated attention: "both" attentions, or for ablations "temporal" or "spatial_channel" alone.
         backend: What runs the network: "cupy" (this package's CUDA kernels), "torch" (the modules one by one) or
             "auto" (cupy on a CUDA device where CuPy works, else torch). With the kernels, sequences of up to 16
             steps run fused: a neuron together with the BatchNorm, residual sum, gate or pooling next to it. Its
@@ -87,6 +88,7 @@ class MSResNet(nn.Module, base.StepModule):
         kernel_size: int = 4,
         reduction: int = 2,
         temporal_init: TemporalInit = "default",
+        gate: Gate = "both",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -98,6 +100,8 @@ class MSResNet(nn.Module, base.StepModule):
         blocks_fit = isinstance(depth, Sequence) and all(isinstance(n, int) and n >= 1 for n in depth)
         if not blocks_fit or len(depth) != stages:
             raise InputError(f"depth must be {stages} integers >= 1, the blocks of each stage, got {depth!r}")
+        if coding != "gac" and gate != "both":
+            raise InputError(f"gate is {gate!r}, and {coding} coding has no gate: leave it out or set coding to gac")
         neuron = make_parameters(family.neuron if neuron is None else neuron)
         self.T = T
         self.num_classes = num_classes
@@ -114,6 +118,7 @@ class MSResNet(nn.Module, base.StepModule):
                 reduction,
                 temporal_init,
                 LIFNode.from_parameters(neuron, backend, keeps_state=False),
+                gate,
             )
         elif coding == "direct":
             self.coding = nn.Identity()
@@ -147,7 +152,7 @@ class MSResNet(nn.Module, base.StepModule):
 
     @property
     def T(self) -> int:
-        """Number of time steps; may be set, but not with gated attention coding, which has weights for each step."""
+        """Number of time steps; may be set, but not with temporal attention, which has weights for each step."""
         return self.__dict__["T"]
 
     @T.setter

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from gac.coding import Coding
-from gac.coding.gated import GatedAttentionCoding
+from gac.coding.gated import GatedAttentionCoding, TemporalAttention
 from gac.errors import InputError
 from gac.models.ms_resnet import CIFAR, IMAGENET, Family, MSResNet
 from gac.neuron import Surrogate, make_parameters
@@ -61,7 +61,7 @@ def create_model(
         surrogate: The same for the surrogate gradient: one of ``gac.neuron.SURROGATES``, with SpikingJelly's default
             alpha.
         detach_reset: The same for whether the reset is constant in the backward pass.
-        **options: in_channels, width, kernel_size, reduction, temporal_init and backend of
+        **options: in_channels, width, kernel_size, reduction, temporal_init, gate and backend of
             :class:`~gac.models.ms_resnet.MSResNet`.
 
     Raises:
@@ -94,8 +94,8 @@ def describe(net: MSResNet) -> list[str]:
     """Return what a user should know about a network before training it, one line per fact."""
     parameters = sum(p.numel() for p in net.parameters())
     lines = [f"{parameters / 1e6:.3f} M parameters, T={net.T}, {net.coding_name} coding"]
-    if isinstance(net.coding, GatedAttentionCoding):
-        temporal = net.coding.gate.temporal
+    temporal = net.coding.gate.temporal if isinstance(net.coding, GatedAttentionCoding) else None
+    if isinstance(temporal, TemporalAttention):
         dead, units = temporal.dead_units(), temporal.squeeze.out_features
         line = f"temporal attention: {dead} of {units} hidden units dead for static images (maximum path)"
         if dead == units:

@@ -14,6 +14,7 @@ from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import ELEMENTS, Kernel
 
 _log = logging.getLogger("gac")
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY in cuda.h
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ def toolchain_status() -> CupyStatus:
 
 @functools.cache
 def cupy_status(device: torch.device) -> CupyStatus:
-    """Return whether the CUDA kernels can run on a device, naming the missing piece; checked once a process."""
+    """Return whether the CUDA kernels can run on a device, naming the missing piece; checked once a process.
+
+    Raises torch.OutOfMemoryError if the device has no memory left for the check, which says nothing of the kernels.
+    """
     if device.type != "cuda":
         return CupyStatus(False, f"the CUDA kernels need a CUDA device, the tensor is on {device.type}")
     toolchain = toolchain_status()
@@ -75,7 +79,12 @@ def cupy_status(device: torch.device) -> CupyStatus:
         return CupyStatus(False, "CuPy cannot use the CUDA driver", "update the NVIDIA driver")
     try:
         probe(device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, OSError) as error:
+        # CuPy's error for the driver has its number.
+        if getattr(error, "status", None) == _OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError(f"{device} has no memory left to load a kernel") from error
         hint = "python -m gac.doctor shows the whole error"
         return CupyStatus(False, f"a kernel does not run on {device}: {_first_line(error)}", hint)
     return toolchain
@@ -103,8 +112,9 @@ def choose_backend(
 ) -> Literal["cupy", "torch"]:
     """Return what runs an operation on ``x``: the CUDA kernels ("cupy") or torch.
 
-    "auto" is the kernels for a float32, float16 or bfloat16 tensor on a CUDA device where CuPy works, else torch;
-    each choice is logged once. ``unsupported`` says why the kernels do not have the operation asked for, if so.
+    "auto" is the kernels for a float32, float16 or bfloat16 tensor on a CUDA device where CuPy works, else torch; each
+    choice is logged once, as a warning where a CUDA device runs without the kernels. ``unsupported`` says why the
+    kernels do not have the operation asked for, if so.
 
     Raises:
         InputError: For "cupy" where the kernels cannot run, and for an unknown name.
@@ -138,4 +148,5 @@ def _choose_backend(
 @functools.cache
 def _log_choice(device_type: str, backend: str, status: CupyStatus) -> None:
     remedy = f"; {status.hint}" if status.hint else ""
-    _log.info("LIF backend on %s: %s (%s)%s", device_type, backend, status.reason, remedy)
+    level = logging.WARNING if (device_type, backend) == ("cuda", "torch") else logging.INFO
+    _log.log(level, "LIF backend on %s: %s (%s)%s", device_type, backend, status.reason, remedy)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gac.analysis.firing import FiringRates
+from gac.analysis.gates import GateMeans
 from gac.checkpoint import load_weights, write_checkpoint
 from gac.config import Config
 from gac.data import Data
@@ -21,7 +22,7 @@ from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.execution import random_state
 from gac.execution.cuda_graph import Replayed, select_capture
-from gac.execution.device import memory_format, network_input
+from gac.execution.device import DTYPES, memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
@@ -31,7 +32,7 @@ from gac.training.mixing import Mixing
 from gac.training.optim import learning_rate_at, load_optimizer, make_optimizer, parameter_groups, set_learning_rate
 from gac.training.progress import EpochProgress, log_epoch, log_start
 from gac.training.resumed import check_progress, check_state
-from gac.training.run_folder import RunFolder, check_same_data
+from gac.training.run_folder import Metric, RunFolder, check_same_data
 from gac.training.setup import check_memory, choose_device, create_network, load_initial_weights, open_data
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
@@ -122,7 +123,9 @@ class Trainer:
         resumed = ranks.on_main(lambda: folder.open(config, resume))
 
         random_state.seed_everything(config.train.seed)
-        self.data = ranks.together(lambda: open_data(config, self.device, part, ranks), in_turn=config.data.download)
+        self.data = ranks.together(
+            lambda: open_data(config, self.device, part, ranks), in_turn=config.data.writes_files
+        )
         info = self.data.info
         ranks.check_equal(info.to_dict())
         if resumed is not None:
@@ -150,9 +153,10 @@ class Trainer:
         self._scored = {weights: EvaluationStep(each, *evaluation) for weights, each in self.networks.items()}
         self.mixing = Mixing(config.train, info.num_classes, ranks)
         self.firing_rates = FiringRates(self.network, ranks)
+        self.gate_means = GateMeans(self.network, ranks)
         self.interval = CheckpointInterval(config.train.checkpoint_minutes, config.train.checkpoint_steps)
         self.position = Position()
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Metric]] = []
 
         # Before the folder is made: a state that cannot be resumed leaves nothing behind.
         if resumed is not None:
@@ -274,7 +278,7 @@ class Trainer:
             for weights, step in self._scored.items():
                 batches = self.interruption.watch(self.data.test.epoch(0))
                 if weights == "raw":
-                    batches = self.firing_rates.watch(batches)
+                    batches = self.gate_means.watch(self.firing_rates.watch(batches))
                 with self.own_noise():
                     scores[weights] = evaluate(step, batches, self.ranks)
         except Interrupted:
@@ -307,8 +311,10 @@ class Trainer:
             "test_skipped_images": test_skipped,
             "images_per_second": totals.images / position.seconds,
             "seconds": position.seconds,
+            "backend": self._backend(),
         }
-        rates = self.firing_rates.read()
+        measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
+        measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
         better = max(scores, key=lambda weights: scores[weights].top1)
         improved = scores[better].top1 > position.best_top1
         self.history.append(metrics)
@@ -319,19 +325,24 @@ class Trainer:
         )
         self.step.totals.begin_epoch()
         # In this order: whatever a crash leaves behind, last.pt is never ahead of the other files.
-        self.ranks.on_main(lambda: self._write_results(metrics, rates, better if improved else None))
+        self.ranks.on_main(lambda: self._write_results(metrics, measured, better if improved else None))
         self._save()
         evaluating = sum(score.images / score.images_per_second for score in scores.values())
         log_epoch(metrics, self.config.train.epochs, improved, position.seconds + evaluating)
 
     def _write_results(
-        self, metrics: dict[str, float], rates: dict[str, float], best: Literal["raw", "ema"] | None
+        self, metrics: dict[str, Metric], measured: dict[str, float], best: Literal["raw", "ema"] | None
     ) -> None:
-        """Write metrics, firing rates and, if it is the ``best`` so far, the network with these weights."""
-        self.folder.write_epoch(metrics, rates)
+        """Write metrics, what was measured inside and, if it is the ``best`` so far, the network with these weights."""
+        self.folder.write_epoch(metrics, measured)
         if best is not None:
             with writing(self.folder.best):
                 write_checkpoint(self.folder.best, self._payload(best))
+
+    def _backend(self) -> Literal["cupy", "torch"]:
+        """Return what runs the neurons: they decide it call by call, by the device and the type of their input."""
+        dtype = DTYPES.get(self.config.train.amp, torch.float32)
+        return "cupy" if self.network.lif.runs_kernels(torch.empty(0, device=self.device, dtype=dtype)) else "torch"
 
     def _check_health(self) -> None:
         """Raise TrainingDiverged on all ranks unless every loss, gradient and weight is finite; waits for the device.

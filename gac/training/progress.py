@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -123,7 +124,7 @@ def log_start(
     )
 
 
-def log_epoch(metrics: Mapping[str, float], epochs: int, improved: bool, seconds: float) -> None:
+def log_epoch(metrics: Mapping[str, Any], epochs: int, improved: bool, seconds: float) -> None:
     """Log the results of an epoch; ``epochs`` is their number and ``seconds`` what an epoch takes with evaluation."""
     logger.info(
         "epoch %d/%d: train loss %.4f, top-1 %.2f %%; test loss %.4f, top-1 %.2f %%%s%s; learning rate %.3g, "

@@ -78,7 +78,8 @@ class AverageEntry(Entry):
     updates: Tensor
 
 
-_History = list[dict[str, int | float]]
+_Backend = Literal["cupy", "torch"]
+_History = list[dict[str, int | float | _Backend]]
 
 
 def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:
@@ -95,7 +96,7 @@ def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:
     if name == "history":
         _validate(name, _History, state)
         # pydantic takes a tensor of one value for a number; JSON does not.
-        if not all(isinstance(value, int | float) for line in state for value in line.values()):
+        if not all(isinstance(value, int | float | str) for line in state for value in line.values()):
             raise _damaged(name, "expected numbers")
     elif name == "totals":
         _check_totals(state)

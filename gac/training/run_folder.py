@@ -54,6 +54,14 @@ FREE_WHEN_RESUMING = frozenset(
 WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
+Metric = float | str
+"""A value in metrics.jsonl; only "backend" is text."""
+
+
+class FolderInUse(InputError):
+    """Another process runs in the folder."""
+
+
 class RunFolder:
     """The files of a run: config.yaml, metrics.jsonl, last.pt and older ones, best.pt, TensorBoard's event files.
 
@@ -141,7 +149,7 @@ class RunFolder:
             with atomic_write(self.config) as file:
                 file.write(yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
-    def begin_metrics(self, epochs: Sequence[Mapping[str, float]]) -> None:
+    def begin_metrics(self, epochs: Sequence[Mapping[str, Metric]]) -> None:
         """Start metrics.jsonl with the epochs that are done. Raises ResultsNotWritten."""
         with writing(self.metrics):
             write_metrics(self.metrics, epochs)
@@ -151,16 +159,17 @@ class RunFolder:
         with writing(self.path):
             self._events = SummaryWriter(self.path, purge_step=epoch + 1)
 
-    def write_epoch(self, metrics: Mapping[str, float], firing_rates: Mapping[str, float]) -> None:
-        """Add the results of an epoch to metrics.jsonl and to TensorBoard's file. Raises ResultsNotWritten."""
+    def write_epoch(self, metrics: Mapping[str, Metric], measured: Mapping[str, float]) -> None:
+        """Add the results of an epoch to metrics.jsonl, and with what was ``measured`` inside to TensorBoard's file.
+
+        Raises ResultsNotWritten.
+        """
         with writing(self.metrics):
             append_metrics(self.metrics, metrics)
         with writing(self.path):
-            for name, value in metrics.items():
-                if name != "epoch":
+            for name, value in {**metrics, **measured}.items():
+                if name != "epoch" and not isinstance(value, str):
                     self._events.add_scalar(name, value, metrics["epoch"])
-            for layer, rate in firing_rates.items():
-                self._events.add_scalar(f"firing_rate/{layer}", rate, metrics["epoch"])
             self._events.flush()
 
     def close_events(self) -> None:
@@ -206,7 +215,7 @@ class FolderLock:
     def acquire(self) -> None:
         """Take the lock, or go on with a warning if the file system has no locks.
 
-        Raises InputError, with its holder, if another process has it, and OSError if the file cannot be written.
+        Raises FolderInUse, with its holder, if another process has it, and OSError if the file cannot be written.
         """
         # This mode does not truncate the file, which may be another process's, and creates it if it does not exist.
         file = self.path.open("a+")
@@ -242,7 +251,7 @@ class FolderLock:
                 raise
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise InputError(
+            raise FolderInUse(
                 f"{self.path.parent} is in use by {holder}: wait until that has ended, or choose another --output"
             ) from error
 
@@ -339,7 +348,7 @@ def check_same_data(payload: Mapping[str, Any], now: DataInfo, checkpoint: Path)
         )
 
 
-def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+def append_metrics(path: Path, metrics: Mapping[str, Metric]) -> None:
     """Append a line, and return once it is on the disk."""
     with path.open("a") as file:
         file.write(_line(metrics))
@@ -347,17 +356,17 @@ def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
         os.fsync(file.fileno())
 
 
-def write_metrics(path: Path, epochs: Sequence[Mapping[str, float]]) -> None:
+def write_metrics(path: Path, epochs: Sequence[Mapping[str, Metric]]) -> None:
     """Write a file of these lines, as a run does when it begins or resumes."""
     with atomic_write(path) as file:
         file.write("".join(map(_line, epochs)).encode())
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Metric]]:
     """Return the lines of a metrics file, without an unfinished last one, which a crash can leave."""
     *lines, _ = path.read_text().split("\n")
     return [json.loads(line) for line in lines]
 
 
-def _line(metrics: Mapping[str, float]) -> str:
+def _line(metrics: Mapping[str, Metric]) -> str:
     return json.dumps(dict(metrics)) + "\n"

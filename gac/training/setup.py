@@ -45,6 +45,7 @@ def open_data(config: Config, device: torch.device, part: Callable[[Data], Data]
         seed=config.train.seed,
         normalize=config.model.takes_normalized_images,
         shard=ranks.shard,
+        frames=config.model.T,
     )
     if data.info.frames is not None:
         _check_frames(config.model, data.info)

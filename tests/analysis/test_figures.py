@@ -14,6 +14,7 @@ from gac.analysis import figures
 from gac.analysis.energy import measure_energy
 from gac.analysis.firing import LayerFiring, measure_firing
 from gac.analysis.gates import measure_gates
+from gac.analysis.saliency import Saliency
 from gac.data import DataInfo
 from gac.evaluation.predictions import ClassScore
 from gac.evaluation.sample import Mistake
@@ -181,3 +182,43 @@ def test_predictions_have_a_bar_for_each_class_and_the_largest_stands_out(networ
             colors = [bar.get_facecolor() for bar in bars]
             assert [colors.count(color) for color in colors].index(1) == expected.argmax()
             assert labels(axes.texts) == [str(int(expected.argmax()))]
+
+
+def test_of_many_classes_each_image_has_the_most_probable() -> None:
+    probabilities = torch.rand(2, 2, 300, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    figure = figures.prediction_figure(IMAGES[:2], probabilities, INFO)
+    for row in range(2):
+        best = probabilities[:, row].amax(0).argsort(descending=True)[:10].sort().values
+        for step, axes in enumerate(figure.axes[3 * row + 1 : 3 * row + 3]):
+            expected = 100 * probabilities[step, row, best]
+            assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected.tolist())
+            assert labels(axes.texts) == [str(int(best[expected.argmax()]))]
+
+
+def test_saliency_is_drawn_over_the_image_where_it_is_positive() -> None:
+    maps = torch.tensor([[[[1.0, -1.0], [0.0, 2.0]], [[1.0, 1.0], [-4.0, -2.0]]]])
+    spikes = torch.tensor([[[3.0, 0.0], [1.0, 5.0]]])
+    saliency = Saliency("stages.0", torch.tensor([1]), maps, "lif", spikes)
+    figure = figures.saliency_figure(IMAGES[:1, :, :2, :2], saliency, INFO, ["cat\nseen as dog"])
+    image, mean, *by_time, last = figure.axes[:5]
+    assert [axes.get_title() for axes in (image, mean, *by_time, last)] == [
+        "image", "mean over t", "t = 1", "t = 2", "spikes",
+    ]  # fmt: skip
+    assert image.get_ylabel() == "cat\nseen as dog"
+    for axes, expected in (
+        (mean, [[1.0, 0.0], [0.0, 0.0]]),
+        (by_time[0], [[0.5, 0.0], [0.0, 1.0]]),
+        (by_time[1], [[0.5, 0.5], [0.0, 0.0]]),
+    ):
+        under, over = axes.images
+        assert np.asarray(over.get_array()).tolist() == expected
+        assert np.asarray(over.get_alpha()) == pytest.approx(0.8 * np.array(expected))
+        assert np.array_equal(under.get_array(), image.images[0].get_array())
+    assert np.asarray(last.images[0].get_array()).tolist() == spikes[0].tolist()
+
+
+def test_names_with_dollars_are_no_formulas() -> None:
+    figure = figures.class_accuracy_figure([ClassScore(r"$\frac", 2, 1, 50.0), ClassScore("$x_$", 2, 2, 100.0)])
+    svg = figures.to_svg(figure, "names")
+    assert r">$\frac</text>" in svg
+    assert ">$x_$</text>" in svg

@@ -76,3 +76,14 @@ def test_a_network_without_gates_is_refused() -> None:
         measure_gates(create_model("msresnet18_cifar", 5, T, width=4, depth=[1, 1, 1]), [torch.rand(1, 3, 8, 8)])
     with pytest.raises(InputError, match="no images"):
         measure_gates(GatedAttentionCoding(T, 4), [])
+
+
+@pytest.mark.parametrize("gate", ["temporal", "spatial_channel"])
+def test_the_gates_of_an_ablation_are_measured_too(gate: str) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 8, 8)
+    net = create_model("gac_msresnet18_cifar", 5, T, width=8, depth=[1, 1, 1], temporal_init="alive", gate=gate)
+    net = lively(net, images)
+    (gates,) = measure_gates(net, [images])
+    torch.testing.assert_close(gates.mean, gate_of(net, images).double().mean((1, 3, 4)))
+    assert gates.temporal.equal(torch.ones(4, T)) is (gate == "spatial_channel")

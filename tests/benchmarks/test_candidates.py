@@ -15,7 +15,6 @@ from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Candidate, Impleme
 from benchmarks.common import PRECISIONS, MeasurementError, NetworkSize
 from benchmarks.equality import compare
 from gac.execution import cuda_graph
-from gac.execution.device import autocast
 from recorded_graph import CaptureByRecording
 
 CPU = torch.device("cpu")
@@ -53,7 +52,7 @@ def outcome(each: Implementation, setting: Setting) -> dict[str, list[torch.Tens
         "running statistics": [buffer.clone() for buffer in candidate.network.buffers()],
     }
     candidate.rest()
-    candidate.start_evaluation()
+    candidate.network.eval()
     candidate.eval_step()
     with torch.no_grad():
         # Weights that the capture has not seen.
@@ -98,7 +97,7 @@ def test_replays_with_the_weights_of_the_capture_are_found(recorded: None, monke
     run = Candidate._run
 
     def with_cast_weights_kept(candidate: Candidate, step: Callable) -> torch.Tensor:
-        with autocast(CPU, candidate._amp):
+        with candidate.setting.autocast():
             return run(candidate, step)
 
     check(REPLAYED)

@@ -51,9 +51,9 @@ def wrong_surrogate(monkeypatch):
 
 
 def fires_at_another_threshold(monkeypatch):
-    def forward(ctx, membrane, family):
+    def forward(ctx, membrane, constants):
         ctx.save_for_backward(membrane)
-        ctx.family = family
+        ctx.constants = constants
         return (membrane > 1.01).to(membrane.dtype)
 
     monkeypatch.setattr(peers.Spike, "forward", staticmethod(forward))
@@ -65,14 +65,14 @@ def ungated(monkeypatch):
 
 def sees_fewer_frames(monkeypatch):
     """The same logits and gradients; only the running variance knows how many frames there were."""
-    forward = peers.EveryFrame.forward
+    forward = peers.layer.SeqToANNContainer.forward
 
     def once(self, x):
         if not isinstance(self[1], torch.nn.BatchNorm2d) or not torch.equal(x[:, 0], x[:, -1]):
             return forward(self, x)
         return forward(self, x[:, :1]).expand(-1, x.shape[1], -1, -1, -1)
 
-    monkeypatch.setattr(peers.EveryFrame, "forward", once)
+    monkeypatch.setattr(peers.layer.SeqToANNContainer, "forward", once)
 
 
 def exchanged_convolutions(monkeypatch):

@@ -95,6 +95,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert printed.err.count("\n") == 1
 
 
+def test_no_number_of_workers_is_measured_twice():
+    default = loader.PARSER.get_default("workers")
+    assert sorted(set(default)) == default
+    assert loader.PARSER.parse_args(["--make-images", "8", "--workers", "2", "0", "2"]).workers == [2, 0]
+
+
 def test_photographs_are_of_imagenets_size(tmp_path):
     loader.write_photographs(tmp_path, 40)
     paths = list(tmp_path.glob("*/*.JPEG"))

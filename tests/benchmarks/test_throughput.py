@@ -86,7 +86,7 @@ def test_half_precision_runs(tmp_path, capsys):
         (["--device", "tpu"], "device must be auto, cpu, cuda, cuda:N or another accelerator"),
         (["--speed"], "unrecognized arguments: --speed"),
         (["--network", "msresnet104"], "invalid choice: 'msresnet104'"),
-        (["--network", "gac_msresnet18"], "--depth: gac_msresnet18 has 4 stages, got 3 numbers"),
+        (["--network", "gac_msresnet18"], "depth must be 4 integers >= 1, the blocks of each stage, got [1, 1, 1]"),
         (["--largest-batch"], "--largest-batch needs a GPU"),
     ],
 )
@@ -139,8 +139,8 @@ def test_imagenet_peer_is_spikingjellys_own_network_with_the_coding():
     own = ms_resnet.MSResNet(
         T=3, num_classes=3, layers=(2, 1, 1, 1), base_channels=4, spiking_neuron=neuron.LIFNode, **rect, **constants
     ).double()
-    family = peers.FAMILIES["imagenet"]
-    peer = peers.Network(peers.SPIKINGJELLY, family, 3, 3, 4, (2, 1, 1, 1)).double()
+    size = NetworkSize("gac_msresnet18", width=4, depth=(2, 1, 1, 1), image_size=32, num_classes=3)
+    peer = peers.Network(0, peers.spikingjelly_lif, size, T=3).double()
     peer.encoder = torch.nn.Identity()
     for module in own.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -204,7 +204,7 @@ class TestConvolutionFloor:
     def test_has_the_precision_and_the_layout(self, precision):
         for convolution, *tensors in make_floor(precision, "NHWC").convolutions:
             for tensor in (convolution.weight, *tensors):
-                assert tensor.dtype == PRECISIONS[precision].dtype
+                assert tensor.dtype == PRECISIONS[precision]
                 assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -302,6 +302,21 @@ def test_out_of_memory_is_reported_and_the_rest_measured(monkeypatch, tmp_path, 
     assert "out of memory" in row
 
 
+def test_results_that_cannot_be_written_are_one_line(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.setattr(throughput, "measure", lambda *_: folder.rmdir() or [])
+    assert throughput.main([*SMALL, "--implementations", "ours-torch", "--json", str(folder / "result.json")]) == 1
+    assert capsys.readouterr().err == f"error: cannot write {folder / 'result.json'}: No such file or directory\n"
+
+
+def test_a_loss_that_is_not_finite_is_not_reported(monkeypatch, capsys):
+    entropy = candidates.F.cross_entropy
+    monkeypatch.setattr(candidates.F, "cross_entropy", lambda logits, labels: entropy(logits, labels) * float("inf"))
+    assert throughput.main([*SMALL, "--implementations", "ours-torch"]) == 1
+    assert capsys.readouterr().err == "error: ours-torch, T=2, batch 2, fp32: the loss is not finite any more\n"
+
+
 def test_calls_take_turns_until_memory_runs_out():
     log: list[str] = []
 
@@ -339,7 +354,7 @@ def test_figure_shows_every_line_whole():
     ]
     environment = describe_environment(CPU)
     figure = plot.throughput_figure(cells, "title", environment)
-    assert [axes.get_title() for axes in figure.axes] == ["batch 64, float32", "batch 64, float16 autocast"]
+    assert [axes.get_title() for axes in figure.axes] == ["batch 64, fp32", "batch 64, fp16"]
     for axes, factor in zip(figure.axes, (1, 10), strict=True):
         lines = [container.lines[0] for container in axes.containers]
         # Time steps/s = 1000 x images x T / ms.

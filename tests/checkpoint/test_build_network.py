@@ -38,6 +38,33 @@ def test_a_bare_state_dict_in_our_names_loads(tmp_path, name, T):
     assert torch.equal(loaded(images), net(images))
 
 
+@pytest.mark.parametrize("gate", ["temporal", "spatial_channel"])
+def test_an_ablation_of_the_gate_loads(tmp_path: Path, gate: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = ModelConfig(T=6, width=4, depth=[1, 1, 1], kernel_size=3, gate=gate)
+    net = create_model(num_classes=7, in_channels=1, **asdict(config)).eval()
+    images = torch.randn(2, 1, 8, 8)
+    entries = {"model": net.state_dict(), "config": {"model": asdict(config)}, "num_classes": 7, "in_channels": 1}
+    write_checkpoint(tmp_path / "best.pt", entries)
+    assert gac.load_checkpoint(tmp_path / "best.pt")(images).equal(net(images))
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    assert gac.load_checkpoint(tmp_path / "weights.pt", neuron="cifar")(images).equal(net(images))
+    # Only a temporal attention shows T.
+    assert ("assuming T=6" in caplog.text) is (gate == "spatial_channel")
+    for other in {"both", "temporal", "spatial_channel"} - {gate}:
+        write_checkpoint(tmp_path / "best.pt", entries | {"config": {"model": asdict(config) | {"gate": other}}})
+        with pytest.raises(InputError, match=r"missing keys: coding\.gate|unknown keys: coding\.gate"):
+            gac.load_checkpoint(tmp_path / "best.pt")
+
+
+def test_a_checkpoint_from_before_the_ablations_has_the_whole_gate(tmp_path: Path) -> None:
+    path, net = our_file(tmp_path)
+    payload = read_checkpoint(path)
+    del payload["config"]["model"]["gate"]
+    write_checkpoint(path, payload)
+    images = torch.randn(2, 1, 8, 8)
+    assert gac.load_checkpoint(path)(images).equal(net(images))
+
+
 def test_a_nested_state_dict_loads(tmp_path):
     path, _ = authors_file(tmp_path, CASES["quiet_gac_T2"])
     torch.save({"epoch": 3, "state_dict": torch.load(path, weights_only=True)}, path)

@@ -77,6 +77,31 @@ def test_a_frame_equals_the_sequence_that_repeats_it(T, kernel_size, reduction):
     assert results[0][0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("gate", ["temporal", "spatial_channel"])
+def test_an_ablation_has_one_in_place_of_the_other_attention(gate):
+    torch.manual_seed(0)
+    coding = GatedAttentionCoding(3, 4, temporal_init="alive", gate=gate).double()
+    frame = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    assert {name.split(".")[1] for name, _ in coding.named_parameters()} == {gate}
+    score = coding.gate.get_submodule(gate)(frame)
+    score = score[:, :, None, None, None] if gate == "temporal" else score
+    spikes = coding.lif(frame.expand(3, *frame.shape))
+    expected = torch.sigmoid(score) * spikes
+    assert 0 < expected.mean() < spikes.mean()
+    torch.testing.assert_close(coding(frame), expected, rtol=0, atol=0)
+    torch.testing.assert_close(coding(frame.repeat(3, 1, 1, 1, 1)), expected, rtol=0, atol=1e-12)
+    coding(frame).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in coding.parameters())
+
+
+def test_without_temporal_attention_T_may_change():
+    coding = GatedAttentionCoding(3, 4, gate="spatial_channel")
+    coding.T = 5
+    assert coding(torch.rand(2, 4, 6, 5)).shape == (5, 2, 4, 6, 5)
+    with pytest.raises(ValueError, match="T of gated attention coding is fixed"):
+        GatedAttentionCoding(3, 4, gate="temporal").T = 5
+
+
 def test_time_varying_input_gives_each_step_its_own_score():
     attention = TemporalAttention(4, init="alive")
     x = torch.rand(4, 2, 3, 5, 5) * torch.tensor([1.0, 5.0, 0.1, 3.0])[:, None, None, None, None]
@@ -149,7 +174,9 @@ def test_sizes_below_one_are_refused(arguments):
         GatedAttentionCoding(**{"T": 4, "channels": 8} | arguments)
 
 
-def test_an_unknown_initialisation_is_refused():
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="gate must be one of both, temporal, spatial_channel, got 'spatial'"):
+        GatedAttentionCoding(4, 8, gate="spatial")
     with pytest.raises(ValueError, match="temporal_init must be one of default, alive"):
         GatedAttentionCoding(4, 8, temporal_init="dead")
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as torchvision_functional
 
-from gac.data.augment import POLICIES, Compose, CropAndFlip, Erasing, Policy, crop_and_flip, mean_color
+from gac.data.augment import POLICIES, Compose, CropAndFlip, Erasing, Policy, Roll, crop_and_flip, mean_color
 from gac.data.seeding import Stream, derive_seed
 
 
@@ -147,10 +147,23 @@ def test_the_mean_color_is_what_normalisation_makes_zero_of():
     assert mean_color((0.5, 0.0, 1.0)) == [128, 0, 255]
 
 
+def test_a_roll_is_torch_roll_by_every_shift_up_to_the_largest():
+    images = random_images(400, 2, 5, 9)
+    result = Roll(2)(images, seeded(0))
+    shifts = [(y, x) for y in range(-2, 3) for x in range(-2, 3)]
+    found = [
+        [shift for shift in shifts if torch.equal(torch.roll(image, shift, (-2, -1)), rolled)]
+        for image, rolled in zip(images, result, strict=True)
+    ]
+    assert {len(each) for each in found} == {1}
+    assert {each[0] for each in found} == set(shifts)
+
+
 @pytest.mark.parametrize(
     "augmentation",
     [
         CropAndFlip(2, horizontal_flip=True),
+        Roll(3),
         Policy("autoaugment_cifar10", 2),
         Policy("randaugment", 2),
         Erasing(0.7, [10, 20, 30]),

@@ -122,6 +122,7 @@ def assert_metrics_close(found: Path, expected: Path, but: str = "$^") -> None:
     assert len(lines) == len(others) > 0
     for line, other in zip(map(without_times, lines), map(without_times, others), strict=True):
         assert line.keys() == other.keys()
+        assert line.pop("backend") == other.pop("backend") == "torch"
         for name in line:
             if not re.search(but, name):
                 assert line[name] == pytest.approx(other[name], rel=1e-4), name

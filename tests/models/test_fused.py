@@ -116,6 +116,20 @@ def test_chosen_constants_give_the_same_in_both(
     assert_same_gradients(net, plain, 5e-5)
 
 
+@pytest.mark.parametrize("gate", ["temporal", "spatial_channel"])
+def test_an_ablation_of_the_gate_runs_fused(gate: str, device: str, launched: list[str]) -> None:
+    net = network(gate=gate, width=4).to(device)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = images(device, batch=2, side=8)
+    logits = train_step(net, x)
+    assert "gate_lif_forward" in launched
+    expected = train_step(plain, x)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    assert_same_gradients(net, plain, 5e-5)
+
+
 @pytest.mark.parametrize("coding", ["direct", "rate", "latency", "phase"])
 def test_every_coding_runs_fused(coding: str, device: str, launched: list[str]) -> None:
     net = network(coding=coding).to(device)

@@ -52,6 +52,12 @@ def test_every_coding_trains(coding):
     assert net.stem.conv.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("coding", CODINGS[1:])
+def test_a_coding_without_a_gate_refuses_a_part_of_it(coding):
+    with pytest.raises(ValueError, match=f"gate is 'temporal', and {coding} coding has no gate: leave it out or set"):
+        small(coding=coding, gate="temporal")
+
+
 @pytest.mark.parametrize(("width", "depth", "channels"), [(8, [1, 1, 1], 1), (16, [2, 1, 3], 3), (12, [1, 2, 1], 2)])
 def test_width_depth_and_input_channels_are_arguments(width, depth, channels):
     net = small(width=width, depth=depth, in_channels=channels)

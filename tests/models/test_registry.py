@@ -81,6 +81,12 @@ def test_describe_reports_a_dead_temporal_branch():
     assert "temporal_init" not in describe(net)[1]
 
 
+def test_describe_says_nothing_of_an_attention_that_is_not_there():
+    sizes = {"width": 4, "depth": [1, 1, 1]}
+    assert len(describe(create_model("gac_msresnet18_cifar", 10, 4, gate="spatial_channel", **sizes))) == 1
+    assert len(describe(create_model("gac_msresnet18_cifar", 10, 4, gate="temporal", **sizes))) == 2
+
+
 CHOSEN = {"tau": 3.0, "v_threshold": 0.6, "surrogate": "atan", "detach_reset": True}
 
 

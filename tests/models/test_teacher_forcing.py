@@ -250,7 +250,7 @@ def compare(
     network.set_backend(backend)
     network.to(device, memory_format=torch.channels_last)
     context = autocast(torch.device(device), "off" if precision == "fp32" else precision)
-    return compare_fused(network, reference.to(device), images.to(device), PRECISIONS[precision].dtype, context)
+    return compare_fused(network, reference.to(device), images.to(device), PRECISIONS[precision], context)
 
 
 def failed() -> set[str]:

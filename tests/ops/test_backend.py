@@ -108,6 +108,25 @@ class TestStatus:
         assert status.reason.startswith("a kernel does not run on cuda")
         assert "gac.doctor" in status.hint
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    @pytest.mark.parametrize("who", ["torch", "driver"])
+    def test_no_memory_says_nothing_of_the_kernels(self, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        class DriverError(RuntimeError):
+            status = 2
+
+        def fails(device: torch.device) -> None:
+            raise torch.OutOfMemoryError if who == "torch" else DriverError("CUDA_ERROR_OUT_OF_MEMORY")
+
+        cuda = pytest.importorskip("cupy", reason="CuPy is not installed").cuda
+        pretend_cuda(monkeypatch, torch.version.cuda)
+        monkeypatch.setattr(cuda, "is_available", lambda: True)
+        monkeypatch.setattr(backend, "probe", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            backend.cupy_status(CUDA)
+        # Asked again, it is tried again.
+        monkeypatch.setattr(backend, "probe", lambda device: None)
+        assert backend.cupy_status(CUDA).ok
+
 
 def test_the_probe_runs_where_kernels_do(kernels_on_cpu: object, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.probe(torch.device("cpu"))
@@ -160,6 +179,19 @@ class TestChoice:
         assert record.getMessage() == (
             "LIF backend on cpu: torch (the CUDA kernels need a CUDA device, the tensor is on cpu)"
         )
+
+    def test_a_gpu_without_the_kernels_is_a_warning(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pretend_cuda(monkeypatch)
+        monkeypatch.setattr(backend, "cupy_installed", lambda: False)
+        with caplog.at_level(logging.INFO, "gac"):
+            for _ in range(3):
+                backend.choose_backend("auto", SimpleNamespace(device=CUDA, dtype=torch.float32))
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        text = "LIF backend on cuda: torch (CuPy is not installed); pip install cupy-cuda13x"
+        assert record.getMessage() == text
 
     @pytest.mark.gpu
     def test_on_a_gpu(self) -> None:

@@ -83,8 +83,9 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     for line in metrics:
         assert set(line) == TIMES | {
             "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate",
-            "skipped_steps", "skipped_images", "test_skipped_images",
+            "skipped_steps", "skipped_images", "test_skipped_images", "backend",
         }  # fmt: skip
+        assert line["backend"] == "torch"
         assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
     last = read_checkpoint(finished / "last.pt")
     assert (last["epoch"], last["step"], last["num_classes"], last["in_channels"]) == (3, 9, 3, 3)
@@ -105,15 +106,17 @@ def test_best_is_the_first_epoch_with_the_highest_accuracy(finished: Path) -> No
 def test_tensorboard_shows_the_metrics(finished: Path) -> None:
     events = EventAccumulator(str(finished)).Reload()
     metrics = read_metrics(finished / "metrics.jsonl")
-    names = set(metrics[0]) - {"epoch"}
+    names = set(metrics[0]) - {"epoch", "backend"}
     for name in names:
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2, 3]
         assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in metrics])
     layers = ["coding.lif", "lif", *(f"stages.{stage}.0.lif{n}" for stage in range(3) for n in (1, 2))]
-    assert set(events.Tags()["scalars"]) - names == {f"firing_rate/{layer}" for layer in layers}
-    for layer in layers:
-        scalars = events.Scalars(f"firing_rate/{layer}")
+    assert set(events.Tags()["scalars"]) - names == {f"firing_rate/{layer}" for layer in layers} | {
+        f"gate/coding.gate/t{step}" for step in (1, 2)
+    }
+    for name in [*(f"firing_rate/{layer}" for layer in layers), "gate/coding.gate/t1", "gate/coding.gate/t2"]:
+        scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2, 3]
         assert all(0 <= scalar.value <= 1 for scalar in scalars)
 
