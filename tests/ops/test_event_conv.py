@@ -239,6 +239,46 @@ int main(void) {{
     assert "in list_pixels" in result.stderr
 
 
+RACES = """
+#include <pthread.h>
+#include <stdlib.h>
+static void (*work)(void*);
+static void* thread(void* job) { work(job); return 0; }
+static void parallel(void (*function)(void*), void* job, unsigned threads, unsigned flags) {
+    pthread_t others[3];
+    work = function;
+    for (unsigned i = 0; i < threads - 1; i++) pthread_create(&others[i], 0, thread, job);
+    function(job);
+    for (unsigned i = 0; i < threads - 1; i++) pthread_join(others[i], 0);
+}
+int main(void) {
+    const Shape shape = {6, 150, 12, 12, 70, 3, 3, 1, 1, 12, 12};
+    const Team team = {parallel, 4};
+    float *spikes = calloc(6 * 144 * 150, 4), *weight = calloc(70 * 150 * 9, 4), *out = malloc(6 * 144 * 70 * 4);
+    float *packed = malloc(packed_size(&shape) * 4), *planes = malloc(6 * 144 * 70 * 4);
+    unsigned char *count = malloc(list_count(&shape)), *index = malloc(list_count(&shape) * list_stride(&shape));
+    for (int i = 0; i < 6 * 144 * 150; i += 7) spikes[i] = 1;
+    const int64_t events = list_events(&shape, &team, spikes, index, count);
+    if (events != (6 * 144 * 150 + 6) / 7 || !pack(&shape, &team, weight, 9, 1, packed)) return 2;
+    convolve(&shape, &team, index, count, packed, out);
+    transpose(&team, 6, 144, 70, out, planes);
+    return !weight_gradient(&shape, &team, index, count, out, packed, weight, 9, 1);
+}
+"""
+
+
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    program = tmp_path / "program.c"
+    program.write_text(f'#include "{c_compiler.KERNEL_FOLDER / "event_conv.c"}"\n{RACES}')
+    flags = ["-O1", "-g", "-fsanitize=thread", "-pthread", "-std=gnu11", "-o", str(tmp_path / "program"), str(program)]
+    subprocess.run([*c_compiler._find_compiler(), *flags], check=True)
+    result = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
+    if "unexpected memory mapping" in result.stderr:
+        pytest.skip("this compiler's thread sanitizer does not run on this kernel")
+    assert result.returncode == 0, result.stderr
+    assert "data race" not in result.stderr
+
+
 # --- Where the dense convolution has to run
 
 
