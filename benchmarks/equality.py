@@ -27,7 +27,7 @@ from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, Se
 from benchmarks.common import ROOT, MeasurementError, NetworkSize, Report
 from gac import LIFNode
 from gac.errors import InputError
-from gac.ops.cuda import kernel_cache
+from gac.ops import kernel_cache
 
 Outcome = Mapping[str, Sequence[Tensor]]
 """Tensors of each quantity, in an order that all implementations have."""

@@ -13,7 +13,7 @@ from gac.errors import InputError
 from gac.execution.device import describe_device
 from gac.execution.environment import describe_environment
 from gac.neuron import PRESETS
-from gac.ops import backend, channels, lif
+from gac.ops import backend, channels, event_conv, lif
 from gac.ops.catalogue import OPERATIONS, Layer
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import ELEMENTS, Kernel
@@ -148,11 +148,27 @@ def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.devic
     )
 
 
+def event_convolution() -> Iterator[Check]:
+    """Yield whether convolutions over spikes can run by events on the CPU, and how they compare with dense ones."""
+    status = event_conv.status()
+    if not status.ok:
+        yield Check(True, f"dense: {status.reason}")
+        return
+    torch.manual_seed(0)
+    spikes, weight = (torch.rand(4, 128, 16, 16) < 0.05).float(), torch.randn(64, 128, 3, 3)
+    found, expected = event_conv.event_conv2d(spikes, weight, 1, 1), event_conv.reference(spikes, weight, 1, 1)
+    deviation = ((found - expected).abs().max() / expected.abs().max()).item()
+    tolerance = TOLERANCES[torch.float32]
+    text = f"{status.reason}: deviate by {deviation:.1e} (allowed {tolerance:.0e}); networks do not use them yet"
+    yield Check(deviation <= tolerance, text)
+
+
 SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
     "Versions": versions,
     "Devices": backends,
     "CUDA kernels": toolchain,
     "CUDA kernels against the reference": kernels_against_reference,
+    "Convolutions over spikes on the CPU": event_convolution,
 }
 
 

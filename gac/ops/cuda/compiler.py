@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gac.ops.cuda import kernel_cache
+from gac.ops import kernel_cache
 
 KERNEL_FOLDER = Path(__file__).parents[1] / "kernels"
 ELEMENTS = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
@@ -134,7 +134,7 @@ def compile_kernel(kernel: Kernel, capability: int, options: Sequence[str] = ())
 
 
 def compile_once(kernel: Kernel, capability: int) -> tuple[bytes, str]:
-    """Return a kernel's binary and mangled name from the disk (:mod:`gac.ops.cuda.kernel_cache`), or compile it.
+    """Return a kernel's binary and mangled name from the disk (:mod:`gac.ops.kernel_cache`), or compile it.
 
     Raises:
         RuntimeError: With the compiler's log, if the source does not compile.

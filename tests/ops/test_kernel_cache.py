@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gac.ops.cuda import compiler, kernel_cache
+from gac.ops import kernel_cache
+from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import Kernel
 
 KERNEL = Kernel("probe.cu", "probe", ("float*",))
