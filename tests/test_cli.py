@@ -75,7 +75,8 @@ def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file)
             synthetic_classes=3, synthetic_images=9,
         ),
         model=ModelConfig(
-            "msresnet18", "rate", 3, 8, [2, 1], "cifar", 2, 1, "alive", "torch", 1.5, 0.25, "super_spike", True
+            "msresnet18", "rate", 3, 8, [2, 1], "cifar", 2, 1, "alive", "temporal", "torch", 1.5, 0.25, "super_spike",
+            True,
         ),
         train=TrainConfig(
             epochs=7, batch_size=3, learning_rate=1e-5, momentum=0.5, nesterov=True, weight_decay=0.0,
