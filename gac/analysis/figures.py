@@ -103,7 +103,7 @@ def raster_figure(spikes: Tensor, layer: str, most: int = 200) -> Figure:
 
     Of more than ``most`` neurons every n-th is shown, in the order channel, row, column.
     """
-    of_neurons = spikes.flatten(1).t().cpu().numpy()  # [neurons, T]
+    of_neurons = spikes.flatten(1).t().float().cpu().numpy()  # [neurons, T]
     every = -(-len(of_neurons) // most)
     shown = of_neurons[::every]
     neurons, steps = shown.shape

@@ -83,7 +83,7 @@ def undecided(sample: Sample, count: int) -> tuple[Sample, Tensor]:
     They are those whose class changes most often with time, as there is most to see in them. Call it while the sample
     is running.
     """
-    logits = torch.cat([sample.network(batch) for batch in sample.inputs()], 1)
+    logits = torch.cat([sample.network(batch).float() for batch in sample.inputs()], 1)
     steps = torch.arange(1, len(logits) + 1, device=logits.device)
     probabilities = (logits.cumsum(0) / steps[:, None, None]).softmax(-1)
     classes = probabilities.argmax(-1)
