@@ -201,7 +201,7 @@ def _events(kind: type["NeuromorphicDatasetFolder"], config: DataConfig, root: P
         files = kind.resource_url_md5()
         missing = [(name, url) for name, url, md5 in files if not check_integrity(archives / name, md5)]
         if missing and not can_download:
-            how = " or give --data.download true" if kind.downloadable() else ""
+            how = " or give --data.download true" if kind.downloadable() else " (SpikingJelly cannot download them)"
             raise InputError(
                 f"data set {config.name} is not in {root}: name the folder that holds its events_np with --data.root,"
                 f" or put its archives into {archives}{how}; missing there or damaged: {_sources(missing)}"

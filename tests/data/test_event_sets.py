@@ -238,7 +238,7 @@ def test_counts_that_a_byte_does_not_hold_are_clipped_and_said(root: Path, caplo
 
 BY_HAND = {
     "cifar10dvs": r"or give --data\.download true; missing .*: airplane\.zip from https://ndownloader\.figshare\.com/",
-    "dvs128gesture": r"missing .*: DvsGesture\.tar\.gz, .* from https://ibm\.ent\.box\.com/\S+$",
+    "dvs128gesture": r"\(SpikingJelly cannot download them\); missing .*: DvsGesture\.tar\.gz, .* from https://ibm\.ent\.box\.com/\S+$",
     "ncaltech101": r"missing .*: Caltech101\.zip, .* from https://www\.garrickorchard\.com/datasets/n-caltech101$",
 }
 

@@ -553,4 +553,4 @@ def test_the_commands_of_the_guide_parse(monkeypatch: pytest.MonkeyPatch, single
             # The guide's run was trained on folders of images.
             kind = ["--data.name", "imagefolder"] if "--data.root" in options else []
             parse_eval(["--checkpoint", str(single / "best.pt"), *kind, *options[2:]])
-    assert sorted(scripts) == [*["eval.py"] * 3, *["train.py"] * 9]
+    assert sorted(scripts) == [*["eval.py"] * 3, *["train.py"] * 10]
