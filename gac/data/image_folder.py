@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -182,6 +183,19 @@ def _outlive_signals(worker: int) -> None:
     threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
 
 
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Let a signal wait until the end of the context; on Windows it does nothing."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_when_told_by(parent: int) -> None:
     # A signal handler would not learn who sent the signal.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
@@ -284,7 +298,10 @@ class ImageFolderLoader:
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.start = epoch, start
-        for batch in copy_ahead(self._loader, self.device):
+        with _blocked(signal.SIGTERM):
+            # Workers inherit the mask, so that none is ended before worker_init_fn has run.
+            batches = iter(self._loader)
+        for batch in copy_ahead(batches, self.device):
             for unreadable in batch.unreadable:
                 self._skip(unreadable)
             if len(batch.labels) > 0:

@@ -2,6 +2,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 
 from gac.config import DataConfig
-from gac.data import build_data
+from gac.data import build_data, image_folder
 from gac.data.augment import POLICIES
 from gac.data.class_folders import open_folders
 from gac.data.image_folder import IMAGENET_MEAN, IMAGENET_STD, read_image
@@ -253,6 +254,22 @@ def test_workers_outlive_the_epoch(root):
     list(loader.epoch(1))
     assert len(begun) == 2
     assert workers() - before == begun
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="this system has no signal masks")
+def test_workers_start_with_sigterm_blocked(root, tmp_path, monkeypatch):
+    """One that is told to end before it knows what to do about it would end, and the run with it."""
+    outlive = image_folder._outlive_signals
+
+    def note_and_outlive(worker: int) -> None:
+        blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        (tmp_path / f"worker{worker}").write_text(str(blocked))
+        outlive(worker)
+
+    monkeypatch.setattr(image_folder, "_outlive_signals", note_and_outlive)
+    list(build(root, workers=2).train.epoch(0))
+    assert [(tmp_path / f"worker{i}").read_text() for i in range(2)] == ["True", "True"]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_the_next_image_takes_the_place_of_a_damaged_one(tmp_path):
