@@ -129,19 +129,23 @@ def goals(folder: Path) -> Iterator[dict[str, Any]]:
 
 def throughput_table(folder: Path) -> str:
     """Return the table of docs/performance.md: each implementation of throughput.json, in Markdown."""
-    cells = _read(folder / "throughput.json")["cells"]
-    floor = next(cell["train"]["median_ms"] for cell in cells if cell["implementation"] == FLOOR)
+    cells = {cell["implementation"]: cell for cell in _read(folder / "throughput.json")["cells"]}
+    floor = _fastest(cells, "train", FLOOR)
     titles = ["Implementation", "Training step, ms [quartiles]", "x floor", "images/s", "Memory, GiB"]
     titles.append("Evaluation, images/s [quartiles]")
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
-    for cell in cells:
+    for name, cell in cells.items():
         train, evaluation, peak = cell["train"], cell["evaluation"], cell["peak_bytes"]
-        low, high = (1000 * cell["batch"] / ms for ms in reversed(evaluation["quartiles_ms"]))
-        step = "{:.2f} [{:.2f}, {:.2f}]".format(train["median_ms"], *train["quartiles_ms"])
-        memory = "-" if peak is None else f"{peak / 2**30:.2f}"
-        rates = f"{train['images_per_second']:,.0f} | {memory} | {evaluation['images_per_second']:,.0f}"
-        ratio = train["median_ms"] / floor
-        lines.append(f"| {cell['implementation']} | {step} | {ratio:.2f} | {rates} [{low:,.0f}, {high:,.0f}] |")
+        row = [name, OUT_OF_MEMORY, "-", "-", "-", OUT_OF_MEMORY]
+        if train != OUT_OF_MEMORY:
+            row[1] = "{:.2f} [{:.2f}, {:.2f}]".format(train["median_ms"], *train["quartiles_ms"])
+            row[2] = "-" if floor is None else f"{train['median_ms'] / floor:.2f}"
+            row[3] = f"{train['images_per_second']:,.0f}"
+            row[4] = "-" if peak is None else f"{peak / 2**30:.2f}"
+        if evaluation != OUT_OF_MEMORY:
+            low, high = (1000 * cell["batch"] / ms for ms in reversed(evaluation["quartiles_ms"]))
+            row[5] = f"{evaluation['images_per_second']:,.0f} [{low:,.0f}, {high:,.0f}]"
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +197,8 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
     print()
     if (ROOT / folder / "throughput.json").exists():
         print(f"{throughput_table(ROOT / folder)}\n")
-    GOALS.header()
+    if verdicts:
+        GOALS.header()
     for goal in verdicts:
         verdict = "met" if goal["met"] else "MISSED"
         GOALS.row(goal["goal"], goal["wanted"], f"{goal['measured']:.3g}", verdict)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.common import OUT_OF_MEMORY
 from benchmarks.gpu import ROOT, Part, goals, run
+from gac.options import parse_train
 
 CPU, CPU_DEVICE, CUDA = ["--device", "cpu"], torch.device("cpu"), torch.device("cuda")
 
@@ -74,6 +76,8 @@ def test_every_part_is_a_command_that_parses(tmp_path):
         if part.command[0] == "-m" and part.command[1].startswith("benchmarks."):
             module = __import__(part.command[1], fromlist=["PARSER"])
             module.PARSER.parse_args(part.command[2:])
+        if part.command[0] == "train.py":
+            parse_train(part.command[1:])
     names = [part.name for part in found[CUDA]]
     assert names[:4] == ["doctor", "tests", "kernels", "throughput"]
     assert len(names) == len(set(names))
@@ -91,6 +95,18 @@ def test_the_verdicts_on_what_was_measured():
     assert not found["train: times as fast as step-loop"]
     assert found["norm_lif backward, float16: share of a copy's rate"]
     assert not found["gate_lif backward, float16: share of a copy's rate"]
+
+
+def test_what_had_no_memory_stands_in_the_table(tmp_path):
+    content = json.loads((ROOT / "benchmarks" / "results" / "h200" / "throughput.json").read_text())
+    for cell in content["cells"]:
+        if cell["implementation"] in ("step-loop", "convolution-floor"):
+            cell |= {"train": OUT_OF_MEMORY, "evaluation": OUT_OF_MEMORY, "peak_bytes": None}
+    (tmp_path / "throughput.json").write_text(json.dumps(content))
+    lines = gpu.throughput_table(tmp_path).splitlines()
+    assert "| step-loop | out of memory | - | - | - | out of memory |" in lines
+    assert lines[2].startswith("| ours-cupy | 43.25 [42.94, 43.72] | - | 5,920 | 10.92 | 19,320 ")
+    assert "memory of a training step over spikingjelly's" in {goal["goal"] for goal in goals(tmp_path)}
 
 
 def test_the_page_says_what_the_files_say():
