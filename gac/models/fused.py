@@ -19,6 +19,7 @@ from gac.models.blocks import ConvNorm, MSBlock
 from gac.models.recompute import recomputed
 from gac.neuron import LIFNode
 from gac.ops.channels import MAX_T
+from gac.ops.event_conv import event_conv2d
 from gac.ops.gate_lif import gate_lif
 from gac.ops.lif_pool import lif_pool
 from gac.ops.norm_lif import norm_lif
@@ -81,12 +82,12 @@ def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode 
 def _compute_block(
     block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None
 ) -> tuple[Tensor, Tensor | None]:
-    y = functional.seq_to_ann_forward(spikes, block.conv1.conv)
+    y = _convolve(spikes, block.conv1.conv)
     if _runs_by_itself(block.lif2):
         spikes = block.lif2(functional.seq_to_ann_forward(y, block.conv1.norm))
     else:
         spikes = norm_lif(y, block.conv1.norm.normalization(y), block.lif2.lif_parameters())
-    y = functional.seq_to_ann_forward(spikes, block.conv2.conv)
+    y = _convolve(spikes, block.conv2.conv)
 
     shortcut, shortcut_normalization = membrane, None
     if not isinstance(block.shortcut, nn.Identity):
@@ -101,6 +102,16 @@ def _compute_block(
         None if separate else following.lif_parameters(),
     )
     return membrane, following(membrane) if separate and following is not None else spikes
+
+
+def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
+    """Return a convolution of spikes [T, B, C, H, W]: on the CPU by events, if nothing else would run."""
+    plain = _bypassable(conv, nn.Conv2d) and conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
+    uniform = plain and conv.padding_mode == "zeros" and len({*conv.stride}) == 1 and len({*conv.padding}) == 1
+    if not uniform:
+        return functional.seq_to_ann_forward(spikes, conv)
+    y = event_conv2d(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
+    return y.unflatten(0, spikes.shape[:2])
 
 
 def _same_neuron(a: LIFNode, b: LIFNode) -> bool:

@@ -6,19 +6,15 @@ spike. The kernels (``kernels/event_conv.c``) list the spikes once, for the outp
 
 import ctypes
 import functools
-import logging
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from gac.ops import c_compiler, openmp
+from gac.ops import c_compiler, c_kernels, openmp
 from gac.ops.watchers import watched
-
-_log = logging.getLogger("gac")
 
 # Where events take as long as oneDNN's dense convolution in the better memory order, in a thread of a Zen 5, for 3 x 3
 # kernels of 64 to 512 channels: forward above 0.35, weight gradient at about 0.35. With 32 channels events gain up to a
@@ -46,7 +42,7 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     torch.compile and whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than
     0 and 1, with more than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the
     spikes are in channels_last, for weights and gradients that are not finite, and without a C compiler
-    (:func:`status`).
+    (:func:`gac.ops.c_kernels.status`).
 
     Args:
         spikes: [N, C, H, W], in any memory order; the output has that of ``reference``.
@@ -62,28 +58,6 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
         return _EventConvolution.apply(spikes, weight, stride, padding)[0]
     return _forward(spikes, weight, stride, padding)[0]
-
-
-@dataclass(frozen=True)
-class Status:
-    """Whether the event kernels run on this machine, and what is missing if not, in one line."""
-
-    ok: bool
-    reason: str
-
-
-@functools.cache
-def status() -> Status:
-    """Return whether the event kernels run here; compiles them at the first call, and logs once that they do not."""
-    try:
-        library = c_compiler.load_library("event_conv.c")
-    except c_compiler.NotCompiled as error:
-        _log.warning("convolutions over spikes are dense on the CPU: %s", error)
-        return Status(False, str(error))
-    threads = "torch's threads" if openmp.parallel_function() else "one thread, as torch's OpenMP runtime is not found"
-    reason = f"{_kernels().instructions().decode()} code by {library.compiler}; {threads}"
-    _log.info("convolutions over spikes on the CPU: %s", reason)
-    return Status(True, reason)
 
 
 def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -121,14 +95,6 @@ class _Shape(ctypes.Structure):
     )
 
 
-class _Team(ctypes.Structure):
-    _fields_ = (("parallel", ctypes.c_void_p), ("threads", ctypes.c_int64))
-
-
-def _team() -> _Team:
-    return _Team(openmp.parallel_function(), torch.get_num_threads())
-
-
 def _shape(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> _Shape:
     outputs = (
         (size + 2 * padding - kernel) // stride + 1
@@ -140,9 +106,8 @@ def _shape(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> _Shape:
 @functools.cache
 def _kernels() -> ctypes.CDLL:
     functions = c_compiler.load_library("event_conv.c").functions
-    shape, team, pointer, number = ctypes.POINTER(_Shape), ctypes.POINTER(_Team), ctypes.c_void_p, ctypes.c_int64
+    shape, team, pointer, number = ctypes.POINTER(_Shape), ctypes.POINTER(c_kernels.Team), ctypes.c_void_p, ctypes.c_int64
     for name, result, parameters in (
-        ("instructions", ctypes.c_char_p, ()),
         ("list_stride", number, (shape,)),
         ("list_count", number, (shape,)),
         ("packed_size", number, (shape,)),
@@ -159,9 +124,9 @@ def _kernels() -> ctypes.CDLL:
 
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the convolution, and the lists of spikes if it was made from them."""
-    if not (_pays(spikes, weight, stride) and status().ok):
+    if not (_pays(spikes, weight, stride) and c_kernels.status().ok):
         return reference(spikes, weight, stride, padding), None, None
-    kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
+    kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
     rows = _rows(spikes, team)
     count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)
     index = torch.empty(len(count) * kernels.list_stride(shape), dtype=torch.uint8)
@@ -188,7 +153,7 @@ def _most_events(shape: _Shape) -> float:
     return MAX_DENSITY * shape.frames * shape.channels * height * width / threads
 
 
-def _pack(shape: _Shape, team: _Team, weight: Tensor, packed: Tensor) -> bool:
+def _pack(shape: _Shape, team: c_kernels.Team, weight: Tensor, packed: Tensor) -> bool:
     """Put the weight into tiles; return whether all of it is finite."""
     if not weight.is_contiguous():
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -201,7 +166,7 @@ def _weight_strides(weight: Tensor) -> tuple[int, int]:
     return (height * width, 1) if weight.is_contiguous() else (1, C)
 
 
-def _rows(x: Tensor, team: _Team) -> Tensor:
+def _rows(x: Tensor, team: c_kernels.Team) -> Tensor:
     """Return ``x`` with its channels innermost in memory."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
@@ -256,7 +221,7 @@ def _weight_gradient(
     gradient: Tensor, spikes: Tensor, weight: Tensor, index: Tensor, count: Tensor, stride: int, padding: int
 ) -> Tensor | None:
     """Return the weight gradient by events, or None if ``gradient`` is not finite."""
-    kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
+    kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
     rows = _rows(gradient, team)
     dense = weight.is_contiguous() or _is_channels_last(weight)
     grad_weight = torch.empty_like(weight, memory_format=torch.preserve_format if dense else torch.contiguous_format)

@@ -11,6 +11,7 @@ from spikingjelly.activation_based import functional, monitor, neuron
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from conftest import KERNELS
 from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.models import create_model, fused
 from gac.models.ms_resnet import MSBlock, MSResNet
@@ -22,12 +23,12 @@ from gac.ops.cuda.compiler import Kernel
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=KERNELS)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run: their source compiled for the CPU, or the GPU."""
+    """Where the kernels run: see ``KERNELS``."""
     if request.param == "cpu":
         request.getfixturevalue("neurons_on_kernels")
-    return request.param
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_compiles_without_graph_breaks(mode: str, device: str) -> None:
 
 
 def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "fake tensors run nowhere"))
+    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.Status(True, "fake tensors run nowhere"))
     with FakeTensorMode():
         net, x = network(), torch.randn(4, 3, 16, 16)
         assert not fused.possible(net, x)

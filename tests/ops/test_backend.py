@@ -46,7 +46,7 @@ class TestStatus:
     def test_no_device(self) -> None:
         pytest.importorskip("cupy", reason="CuPy is not installed")
         assert backend.toolchain_status().ok
-        assert backend.cupy_status(CUDA) == backend.CupyStatus(
+        assert backend.cupy_status(CUDA) == backend.Status(
             False, "torch finds no CUDA device", "check the GPU and its driver with nvidia-smi"
         )
 
@@ -58,7 +58,7 @@ class TestStatus:
     def test_cupy_missing(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pretend_cuda(monkeypatch, version)
         monkeypatch.setattr(backend, "cupy_installed", lambda: False)
-        assert backend.cupy_status(CUDA) == backend.CupyStatus(
+        assert backend.cupy_status(CUDA) == backend.Status(
             False, "CuPy is not installed", f"pip install cupy-cuda{version[:2]}x"
         )
 
@@ -87,7 +87,7 @@ class TestStatus:
 
         pretend_cuda(monkeypatch)
         monkeypatch.setattr(cuda, "nvrtc", SimpleNamespace(getVersion=missing))
-        assert backend.cupy_status(CUDA) == backend.CupyStatus(
+        assert backend.cupy_status(CUDA) == backend.Status(
             False, "CuPy cannot load NVRTC: Failure finding libnvrtc.so", "pip install nvidia-cuda-nvrtc"
         )
 
@@ -162,7 +162,7 @@ class TestChoice:
             backend.choose_backend("cupy", x)
 
     def test_dtypes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "CuPy works"))
+        monkeypatch.setattr(backend, "cupy_status", lambda device: backend.Status(True, "CuPy works"))
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             assert backend.choose_backend("auto", SimpleNamespace(device=CUDA, dtype=dtype)) == "cupy"
         double = SimpleNamespace(device=CUDA, dtype=torch.float64)

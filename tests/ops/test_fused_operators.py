@@ -136,13 +136,10 @@ def run_rank(rank: int, kernel_folder: Path, folder: Path) -> None:
     """Run the network on one image of two, as one of two processes, and save the results."""
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    with torch.library._scoped_library("gac", "FRAGMENT") as library:
-        for name, implementation in operators.OPERATORS.items():
-            library.impl(name.removeprefix("gac::"), implementation, "CPU")
-        launch.set_cpu_launcher(KernelsOnCpu(kernel_folder))
-        running = torch.zeros(8), torch.ones(8)
-        images = slice(rank, rank + 1)
-        results = run_network(leaves_of_network("cpu"), images=images, synchronized=True, running=running)
+    launch.set_cpu_launcher(KernelsOnCpu(kernel_folder))
+    running = torch.zeros(8), torch.ones(8)
+    images = slice(rank, rank + 1)
+    results = run_network(leaves_of_network("cpu"), images=images, synchronized=True, running=running)
     torch.save([*results, *running], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
