@@ -83,6 +83,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return "cpu"
 
 
+@pytest.fixture
+def half(request: pytest.FixtureRequest, device: str) -> str:
+    """fp16, but fp32 for the C kernels."""
+    return "fp32" if request.node.callspec.params["device"] == "c" else "fp16"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out half precision for the C kernels, which do not have it."""
     items[:] = [item for item in items if not _is_half_precision_in_c(item)]

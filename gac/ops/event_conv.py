@@ -53,7 +53,9 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     Returns:
         [N, K, H', W'].
     """
-    if not _is_supported(spikes, weight, stride, padding):
+    if not (
+        _is_supported(spikes, weight, stride, padding) and _pays(spikes, weight, stride) and c_kernels.status().ok
+    ):
         return reference(spikes, weight, stride, padding)
     if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
         return _EventConvolution.apply(spikes, weight, stride, padding)[0]
@@ -124,8 +126,6 @@ def _kernels() -> ctypes.CDLL:
 
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the convolution, and the lists of spikes if it was made from them."""
-    if not (_pays(spikes, weight, stride) and c_kernels.status().ok):
-        return reference(spikes, weight, stride, padding), None, None
     kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
     rows = _rows(spikes, team)
     count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)

@@ -171,20 +171,22 @@ def test_a_frozen_batch_norm_stays_as_it_is(device: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_compiles_without_graph_breaks(mode: str, device: str) -> None:
+def test_compiles_without_graph_breaks(mode: str, device: str, request: pytest.FixtureRequest) -> None:
+    # Of the C kernels a compiler sees nothing: it compiles the modules, whose results are others by rounding.
+    in_c = request.node.callspec.params["device"] == "c"
     net = network().to(device).train(mode == "train")
     eager = copy.deepcopy(net)
     # On the CPU inductor would compute what the kernels' shim computes with other rounding, in minutes.
     compiled = torch.compile(net, backend="aot_eager" if device == "cpu" else "inductor", fullgraph=True)
     x = images(device)
     logits, expected = compiled(x), eager(x)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0 if device == "cpu" else 1e-2)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6 if in_c else 0 if device == "cpu" else 1e-2)
     if mode == "train" and device == "cpu":
         logits.logsumexp(-1).sum().backward()
         expected.logsumexp(-1).sum().backward()
-        assert_same_gradients(net, eager, 0.0)
+        assert_same_gradients(net, eager, 5e-5 if in_c else 0.0)
         for (key, a), b in zip(net.named_buffers(), eager.buffers(), strict=True):
-            assert torch.equal(a, b), key
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if in_c else 0, msg=key)
 
 
 def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gac.errors import InputError
-from gac.ops import backend
+from gac.ops import backend, c_kernels
 from gac.ops.cuda import launch
 
 CUDA = torch.device("cuda", 0)
@@ -142,15 +142,21 @@ def test_the_probe_runs_where_kernels_do(kernels_on_cpu: object, monkeypatch: py
 class TestChoice:
     def test_on_the_cpu(self) -> None:
         x = torch.zeros(3)
-        assert backend.choose_backend("auto", x) == "torch"
+        assert backend.choose_backend("auto", x) == "c"
+        assert backend.choose_backend("c", x) == "c"
         assert backend.choose_backend("torch", x) == "torch"
+        assert backend.choose_backend("auto", x.double()) == "torch"
+        with torch.autocast("cpu"):
+            assert backend.choose_backend("auto", x) == "torch"
+            with pytest.raises(InputError, match="^backend 'c' cannot run: the C kernels take float32 outside autocast;"):
+                backend.choose_backend("c", x)
         with pytest.raises(
             InputError, match=r"^backend 'cupy' cannot run: the CUDA kernels need a CUDA device, .*cpu;"
         ):
             backend.choose_backend("cupy", x)
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(InputError, match="must be auto, cupy or torch, got 'triton'"):
+        with pytest.raises(InputError, match="must be auto, cupy, c or torch, got 'triton'"):
             backend.choose_backend("triton", torch.zeros(3))
 
     def test_error_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +182,17 @@ class TestChoice:
                 backend.choose_backend("auto", torch.zeros(3))
         (record,) = caplog.records
         assert record.name == "gac"
-        assert record.getMessage() == (
-            "LIF backend on cpu: torch (the CUDA kernels need a CUDA device, the tensor is on cpu)"
-        )
+        assert record.getMessage() == f"LIF backend on cpu: c ({c_kernels.status().reason})"
+
+    def test_the_c_kernels_need_the_cpu(self) -> None:
+        with pytest.raises(InputError, match="the C kernels need the CPU, the tensor is on cuda; use backend='auto'"):
+            backend.choose_backend("c", SimpleNamespace(device=CUDA, dtype=torch.float32))
+
+    def test_without_a_compiler_torch_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(c_kernels, "status", lambda: backend.Status(False, "there is no C compiler: install gcc"))
+        assert backend.choose_backend("auto", torch.zeros(3)) == "torch"
+        with pytest.raises(InputError, match="backend 'c' cannot run: there is no C compiler: install gcc; use"):
+            backend.choose_backend("c", torch.zeros(3))
 
     def test_a_gpu_without_the_kernels_is_a_warning(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

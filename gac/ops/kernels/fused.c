@@ -149,9 +149,9 @@ INLINE float after(const LIF* lif, int soft, float h) {
     return h > lif->threshold ? spiked : h;
 }
 
-// exp within 2 units in the last place; at least that of -87, at most that of 88.
-INLINE float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
+// exp within 2 units in the last place; at least that of -87, and infinite above 88.
+INLINE float exponential(float given) {
+    float x = given < -87.0f ? -87.0f : given;
     x = x > 88.0f ? 88.0f : x;
     const float round = 0x1.8p23f;
     const float shifted = x * 0x1.715476p0f + round, power = shifted - round;
@@ -168,7 +168,7 @@ INLINE float exponential(float x) {
         uint32_t bits;
     } number = {shifted}, scale;
     scale.bits = (number.bits - 0x4b400000u + 127u) << 23;
-    return y * scale.value;
+    return given > 88.0f ? INFINITY : y * scale.value;
 }
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
