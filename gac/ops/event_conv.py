@@ -53,9 +53,9 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     Returns:
         [N, K, H', W'].
     """
-    if not (
-        _is_supported(spikes, weight, stride, padding) and _pays(spikes, weight, stride) and c_kernels.status().ok
-    ):
+    if not _is_supported(spikes, weight, stride, padding):
+        return reference(spikes, weight, stride, padding)
+    if not (_can_run(spikes, weight, stride) or _is_strided_1x1(weight, stride)):
         return reference(spikes, weight, stride, padding)
     if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
         return _EventConvolution.apply(spikes, weight, stride, padding)[0]
@@ -78,6 +78,15 @@ def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> 
         or weight.numel() == 0
         or any(size + 2 * padding < kernel for size, kernel in zip(spikes.shape[2:], weight.shape[2:], strict=True))
     )
+
+
+def _is_strided_1x1(weight: Tensor, stride: int) -> bool:
+    # Whose dense weight gradient has to be kept from channels_last: see _EventConvolution.backward.
+    return stride > 1 and weight.shape[2:].numel() == 1
+
+
+def _can_run(spikes: Tensor, weight: Tensor, stride: int) -> bool:
+    return _pays(spikes, weight, stride) and c_kernels.status().ok
 
 
 def _pays(spikes: Tensor, weight: Tensor, stride: int) -> bool:
@@ -126,6 +135,8 @@ def _kernels() -> ctypes.CDLL:
 
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the convolution, and the lists of spikes if it was made from them."""
+    if not _can_run(spikes, weight, stride):
+        return reference(spikes, weight, stride, padding), None, None
     kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
     rows = _rows(spikes, team)
     count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)
@@ -209,7 +220,7 @@ class _EventConvolution(torch.autograd.Function):
         if wanted_weight and index is not None:
             grad_weight = _weight_gradient(gradient, spikes, weight, index, count, ctx.stride, ctx.padding)
         if wanted_weight and grad_weight is None:
-            if ctx.stride > 1 and weight.shape[2:].numel() == 1:
+            if _is_strided_1x1(weight, ctx.stride):
                 # oneDNN writes out of bounds in channels_last (docs/performance.md), of which a 1 x 1 weight's strides
                 # are a sign too. The weight's values are not read.
                 gradient, spikes, weight = gradient.contiguous(), spikes.contiguous(), torch.empty(weight.shape)
