@@ -10,6 +10,7 @@ The modules themselves (:mod:`gac.models.ms_resnet`) are the specification, and 
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
@@ -91,7 +92,7 @@ def _compute_block(
 
     shortcut, shortcut_normalization = membrane, None
     if not isinstance(block.shortcut, nn.Identity):
-        shortcut = functional.seq_to_ann_forward(membrane, block.shortcut.conv)
+        shortcut = _convolve_shortcut(membrane, block.shortcut.conv)
         shortcut_normalization = block.shortcut.norm.normalization(shortcut)
     separate = following is None or _runs_by_itself(following)
     membrane, spikes = residual_lif(
@@ -112,6 +113,16 @@ def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
         return functional.seq_to_ann_forward(spikes, conv)
     y = event_conv2d(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
     return y.unflatten(0, spikes.shape[:2])
+
+
+def _convolve_shortcut(membrane: Tensor, conv: nn.Module) -> Tensor:
+    plain = _bypassable(conv, nn.Conv2d) and conv.bias is None and conv.groups == 1
+    if membrane.device.type == "cpu" and plain and (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
+        # Only of the pixels that a stride leaves: oneDNN's weight gradient of a strided 1 x 1 convolution writes out of
+        # bounds in channels_last (docs/performance.md).
+        read = membrane.flatten(0, 1)[..., :: conv.stride[0], :: conv.stride[1]]
+        return F.conv2d(read, conv.weight).unflatten(0, membrane.shape[:2])
+    return functional.seq_to_ann_forward(membrane, conv)
 
 
 def _same_neuron(a: LIFNode, b: LIFNode) -> bool:

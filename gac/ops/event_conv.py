@@ -117,7 +117,12 @@ def _shape(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> _Shape:
 @functools.cache
 def _kernels() -> ctypes.CDLL:
     functions = c_compiler.load_library("event_conv.c").functions
-    shape, team, pointer, number = ctypes.POINTER(_Shape), ctypes.POINTER(c_kernels.Team), ctypes.c_void_p, ctypes.c_int64
+    shape, team, pointer, number = (
+        ctypes.POINTER(_Shape),
+        ctypes.POINTER(c_kernels.Team),
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
     for name, result, parameters in (
         ("list_stride", number, (shape,)),
         ("list_count", number, (shape,)),

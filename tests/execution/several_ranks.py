@@ -28,7 +28,7 @@ from gac.evaluation.report import evaluate_checkpoint
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
-from gac.ops import backend, operators
+from gac.ops import backend
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import Kernel
 from gac.training import checkpoints, engine

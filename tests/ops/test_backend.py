@@ -148,7 +148,9 @@ class TestChoice:
         assert backend.choose_backend("auto", x.double()) == "torch"
         with torch.autocast("cpu"):
             assert backend.choose_backend("auto", x) == "torch"
-            with pytest.raises(InputError, match="^backend 'c' cannot run: the C kernels take float32 outside autocast;"):
+            with pytest.raises(
+                InputError, match="^backend 'c' cannot run: the C kernels take float32 outside autocast;"
+            ):
                 backend.choose_backend("c", x)
         with pytest.raises(
             InputError, match=r"^backend 'cupy' cannot run: the CUDA kernels need a CUDA device, .*cpu;"

@@ -19,10 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cuda_on_cpu.launcher import run_under_sanitizers
 from gac.ops import c_compiler, c_kernels, event_conv, openmp
 from gac.ops.event_conv import event_conv2d
+from ops.c_libraries import SANITIZERS, TARGETS, forget_kernels, sanitize_if_asked, use_target
 
-SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # What -march=native is replaced by: the same source for other CPUs, of which this one can run what it has.
-TARGETS = {"native": "-march=native", "AVX": "-march=x86-64-v3", "baseline": "-march=x86-64"}
 # N, C, H, W, K, kernel, stride, padding
 CASES = {
     "block": (2, 128, 8, 8, 64, 3, 1, 1),
@@ -47,9 +46,7 @@ LAYOUTS = ("contiguous", "channels_last", "weight_channels_last", "strided")
 @pytest.fixture(autouse=True)
 def by_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let events be used at any size and density, in memory that is poisoned before it is written."""
-    if "GAC_TEST_SANITIZE" in os.environ:
-        monkeypatch.setattr(c_compiler, "FLAGS", (*c_compiler.FLAGS, *SANITIZERS))
-    forget_kernels()
+    sanitize_if_asked(monkeypatch)
     if not c_kernels.status().ok:
         pytest.skip(c_kernels.status().reason)
     monkeypatch.setattr(event_conv, "MAX_DENSITY", 1e6)
@@ -59,11 +56,6 @@ def by_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     forget_kernels()
-
-
-def forget_kernels() -> None:
-    c_kernels.status.cache_clear()
-    event_conv._kernels.cache_clear()
 
 
 @pytest.fixture
@@ -77,20 +69,6 @@ def no_dense(monkeypatch: pytest.MonkeyPatch) -> None:
         return dense(*arguments)
 
     monkeypatch.setattr(event_conv, "_dense_gradients", only_of_the_input)
-
-
-def use_target(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile the kernels as for another CPU, if this one can run that."""
-    name = os.uname().machine
-    if target != "native" and name != "x86_64":
-        pytest.skip(f"{name} is no x86 CPU")
-    if target == "AVX" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("the CPU has no AVX2")
-    flags = [TARGETS[target] if flag == "-march=native" else flag for flag in c_compiler.FLAGS]
-    monkeypatch.setattr(c_compiler, "FLAGS", tuple(flags))
-    forget_kernels()
-    assert c_kernels.status().ok, c_kernels.status().reason
-    assert target in ("native", c_kernels.status().reason.split()[0])
 
 
 def make(case: str, density: float = 0.3, layout: str = "contiguous") -> tuple[Tensor, Tensor, int, int]:

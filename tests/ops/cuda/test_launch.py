@@ -114,4 +114,3 @@ def test_wrong_structs_are_refused(struct: object, with_structs: Path, launched:
     with pytest.raises(TypeError, match="argument 1 of mixed is a Mixed on cpu, got "):
         launch.launch(kernel, (1,), (1,), (torch.zeros(7), struct, None, 7.0))
     assert launched == []
-
