@@ -56,11 +56,15 @@ def forward(net: nn.Module, x: Tensor) -> Tensor:
 def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
     """Return the first block's input and the spikes of its first LIF layer."""
     coding = net.coding
+    # The C kernels are float32, under autocast too.
+    in_c = following.chosen_backend(x) == "c"
     if x.dim() == 4 and type(coding) is GatedAttentionCoding and _gate_fuses(coding, following):
         frame = net.stem(x, repeats=net.T)
         temporal, spatial = coding.gate.temporal(frame), coding.gate.spatial_channel(frame)
+        if in_c:
+            frame, spatial = frame.float(), spatial.float()
         return gate_lif(frame, temporal, spatial, following.lif_parameters())
-    membrane = net.encode(x)
+    membrane = net.encode(x).float() if in_c else net.encode(x)
     return membrane, following(membrane)
 
 
@@ -110,7 +114,7 @@ def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
     plain = _bypassable(conv, nn.Conv2d) and conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
     uniform = plain and conv.padding_mode == "zeros" and len({*conv.stride}) == 1 and len({*conv.padding}) == 1
     if not uniform:
-        return functional.seq_to_ann_forward(spikes, conv)
+        return functional.seq_to_ann_forward(spikes, conv).to(spikes.dtype)
     y = event_conv2d(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
     return y.unflatten(0, spikes.shape[:2])
 
@@ -121,8 +125,8 @@ def _convolve_shortcut(membrane: Tensor, conv: nn.Module) -> Tensor:
         # Only of the pixels that a stride leaves: oneDNN's weight gradient of a strided 1 x 1 convolution writes out of
         # bounds in channels_last (docs/performance.md).
         read = membrane.flatten(0, 1)[..., :: conv.stride[0], :: conv.stride[1]]
-        return F.conv2d(read, conv.weight).unflatten(0, membrane.shape[:2])
-    return functional.seq_to_ann_forward(membrane, conv)
+        return F.conv2d(read, conv.weight).unflatten(0, membrane.shape[:2]).to(membrane.dtype)
+    return functional.seq_to_ann_forward(membrane, conv).to(membrane.dtype)
 
 
 def _same_neuron(a: LIFNode, b: LIFNode) -> bool:

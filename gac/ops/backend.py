@@ -107,7 +107,7 @@ def choose_backend(
     """Return what runs an operation on ``x``: the kernels ("cupy" on a CUDA device, "c" on the CPU) or torch.
 
     "auto" is the kernels where they work: for a float32, float16 or bfloat16 tensor on a CUDA device with CuPy, and for
-    a float32 tensor on the CPU with a C compiler, outside autocast and torch.compile. Each choice is logged once, as a
+    a float32 tensor on the CPU with a C compiler, outside torch.compile. Each choice is logged once, as a
     warning where a CUDA device runs without the kernels. ``unsupported`` says why the kernels do not have the operation
     asked for, if so.
 
@@ -149,8 +149,8 @@ def _cupy_status(device: torch.device, dtype: torch.dtype) -> Status:
 def _c_status(device: torch.device, dtype: torch.dtype) -> Status:
     if device.type != "cpu":
         return Status(False, f"the C kernels need the CPU, the tensor is on {device.type}")
-    if dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return Status(False, "the C kernels take float32 outside autocast")
+    if dtype != torch.float32:
+        return Status(False, f"the C kernels take torch.float32, the tensor is {dtype}")
     if torch.compiler.is_compiling():
         return Status(False, "torch.compile sees more in torch's operations")
     return c_kernels.status()

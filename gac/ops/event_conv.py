@@ -38,11 +38,11 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     same to the bit for any number of threads and any CPU. The input gradient is the dense one. There is no second
     derivative.
 
-    The dense convolution runs for other dtypes than float32 and other devices than the CPU, under autocast,
-    torch.compile and whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than
-    0 and 1, with more than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the
+    The dense convolution runs for other dtypes than float32 and other devices than the CPU, under torch.compile and
+    whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than 0 and 1, with more than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the
     spikes are in channels_last, for weights and gradients that are not finite, and without a C compiler
-    (:func:`gac.ops.c_kernels.status`).
+    (:func:`gac.ops.c_kernels.status`). Under autocast on the CPU what is dense is in its dtype, such as bfloat16: the
+    input gradient, and the convolution where events are not used. The output is float32 there too.
 
     Args:
         spikes: [N, C, H, W], in any memory order; the output has that of ``reference``.
@@ -56,10 +56,14 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     if not _is_supported(spikes, weight, stride, padding):
         return reference(spikes, weight, stride, padding)
     if not (_can_run(spikes, weight, stride) or _is_strided_1x1(weight, stride)):
-        return reference(spikes, weight, stride, padding)
+        return _dense(spikes, weight, stride, padding)
     if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
         return _EventConvolution.apply(spikes, weight, stride, padding)[0]
     return _forward(spikes, weight, stride, padding)[0]
+
+
+def _dense(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return reference(spikes, weight, stride, padding).to(spikes.dtype)
 
 
 def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -68,7 +72,6 @@ def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> 
         torch.compiler.is_compiling()
         or watched(spikes)
         or watched(weight)
-        or torch.is_autocast_enabled("cpu")
         or any(
             x.device.type != "cpu" or x.dtype != torch.float32 or x.layout != torch.strided for x in (spikes, weight)
         )
@@ -141,7 +144,7 @@ def _kernels() -> ctypes.CDLL:
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the convolution, and the lists of spikes if it was made from them."""
     if not _can_run(spikes, weight, stride):
-        return reference(spikes, weight, stride, padding), None, None
+        return _dense(spikes, weight, stride, padding), None, None
     kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
     rows = _rows(spikes, team)
     count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)
@@ -149,7 +152,7 @@ def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple
     events = kernels.list_events(shape, team, rows.data_ptr(), index.data_ptr(), count.data_ptr())
     packed = torch.empty(kernels.packed_size(shape))
     if not 0 <= events <= _most_events(shape) or not _pack(shape, team, weight, packed):
-        return reference(spikes, weight, stride, padding), None, None
+        return _dense(spikes, weight, stride, padding), None, None
     outputs = (shape.frames, shape.outputs, shape.out_height, shape.out_width)
     out = torch.empty(outputs, memory_format=torch.channels_last)
     kernels.convolve(shape, team, index.data_ptr(), count.data_ptr(), packed.data_ptr(), out.data_ptr())
@@ -208,6 +211,7 @@ class _EventConvolution(torch.autograd.Function):
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         spikes, weight, ctx.stride, ctx.padding = inputs
         _, index, count = output
+        ctx.dense_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else spikes.dtype
         ctx.mark_non_differentiable(*(each for each in (index, count) if each is not None))
         ctx.save_for_backward(spikes, weight, index, count)
         ctx.set_materialize_grads(False)
@@ -218,10 +222,11 @@ class _EventConvolution(torch.autograd.Function):
         spikes, weight, index, count = ctx.saved_tensors
         if gradient is None:
             return None, None, None, None
+        sizes = ctx.stride, ctx.padding, ctx.dense_dtype
         wanted_spikes, wanted_weight, *_ = ctx.needs_input_grad
         grad_spikes = grad_weight = None
         if wanted_spikes:
-            grad_spikes, _ = _dense_gradients(gradient, spikes, weight, ctx.stride, ctx.padding, (True, False))
+            grad_spikes, _ = _dense_gradients(gradient, spikes, weight, *sizes, (True, False))
         if wanted_weight and index is not None:
             grad_weight = _weight_gradient(gradient, spikes, weight, index, count, ctx.stride, ctx.padding)
         if wanted_weight and grad_weight is None:
@@ -229,7 +234,7 @@ class _EventConvolution(torch.autograd.Function):
                 # oneDNN writes out of bounds in channels_last (docs/performance.md), of which a 1 x 1 weight's strides
                 # are a sign too. The weight's values are not read.
                 gradient, spikes, weight = gradient.contiguous(), spikes.contiguous(), torch.empty(weight.shape)
-            _, grad_weight = _dense_gradients(gradient, spikes, weight, ctx.stride, ctx.padding, (False, True))
+            _, grad_weight = _dense_gradients(gradient, spikes, weight, *sizes, (False, True))
         return grad_spikes, grad_weight, None, None
 
 
@@ -248,10 +253,19 @@ def _weight_gradient(
 
 
 def _dense_gradients(
-    gradient: Tensor, spikes: Tensor, weight: Tensor, stride: int, padding: int, wanted: tuple[bool, bool]
+    gradient: Tensor,
+    spikes: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     sizes = ([stride] * 2, [padding] * 2, [1, 1])
+    if dtype != spikes.dtype:
+        # The input gradient does not depend on the spikes' values.
+        spikes = spikes.to(dtype) if wanted[1] else torch.empty_like(spikes, dtype=dtype)
     results = torch.ops.aten.convolution_backward(
-        gradient, spikes, weight, None, *sizes, False, [0, 0], 1, [*wanted, False]
+        gradient.to(dtype), spikes, weight.to(dtype), None, *sizes, False, [0, 0], 1, [*wanted, False]
     )
-    return results[0], results[1]
+    return tuple(None if result is None else result.to(gradient.dtype) for result in results[:2])

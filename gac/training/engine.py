@@ -342,8 +342,7 @@ class Trainer:
 
     def _backend(self) -> Choice:
         """Return what runs the neurons: they decide it call by call, by the device and the type of their input."""
-        dtype = DTYPES.get(self.config.train.amp, torch.float32)
-        return self.network.lif.chosen_backend(torch.empty(0, device=self.device, dtype=dtype))
+        return self.network.lif.chosen_backend(torch.empty(0, device=self.device))
 
     def _check_health(self) -> None:
         """Raise TrainingDiverged on all ranks unless every loss, gradient and weight is finite; waits for the device.
