@@ -70,7 +70,7 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-KERNELS = ("cpu", "c", pytest.param("cuda", marks=pytest.mark.gpu))
+KERNELS = ("cpu", pytest.param("c", marks=pytest.mark.c_kernels), pytest.param("cuda", marks=pytest.mark.gpu))
 """The CUDA kernels' source compiled for the CPU, their C versions, and the kernels on the GPU."""
 
 

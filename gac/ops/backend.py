@@ -138,6 +138,11 @@ def _choose_backend(requested: str, device: torch.device, dtype: torch.dtype, un
     return choice
 
 
+def kernels_status(kind: Literal["cupy", "c"], device: torch.device) -> Status:
+    """Return whether the CUDA kernels ("cupy"), or their C versions ("c"), can run float32 on a device."""
+    return _c_status(device, torch.float32) if kind == "c" else _cupy_status(device, torch.float32)
+
+
 def _cupy_status(device: torch.device, dtype: torch.dtype) -> Status:
     status = cupy_status(device)
     if status.ok and dtype not in ELEMENTS:

@@ -22,7 +22,7 @@ from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.execution import random_state
 from gac.execution.cuda_graph import Replayed, select_capture
-from gac.execution.device import DTYPES, memory_format, network_input
+from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
 from gac.ops.backend import Choice

@@ -44,6 +44,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.c_kernels
 def test_every_cuda_kernel_has_a_c_version() -> None:
     declaration = re.compile(r"__global__ void (?:__launch_bounds__\([^()]*\) )?(\w+)\(")
     names = {name for path in KERNEL_FOLDER.glob("*.cu") for name in declaration.findall(path.read_text())}
@@ -51,6 +52,7 @@ def test_every_cuda_kernel_has_a_c_version() -> None:
     assert {name for name in names if not hasattr(library, name)} == {"probe"}
 
 
+@pytest.mark.c_kernels
 def test_threads_do_not_change_a_bit() -> None:
     before, found = torch.get_num_threads(), []
     try:

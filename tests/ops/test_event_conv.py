@@ -118,12 +118,14 @@ def assert_exact_but_for_summation(spikes: Tensor, weight: Tensor, stride: int, 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("no_dense")
+@pytest.mark.c_kernels
 def test_equals_the_specification(case: str, layout: str) -> None:
     assert_exact_but_for_summation(*make(case, layout=layout))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
 @pytest.mark.usefixtures("no_dense")
+@pytest.mark.c_kernels
 def test_silence_few_spikes_and_spikes_everywhere(density: float) -> None:
     spikes, *others = make("tails", density)
     assert spikes.mean() == density or 0 < spikes.mean() < 0.02
@@ -144,6 +146,7 @@ def test_memory_order_is_that_of_the_specification(case: str, layout: str) -> No
 
 @pytest.mark.parametrize("case", ["two of each", "tails", "many pixels"])
 @pytest.mark.usefixtures("no_dense")
+@pytest.mark.c_kernels
 def test_threads_do_not_change_a_bit(case: str) -> None:
     arguments, before = make(case), torch.get_num_threads()
     try:
