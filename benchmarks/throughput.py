@@ -1,8 +1,8 @@
 """Measure the throughput of a GAC-MS-ResNet: python -m benchmarks.throughput (--help lists all options).
 
 A training step is the forward pass, the cross entropy of the logits' mean over time, the backward pass and SGD
-(momentum, weight decay; loss scaling in fp16; a learning rate so small that firing rates stay) on one batch of random
-images, or with --checkpoint of its test images, that stays on the device. Evaluation is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause; the
+(momentum, weight decay; loss scaling in fp16) on one batch of random images that stays on the device; with --checkpoint
+these are test images, and the learning rate is so small that firing rates stay. Evaluation is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause; the
 implementations take turns. ours-cupy has the CUDA kernels, ours-cupy-graph its steps replayed as CUDA graphs, as
 train.cuda_graph does (its memory is that of the step while it is captured, and stays taken between its steps); ours-c
 has their C versions and convolutions by events on the CPU, whose time depends on how many inputs spike: "density" lists
@@ -189,7 +189,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
         floor = {cell["implementation"]: cell["train"] for cell in cells}.get(FLOOR)
         for cell in cells:
             print_cell(cell, floor)
-        for what, of_layers in cells[0]["densities"].items():
+        for what, of_layers in cells[0]["densities"].items() if cells else ():
             report.line("density", f"{what}: {' '.join(f'{density:.3f}' for density in of_layers)}")
         report.add("cells", cells)
     if options.plot is not None:
