@@ -10,7 +10,7 @@ which take turns; the crossover is the density at which both take as long, by in
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 from unittest import mock
 
@@ -32,8 +32,8 @@ SHAPES = ((128, 32), (256, 16), (512, 8))
 ORDERS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 COLORS = ("#0072B2", "#D55E00", "#009E73")
 TABLE = Table(
-    *(("channels", 8), ("pixels", 7), ("density", 7), ("pass", 15), ("order", 5), ("events ms", 9), ("[quartiles]", 16)),
-    *(("dense ms", 9), ("[quartiles]", 16), ("speed-up", 8)),
+    *(("channels", 8), ("pixels", 7), ("density", 7), ("pass", 15), ("order", 5)),
+    *(("events ms", 9), ("[quartiles]", 16), ("dense ms", 9), ("[quartiles]", 16), ("speed-up", 8)),
 )
 Calls = dict[tuple[str, str], Callable[[], object]]
 
@@ -86,9 +86,7 @@ def measure(shape: tuple[int, int], density: float, options: Namespace) -> list[
             events = timings["events", order]
             place = {"channels": channels, "side": side, "frames": frames, "density": density}
             speed_up = dense["median_ms"] / events["median_ms"]
-            rows.append(
-                place | {"pass": what, "order": order, "events": events, "dense": dense, "speed_up": speed_up}
-            )
+            rows.append(place | {"pass": what, "order": order, "events": events, "dense": dense, "speed_up": speed_up})
     return rows
 
 
@@ -105,7 +103,7 @@ def print_row(row: dict[str, Any]) -> None:
 def crossover(rows: list[dict[str, Any]]) -> float | None:
     """Return the density from which events are slower than the dense convolution; None if it was not passed."""
     rows = sorted(rows, key=lambda row: row["density"])
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         if before["speed_up"] >= 1 > after["speed_up"]:
             gained = (before["speed_up"] - 1) / (before["speed_up"] - after["speed_up"])
             return before["density"] + gained * (after["density"] - before["density"])
