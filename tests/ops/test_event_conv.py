@@ -383,12 +383,21 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(event_conv2d(spikes, weight, *sizes), event_conv.reference(spikes, weight, *sizes))
 
 
-@pytest.mark.usefixtures("dense_only")
-def test_autocast() -> None:
+def test_under_autocast_what_is_dense_has_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     spikes, weight, *sizes = make("stride 2")
+    exact = run(event_conv2d, spikes, weight, *sizes)
     with torch.autocast("cpu", torch.bfloat16):
-        out = event_conv2d(spikes, weight, *sizes)
-    assert out.dtype == torch.bfloat16
+        out, grad_spikes, grad_weight = run(event_conv2d, spikes, weight, *sizes)
+        dense = event_conv.reference(spikes, weight, *sizes)
+        monkeypatch.setattr(event_conv, "_pays", lambda *_: False)
+        out_of_dense = event_conv2d(spikes, weight, *sizes)
+    assert torch.equal(out, exact[0])
+    assert torch.equal(grad_weight, exact[2])
+    # Rounded to eight bits of a float32 number's 24.
+    assert grad_spikes.dtype == torch.float32
+    assert 1e-4 < (grad_spikes - exact[1]).norm() / exact[1].norm() < 1e-2
+    assert dense.dtype == torch.bfloat16
+    assert torch.equal(out_of_dense, dense.float())
 
 
 @pytest.mark.usefixtures("dense_only")
