@@ -5,6 +5,7 @@ On trained ones that is frequent, and there a neuron that fires on h >= threshol
 gives other spikes.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -160,12 +161,27 @@ def compare(
     )
 
 
-def write_fidelity(fidelity: Fidelity, export: Path, **more: Any) -> Path:
-    """Write what was found beside an exported file, as JSON, and return where. ``more`` are further entries."""
-    path = export.with_name(f"{export.name}.fidelity.json")
+def write_and_tell(path: Path, content: bytes, fidelity: Fidelity | None, **more: Any) -> None:
+    """Write an exported file and, beside it, its fidelity with ``more`` entries as JSON; print both.
+
+    Without a fidelity that of an earlier file of this name is deleted: it would be taken for this one's.
+
+    Raises ResultsNotWritten if one of them cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.fidelity.json")
     with writing(path), atomic_write(path) as file:
-        file.write(f"{json.dumps(fidelity.to_dict() | more, indent=2, allow_nan=False)}\n".encode())
-    return path
+        file.write(content)
+    print(f"wrote {path}: {len(content) / 1e6:.1f} MB")
+    if fidelity is None:
+        with writing(beside):
+            beside.unlink(missing_ok=True)
+        print("not compared with our network, as no images were asked for")
+        return
+    entries = fidelity.to_dict() | more | {"sha256": hashlib.sha256(content).hexdigest()}
+    with writing(beside), atomic_write(beside) as file:
+        file.write(f"{json.dumps(entries, indent=2, allow_nan=False)}\n".encode())
+    print(fidelity)
+    print(f"wrote {beside}")
 
 
 def _seeded(call: Callable[[Tensor], Outputs], x: Tensor, seed: int) -> Outputs:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
+from torch.export import Dim
 
 from gac.errors import InputError
 from gac.models.ms_resnet import MSResNet
@@ -149,4 +150,23 @@ class Step(nn.Module):
         return potentials
 
 
-FORMS: dict[Form, type[nn.Module]] = {"mean": Mean, "sequence": Sequence, "step": Step}
+_FORMS: dict[Form, type[nn.Module]] = {"mean": Mean, "sequence": Sequence, "step": Step}
+
+
+def prepared(network: MSResNet, form: Form, example: Tensor) -> tuple[nn.Module, tuple[Tensor, ...], tuple]:
+    """Return a network in a form, example arguments for an exporter, and which of their dimensions is the batch.
+
+    Args:
+        network: In step mode "m".
+        form: One of the above.
+        example: Images [B, C, H, W] or event frames [T, B, C, H, W]; the step form takes one of the latter.
+
+    Raises:
+        InputError: For a form that the coding does not have.
+    """
+    module, batch = _FORMS[form](network), Dim("batch")
+    if not isinstance(module, Step):
+        return module, (example,), ({example.dim() - 4: batch},)
+    x = example if example.dim() == 4 else example[0]
+    state = module.fresh_state(x)
+    return module, (x, *state), ({0: batch}, tuple({0: batch} for _ in state))

@@ -9,22 +9,19 @@ import json
 import warnings
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import Tensor
 
 from gac.command_line import Parser, new_file
 from gac.errors import InputError
 from gac.export.engines import Run, open_model
-from gac.export.fidelity import Fidelity, Outputs, compare, write_fidelity
-from gac.export.forms import FORMS, Form, Step
+from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
+from gac.export.forms import Form, Step, prepared
 from gac.export.packages import require
 from gac.export.source import Source, open_source
-from gac.files import atomic_write, writing
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -49,21 +46,23 @@ def build_model(source: Source, form: Form = "mean") -> "ModelProto":
             f"{network.coding_name} coding is not exported as ONNX, which has neither its random numbers nor its check"
             " that intensities lie in [0, 1]: export it with the subcommand program"
         )
-    module, x = FORMS[form](network), source.example()
-    dynamic = {x.dim() - 4: Dim("batch")}
-    inputs, outputs = ["images" if x.dim() == 4 else "frames"], ["logits"]
-    arguments, shapes = [x], [dynamic]
+    module, arguments, shapes = prepared(network, form, source.example())
+    inputs, outputs = ["images" if arguments[0].dim() == 4 else "frames"], ["logits"]
     if isinstance(module, Step):
-        if x.dim() == 5:
-            arguments = [x := x[0]]
-            shapes = [dynamic := {0: Dim("batch")}]
-            inputs = ["frame"]
-        state = module.fresh_state(x)
-        arguments += state
-        shapes.append(tuple({0: dynamic[0]} for _ in state))
         inputs += [f"v.{layer}" for layer in module.layers]
         outputs += [f"next_v.{layer}" for layer in module.layers]
-    model = _export(module, tuple(arguments), tuple(shapes), inputs, outputs)
+    # What it prints is about opsets and packages of the exporter's own.
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = torch.onnx.export(
+            module.eval(),
+            arguments,
+            dynamo=True,
+            verbose=False,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=shapes,
+        ).model_proto
     _name_layers(model)
     entries = source.metadata() | {"form": form, "torch": torch.__version__}
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in entries.items()})
@@ -106,37 +105,7 @@ def run(options: argparse.Namespace) -> None:
     source = open_source(options.checkpoint, options.images, options.root)
     model = build_model(source, options.form)
     fidelity = measure(source, model, options.form) if options.images else None
-    write_model(model, options.output, fidelity)
-
-
-def write_model(model: "ModelProto", path: Path, fidelity: Fidelity | None, **more: Any) -> None:
-    """Write a model and, beside it, its fidelity with ``more`` entries; print both."""
-    with writing(path), atomic_write(path) as file:
-        file.write(model.SerializeToString())
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
-    if fidelity is None:
-        print("not compared with our network, as no images were asked for")
-    else:
-        print(fidelity)
-        print(f"wrote {write_fidelity(fidelity, path, **more)}")
-
-
-def _export(module: nn.Module, arguments: tuple, shapes: tuple, inputs: list[str], outputs: list[str]) -> "ModelProto":
-    if isinstance(module, Step):
-        shapes = (*shapes[:1], shapes[1])
-    # What it prints is about opsets and packages of the exporter's own.
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval(),
-            arguments,
-            dynamo=True,
-            verbose=False,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=shapes,
-        )
-    return program.model_proto
+    write_and_tell(options.output, model.SerializeToString(), fidelity)
 
 
 def _name_layers(model: "ModelProto") -> None:
