@@ -39,7 +39,7 @@ def direct_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def direct(direct_file: str) -> Source:
-    """That network, on 18 test images: so few that no float32 rounding decides a spike."""
+    """That network, on a few test images."""
     return open_source(direct_file, 18)
 
 
