@@ -83,7 +83,8 @@ def _folded(layer: ConvNorm) -> nn.Conv2d:
 def _neuron(node: nn.Module) -> neuron.LIFNode:
     if type(node) is not LIFNode:
         raise InputError(
-            f"NIR export knows the neurons gac.LIFNode, which fire on h > threshold, not {type(node).__module__}.{type(node).__name__}"
+            "NIR export knows the neurons gac.LIFNode, which fire on h > threshold, not"
+            f" {type(node).__module__}.{type(node).__name__}"
         )
     if node.v_reset is None:
         raise InputError("NIR has no soft reset: its neurons are reset to a potential, and these have v_reset=None")

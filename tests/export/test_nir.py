@@ -6,7 +6,6 @@ import nir
 import numpy as np
 import pytest
 import torch
-from lively import lively
 from spikingjelly.activation_based import neuron, nir_exchange
 from torch import nn
 
@@ -14,6 +13,7 @@ import gac
 from gac.data.digits import load_digits
 from gac.errors import InputError
 from gac.export.nir import BACKBONE, ENCODER, read_nir, write_nir
+from lively import lively
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
