@@ -1,32 +1,39 @@
-"""NIR, the Neuromorphic Intermediate Representation: the spiking part of a network for other frameworks and for chips.
+"""Export a network's spiking part as NIR, the Neuromorphic Intermediate Representation, with its encoder beside it.
 
-NIR has convolutions, LIF neurons, pooling and linear layers, and no sigmoid or product: the encoder (stem and gated
-attention coding) is exported beside it, as a program of torch.export. Source: Pedersen et al., Nature Communications
-2024, and SpikingJelly's ``nir_exchange``, which writes and reads the file.
+NIR has convolutions, LIF neurons, pooling and linear layers, and neither sigmoid nor product: the encoder (stem and
+coding) becomes a program of torch.export, OUTPUT.encoder.pt2. gac.export.nir.read_nir(OUTPUT) puts both together.
 """
 
+import argparse
 import copy
+import hashlib
+import io
+import json
 import os
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import monitor, neuron
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gac.command_line import Parser, new_file
 from gac.errors import InputError
+from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
+from gac.export.forms import plain
+from gac.export.packages import require
+from gac.export.program import METADATA, as_program
+from gac.export.source import Source, open_source
+from gac.files import atomic_write, writing
 from gac.models.blocks import ConvNorm, MSBlock
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import LIFNode
 
-if TYPE_CHECKING:
-    import nir
-
-BACKBONE = "backbone.nir"
-ENCODER = "encoder.pt2"
-INSTALL = "pip install 'gac-snn[nir]'"
+SECONDS_PER_STEP = 1e-4
+"""The time step of the graph; SpikingJelly's and snnTorch's readers take it for granted."""
 
 
 class Backbone(nn.Module):
@@ -36,7 +43,7 @@ class Backbone(nn.Module):
     thresholds; as they fire on h >= threshold and the network's on h > threshold, they are only there to be exported.
 
     Args:
-        network: In evaluation mode; stays as it is.
+        network: Stays as it is.
         size: Height and width in pixels of what the last neurons see.
 
     Raises:
@@ -96,7 +103,7 @@ class _Encoder(nn.Module):
 
     def __init__(self, network: MSResNet) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network)
+        self.network = plain(network)
         self.network.stages, self.network.lif, self.network.head = nn.ModuleList(), nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,17 +111,19 @@ class _Encoder(nn.Module):
 
 
 class NIRNetwork(nn.Module):
-    """A network that :func:`read_nir` has read: images [B, C, H, W] or a sequence [T, B, C, H, W] to logits [T, B, K].
+    """A network that :func:`read_nir` has read: [B, C, H, W] or event frames [T, B, C, H, W] to logits [T, B, K].
 
     ``backbone`` is the graph that SpikingJelly's importer makes of the file, whose neurons are this package's: they
-    fire on h > threshold, as NIR says, and are SpikingJelly's otherwise.
+    fire on h > threshold, as NIR's do, and are SpikingJelly's otherwise. ``metadata`` says the classes and how images
+    are normalised.
     """
 
-    def __init__(self, encoder: nn.Module, backbone: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, backbone: fx.GraphModule, metadata: dict[str, Any]) -> None:
         super().__init__()
         # Not a submodule: a program of torch.export has no training mode and raises when it is told which one to be in.
         self.encode = encoder.forward
         self.backbone = backbone
+        self.metadata = metadata
 
     def forward(self, x: Tensor) -> Tensor:
         logits, _ = self.backbone(self.encode(x))
@@ -122,116 +131,142 @@ class NIRNetwork(nn.Module):
 
 
 @torch.no_grad()
-def write_nir(network: MSResNet, images: Tensor, folder: str | os.PathLike) -> "nir.NIRGraph":
-    """Write a network's backbone (``backbone.nir``) and its encoder (``encoder.pt2``) into a folder; return the graph.
+def build_nir(source: Source) -> tuple[bytes, bytes]:
+    """Return the contents of two files: the backbone as a NIR graph, and the encoder as a program of torch.export.
 
     The graph takes the encoder's output, one time step at a time, and gives that step's logits. Its thresholds are the
     true ones: a NIR neuron fires above its threshold, not at it. NIR has no residual sum: a node with several incoming
-    edges adds them, in whatever order its reader likes. Only :func:`read_nir` sums in the network's order.
-
-    Args:
-        network: With gated attention or direct coding, in float32; the other codings make their own random or coded
-            sequence, which is not the work of a graph.
-        images: What it is called with, two images or more: [B, C, H, W], or [T, B, C, H, W]. Height and width are
-            those that the files are made for; the number of images is not.
-        folder: A folder that exists.
+    edges adds them, in whatever order its reader likes. Only :func:`read_nir` adds them in the network's order.
 
     Raises:
-        InputError: For a network that NIR cannot hold, and if ``nir`` and ``nirtorch`` are missing.
+        InputError: For what NIR cannot hold, and if a package is missing.
     """
-    exchange = _nir_exchange()
+    nir, exchange = require("nir", "nir", "spikingjelly.activation_based.nir_exchange")
+    network, example = source.network, source.example()
     if network.coding_name not in ("gac", "direct"):
-        raise InputError(f"NIR export takes networks with gac or direct coding, not {network.coding_name}")
-    if type(network) is not MSResNet:
-        raise InputError(f"NIR export knows MSResNet, not {type(network).__name__}")
-    network = copy.deepcopy(network).cpu().float().eval()
-    # Strides of a larger tensor would become conditions on the number of images.
-    images = images.cpu().float().contiguous()
-    coded = network.encode(images)
-    size = _pooled_size(network, coded[0])
-    backbone = Backbone(network, size).eval()
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(
-        _Encoder(network), (images,), dynamic_shapes=({images.dim() - 4: batch},), strict=False
-    )
-    torch.export.save(program, Path(folder, ENCODER))
-    return exchange.export_to_nir(backbone, coded[0], Path(folder, BACKBONE))
+        raise InputError(
+            f"NIR export takes networks with gac or direct coding, not {network.coding_name}, which makes a sequence of"
+            " its own: export it with the subcommand program"
+        )
+    metadata = source.metadata() | {"seconds_per_step": SECONDS_PER_STEP}
+    encoder = _Encoder(network)
+    frame = encoder(example)[0]
+    graph = exchange.export_to_nir(Backbone(network, _final_size(network, frame)).eval(), frame, dt=SECONDS_PER_STEP)
+    graph.metadata = {METADATA: json.dumps(metadata)}
+    backbone = io.BytesIO()
+    nir.write(backbone, graph)
+    content = backbone.getvalue()
+    metadata["backbone_sha256"] = hashlib.sha256(content).hexdigest()
+    return content, as_program(encoder, (example,), ({example.dim() - 4: Dim("batch")},), metadata)
 
 
-def read_nir(folder: str | os.PathLike) -> NIRNetwork:
-    """Return the network that :func:`write_nir` wrote, in evaluation mode on the CPU.
+def encoder_path(path: Path) -> Path:
+    """Return where the encoder of a NIR file lies."""
+    return path.with_name(f"{path.name.removesuffix('.nir')}.encoder.pt2")
+
+
+def read_nir(path: str | os.PathLike) -> NIRNetwork:
+    """Return the network of a NIR file of this package and of the encoder beside it, in evaluation mode on the CPU.
 
     Two things are repaired that SpikingJelly's ``import_from_nir`` leaves different: its neurons fire on
     h >= threshold, and the terms of a residual sum are added in the order of a set of strings, which changes from
     process to process and from one reader of the same sum to the next.
 
     Raises:
-        InputError: For files that are missing or damaged, and if ``nir`` and ``nirtorch`` are missing.
+        InputError: For files that are missing, damaged or not of one export, and if a package is missing.
     """
-    exchange = _nir_exchange()
-    path = Path(folder, BACKBONE)
+    contents = []
+    for each in (Path(path), encoder_path(Path(path))):
+        try:
+            contents.append(each.read_bytes())
+        except OSError as error:
+            raise InputError(f"NIR export {each}: cannot be read: {error.strerror}") from error
     try:
-        backbone = exchange.import_from_nir(path, step_mode="m")
-    except (OSError, KeyError, ValueError, NotImplementedError) as error:
-        raise InputError(f"NIR file {path}: cannot be read: {error}") from error
-    _restore_strictness(backbone)
-    _restore_order_of_sums(backbone)
-    path = Path(folder, ENCODER)
+        return _assembled(*contents)
+    except InputError as error:
+        raise InputError(f"NIR export {path}: {error}") from error
+
+
+def _assembled(backbone: bytes, encoder: bytes) -> NIRNetwork:
+    nir, exchange = require("nir", "nir", "spikingjelly.activation_based.nir_exchange")
     # Of anything else torch.export prints a page before it raises.
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"encoder {path}: cannot be read: missing, or no program of torch.export")
-    encoder = torch.export.load(path).module()
-    return NIRNetwork(encoder, backbone).eval()
+    if not zipfile.is_zipfile(io.BytesIO(encoder)):
+        raise InputError("its encoder is no program of torch.export")
+    files = {METADATA: ""}
+    program = torch.export.load(io.BytesIO(encoder), extra_files=files)
+    metadata = json.loads(files[METADATA])
+    if metadata.get("backbone_sha256") != hashlib.sha256(backbone).hexdigest():
+        raise InputError("it is damaged, or the encoder beside it is of another export: export both again")
+    graph = exchange.import_from_nir(nir.read(io.BytesIO(backbone)), metadata["seconds_per_step"], step_mode="m")
+    _restore_strictness(graph)
+    _restore_order_of_sums(graph)
+    return NIRNetwork(program.module(), graph, metadata).eval()
 
 
-def _nir_exchange() -> Any:
-    try:
-        from spikingjelly.activation_based import nir_exchange
-    except ImportError as error:
-        raise InputError(f"NIR export needs the packages nir and nirtorch: {INSTALL}") from error
-    return nir_exchange
+def measure(source: Source, backbone: bytes, encoder: bytes) -> Fidelity:
+    """Run what :func:`build_nir` returned, read back through SpikingJelly, beside our network on its test images."""
+    network = _assembled(backbone, encoder)
+    # SpikingJelly's reader wraps its neurons in modules that return (spikes, state).
+    wrapper = type(network.backbone.get_submodule("lif"))
+
+    def exported(x: Tensor) -> Outputs:
+        with monitor.OutputMonitor(network.backbone, wrapper, lambda output: output[0]) as recorded, torch.no_grad():
+            logits = network(x)
+        return logits, {name.replace("_", "."): recorded[name][0] for name in recorded.monitored_layers}
+
+    program = "NIR through SpikingJelly's reader, strictness restored"
+    return compare(source.network, exported, source.test_images(), program=program, data=source.tried_on)
 
 
-def _pooled_size(network: MSResNet, frame: Tensor) -> tuple[int, int]:
+def add_options(parser: Parser) -> None:
+    """Add the options of this subcommand."""
+    parser.add("output", "the file to write", type=new_file(".nir"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write both files and how far they are from our network."""
+    source = open_source(options.checkpoint, options.images, options.root)
+    backbone, encoder = build_nir(source)
+    fidelity = measure(source, backbone, encoder) if options.images else None
+    beside = encoder_path(options.output)
+    with writing(beside), atomic_write(beside) as file:
+        file.write(encoder)
+    print(f"wrote {beside}: {len(encoder) / 1e6:.1f} MB")
+    write_and_tell(options.output, backbone, fidelity)
+
+
+def _final_size(network: MSResNet, frame: Tensor) -> tuple[int, int]:
     for stage in network.stages:
         for block in stage:
-            frame = block.conv2.conv(block.conv1.conv(frame))
+            if isinstance(block, MSBlock):
+                frame = block.conv2.conv(block.conv1.conv(frame))
     return tuple(frame.shape[-2:])
 
 
-def _restore_strictness(graph: nn.Module) -> None:
+def _restore_strictness(graph: fx.GraphModule) -> None:
     """Put this package's neurons, which fire on h > threshold, in place of SpikingJelly's."""
     for parent in list(graph.modules()):
         for name, node in list(parent.named_children()):
             if type(node) is neuron.LIFNode:
-                strict = LIFNode(
-                    node.tau,
-                    node.decay_input,
-                    node.v_threshold,
-                    node.v_reset,
-                    node.surrogate_function,
-                    node.detach_reset,
-                    step_mode=node.step_mode,
-                )
-                setattr(parent, name, strict)
+                constants = node.tau, node.decay_input, node.v_threshold, node.v_reset
+                setattr(parent, name, LIFNode(*constants, node.surrogate_function, step_mode=node.step_mode))
 
 
 def _restore_order_of_sums(graph: fx.GraphModule) -> None:
     """Add the terms of each sum in the order in which the network computes them: from the shallowest to the deepest."""
-    depth: dict[fx.Node, set[fx.Node]] = {}
+    below: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.graph.nodes:
-        depth[node] = set().union(*(depth[each] for each in node.all_input_nodes)) | {node}
-    sums = [node for node in graph.graph.nodes if node.target is torch.add]
-    for last in sums:
-        if any(user.target is torch.add for user in last.users):
+        below[node] = set().union(*(below[each] for each in node.all_input_nodes)) | {node}
+    for last in graph.graph.nodes:
+        if last.target is not torch.add or any(user.target is torch.add for user in last.users):
             continue
-        chain, terms = [last], [last.args[1]]
-        while chain[0].args[0] in sums:
-            chain.insert(0, chain[0].args[0])
-            terms.append(chain[0].args[1])
-        terms.append(chain[0].args[0])
-        terms.sort(key=lambda term: len(depth[term]))
-        chain[0].args = (terms[0], terms[1])
-        for total, before, term in zip(chain[1:], chain, terms[2:], strict=False):
-            total.args = (before, term)
+        sums, terms = [last], [last.args[1]]
+        while (before := sums[0].args[0]).target is torch.add:
+            sums.insert(0, before)
+            terms.append(before.args[1])
+        terms.append(before)
+        total, *terms = sorted(terms, key=lambda term: len(below[term]))
+        for each, term in zip(sums, terms, strict=True):
+            each.args = (total, term)
+            total = each
     graph.recompile()
