@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -33,14 +33,22 @@ def build_program(source: Source, form: Form = "mean") -> bytes:
             other packages than PyTorch.
     """
     module, arguments, shapes = prepared(source.network, form, source.example())
+    return as_program(module, arguments, shapes, source.metadata() | {"form": form})
+
+
+def as_program(module: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple, entries: dict[str, Any]) -> bytes:
+    """Return a module as the content of a .pt2 file with these metadata; ``shapes`` says what the batch is.
+
+    Raises InputError for operations of other packages than PyTorch.
+    """
     with torch.no_grad():
         program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
     _check_operations(program)
     for node in program.graph.nodes:
         # It names the folders of this machine.
         node.meta.pop("stack_trace", None)
-    file, entries = io.BytesIO(), source.metadata() | {"form": form, "torch": torch.__version__}
-    torch.export.save(program, file, extra_files={METADATA: json.dumps(entries)})
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(entries | {"torch": torch.__version__})})
     return file.getvalue()
 
 
