@@ -39,7 +39,7 @@ def build_model(source: Source, form: Form = "mean") -> "ModelProto":
     Raises:
         InputError: For a form that the coding does not have, for rate and phase coding, and if a package is missing.
     """
-    onnx, _ = require("onnx", "onnx", "onnxscript")
+    onnx, *_ = require("onnx", "onnx", "onnxscript", "onnxruntime")
     network = source.network
     if network.coding_name not in ("gac", "direct"):
         raise InputError(
