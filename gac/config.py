@@ -292,6 +292,16 @@ class TrainConfig:
     """Parameters that stay as they are: patterns such as stem.* or stages.0.*, separated by commas or spaces."""
     freeze_batch_norm: bool = False
     """Leave BatchNorm's running statistics, weights and biases as they are."""
+    self_distillation: NonNegativeFloat = 0.0
+    """Self-distillation between time steps: weight of a loss by which the output of each time step learns from the mean
+    over all of them; 0 turns that off."""
+    teacher: str | None = None
+    """Checkpoint of train.py of a trained network from whose mean output over time this one learns beside the labels;
+    it must have been trained on the same classes and with the same normalisation. Default: none."""
+    teacher_weight: PositiveFloat = 1.0
+    """train.teacher: weight of that loss; the labels' is 1."""
+    distillation_temperature: PositiveFloat = 2.0
+    """train.self_distillation and train.teacher: what logits are divided by before the softmax."""
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (

@@ -52,6 +52,9 @@ from gac.errors import InputError
         (TrainConfig, "checkpoint_minutes", float("inf")),
         (TrainConfig, "checkpoint_steps", -1),
         (TrainConfig, "keep_checkpoints", 0),
+        (TrainConfig, "self_distillation", -0.5),
+        (TrainConfig, "teacher_weight", 0.0),
+        (TrainConfig, "distillation_temperature", 0.0),
     ],
 )
 def test_a_value_out_of_range_is_named_in_one_line(section: type, field: str, value: object) -> None:
@@ -105,6 +108,11 @@ def test_values_by_position_are_named_in_errors() -> None:
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(InputError, match="momentum must be"):
         TrainConfig(nesterov=True, momentum=0.0)
+
+
+def test_cutout_is_not_for_folders_of_images() -> None:
+    with pytest.raises(InputError, match=r"^data\.cutout must be 0 with data\.name imagefolder .*; got 8$"):
+        DataConfig(name="imagefolder", cutout=8)
 
 
 def test_test_images_are_at_least_as_large_as_their_crop() -> None:

@@ -26,6 +26,7 @@ from gac.execution.device import DTYPES, memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
+from gac.training.distillation import make_distillation
 from gac.training.ema import MovingAverage
 from gac.training.epoch_metrics import epoch_metrics
 from gac.training.freezing import training_mode
@@ -121,11 +122,14 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
         self.memory_format = memory_format(config.train, self.device)
         self.network.to(self.device, memory_format=self.memory_format)
+        self.distillation = ranks.together(
+            lambda: make_distillation(config.train, info, self.device, self.memory_format)
+        )
         self.average = MovingAverage(self.network, config.train.ema_decay) if config.train.ema_decay > 0 else None
         self.optimizer = make_optimizer(parameter_groups(self.network, config.train), config.train, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
         self.step = TrainingStep(
-            self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks
+            self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
         # A single one, so that evaluation runs in the memory of the training step.
         capture = select_capture(config.train.cuda_graph, self.device)
@@ -165,6 +169,7 @@ class Trainer:
                 lambda: random_state.capture(self.device), lambda state: random_state.restore(state, self.device)
             ),
             **({} if self.average is None else {"average": self.average}),
+            **({} if self.distillation is None else {"distillation": self.distillation}),
             "history": StateAdapter(lambda: self.history, self.history.extend),
         }
 
@@ -279,14 +284,7 @@ class Trainer:
         self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
         self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
         metrics = epoch_metrics(
-            self.config.train,
-            position,
-            totals,
-            scores,
-            batches=self.batches,
-            skipped_images=skipped,
-            test_skipped_images=test_skipped,
-            backend=self._backend(),
+            self.config.train, position, totals, scores, self.batches, skipped, test_skipped, self._backend()
         )
         measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
         measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
