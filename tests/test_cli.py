@@ -120,6 +120,22 @@ def test_the_fast_recipe_is_the_prototypes_with_augmentation_and_averaged_weight
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "batch", "alpha", "off"), [("cifar10", 128, 0.5, 200), ("cifar100", 64, 0.75, 150)])
+def test_the_recipe_of_max_resnet_is_for_both_networks(name: str, batch: int, alpha: float, off: int) -> None:
+    options = ["--config", str(ROOT / f"configs/{name}_maxresnet.yaml")]
+    with_gate, plain = (parse_train([*options, *more]).config for more in ([], ["--model.name", "msresnet18_cifar"]))
+    assert with_gate == Config(
+        data=DataConfig(name=name, crop_padding=0, augment="randaugment", augment_group=1, random_erasing=0.25),
+        model=ModelConfig(T=4),
+        train=TrainConfig(
+            epochs=400, batch_size=batch, optimizer="adamw", learning_rate=1.5e-3, weight_decay=0.06,
+            weight_decay_on="weights", warmup_epochs=20.0, label_smoothing=0.1, mixup_alpha=alpha, cutmix="batch",
+            cutmix_probability=1.0, cutmix_beta=0.5, mix_off_epochs=off, amp="fp16",
+        ),
+    )  # fmt: skip
+    assert (plain.data, plain.train) == (with_gate.data, with_gate.train)
+
+
 def test_a_run_or_a_trial_but_not_both(yaml_file) -> None:
     path = yaml_file("{}")
     parsed = parse_train(["--config", path])
