@@ -9,10 +9,10 @@ from types import ModuleType
 
 from gac.command_line import Parser, at_least, finish
 from gac.errors import InputError, did_you_mean, quoted
-from gac.export import nir, onnx, program
+from gac.export import deploy, nir, onnx, program
 
 # A module with a docstring, add_options(parser) and run(options); what all have in common is added below.
-SUBCOMMANDS: dict[str, ModuleType] = {"nir": nir, "onnx": onnx, "program": program}
+SUBCOMMANDS: dict[str, ModuleType] = {"onnx": onnx, "nir": nir, "program": program, "deploy": deploy}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections import defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gac.command_line import Parser, new_file
 from gac.errors import InputError
-from gac.export.engines import Run, open_model
+from gac.export.engines import Engine, Precision, Run, open_model
 from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
 from gac.export.forms import Form, Step, prepared
 from gac.export.packages import require
@@ -64,21 +64,33 @@ def build_model(source: Source, form: Form = "mean") -> "ModelProto":
             dynamic_shapes=shapes,
         ).model_proto
     _name_layers(model)
-    entries = source.metadata() | {"form": form, "torch": torch.__version__}
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in entries.items()})
-    model.producer_name, model.producer_version = "gac", entries["gac"]
+    set_metadata(model, source.metadata() | {"form": form})
     onnx.checker.check_model(model)
     return model
 
 
-def measure(source: Source, model: "ModelProto", form: Form = "mean") -> Fidelity:
-    """Run an ONNX model of :func:`build_model` in ONNX Runtime beside our network on the source's test images.
+def set_metadata(model: "ModelProto", entries: dict[str, Any]) -> None:
+    """Put plain values into a model's metadata, as JSON, in place of those of the same names."""
+    del model.metadata_props[:]
+    for key, value in (entries | {"torch": torch.__version__}).items():
+        model.metadata_props.add(key=key, value=json.dumps(value))
+
+
+def measure(
+    source: Source,
+    model: "ModelProto",
+    form: Form = "mean",
+    *,
+    engine: Engine = "onnxruntime",
+    precision: Precision = "f32",
+) -> Fidelity:
+    """Run an ONNX model of :func:`build_model` beside our network on the source's test images.
 
     The logits are those of the model as it is; the spikes those of the same model that also returns them.
     """
-    program, run = open_model("onnxruntime", model.SerializeToString())
+    program, run = open_model(engine, model.SerializeToString(), precision)
     shown, layers = _showing_spikes(model)
-    _, run_shown = open_model("onnxruntime", shown.SerializeToString())
+    _, run_shown = open_model(engine, shown.SerializeToString(), precision)
     call = partial(_in_steps, model) if form == "step" else _at_once
 
     def exported(x: Tensor) -> Outputs:

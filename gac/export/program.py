@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from gac.command_line import Parser, new_file
 from gac.errors import InputError
 from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
-from gac.export.forms import Form, Step, prepared
+from gac.export.forms import Form, PlainNeuron, Step, prepared
 from gac.export.source import Source, open_source
 
 METADATA = "gac.json"
@@ -104,8 +104,9 @@ class _ShowingSpikes(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if n.target is torch.ops.aten.gt.Scalar:
-            *_, (layer, _) = n.meta["nn_module_stack"].values()
-            self._fired[layer.removeprefix("network.")].append(result)
+            *_, (module, kind) = n.meta["nn_module_stack"].values()
+            if kind == f"{PlainNeuron.__module__}.{PlainNeuron.__qualname__}":
+                self._fired[module.removeprefix("network.")].append(result)
         return result
 
     def spikes(self) -> dict[str, Tensor]:
