@@ -187,6 +187,10 @@ def other_norm(network):
     network.stages[1][0].conv1.norm = nn.InstanceNorm2d(8)
 
 
+def pooled(network):
+    network.stages[1][0].shortcut = nn.Sequential(ConvNorm(4, 8, 1, 2))
+
+
 def other_head(network):
     network.head = nn.Sequential(nn.Linear(16, 5))
 
@@ -197,6 +201,7 @@ def other_head(network):
         (soft_reset, "NIR has no soft reset"),
         (other_neuron, "LIFNode"),
         (other_norm, "NIR has no InstanceNorm2d"),
+        (pooled, r"\(ConvNorm\), not Sequential"),
         (other_head, "heads of one linear layer, not Sequential"),
     ],
 )
