@@ -25,6 +25,7 @@ from gac.execution.cuda_graph import Replayed, select_capture
 from gac.execution.device import DTYPES, memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
+from gac.neuron import LIFNode
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
 from gac.training.distillation import make_distillation
 from gac.training.ema import MovingAverage
@@ -311,7 +312,8 @@ class Trainer:
     def _backend(self) -> Literal["cupy", "torch"]:
         """Return what runs the neurons: they decide it call by call, by the device and the type of their input."""
         dtype = DTYPES.get(self.config.train.amp, torch.float32)
-        return "cupy" if self.network.lif.runs_kernels(torch.empty(0, device=self.device, dtype=dtype)) else "torch"
+        lif, like_its_input = self.network.lif, torch.empty(0, device=self.device, dtype=dtype)
+        return "cupy" if isinstance(lif, LIFNode) and lif.runs_kernels(like_its_input) else "torch"
 
     def _check_health(self) -> None:
         """Raise TrainingDiverged on all ranks unless every loss, gradient and weight is finite; waits for the device.

@@ -32,9 +32,9 @@ CPU, CONTIGUOUS = torch.device("cpu"), torch.contiguous_format
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of another network on the same data: no attention, other T."""
+    """A checkpoint of another network on the same data: a ReLU twin, wider, without attention and time."""
     folder = tmp_path_factory.mktemp("teacher")
-    model = replace(TINY.model, name="msresnet18_cifar", T=1, width=8)
+    model = replace(TINY.model, name="msresnet18_cifar", T=1, width=8, activation="relu")
     train(replace(TINY, model=model, train=replace(TINY.train, epochs=1)), folder / "run")
     return folder / "run" / "last.pt"
 
