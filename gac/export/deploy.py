@@ -4,6 +4,7 @@ The file is ONNX, whose metadata say for which engine and precision it was made.
 """
 
 import argparse
+import copy
 from typing import TYPE_CHECKING, get_args
 
 from gac.command_line import Parser, at_least, new_file
@@ -17,21 +18,25 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-def build_for(source: Source, engine: Engine, precision: Precision, calibration: int) -> "ModelProto":
-    """Return the ONNX model, in the form mean, of a network for an engine in a precision.
+def made_for(
+    engine: Engine, precision: Precision, model: "ModelProto", source: Source, calibration: int
+) -> "ModelProto":
+    """Return an ONNX model of a network, in the form mean, as an engine runs it in a precision.
 
-    ``calibration`` is the number of training images from which int8 takes its scales.
+    ``calibration`` is the number of training images from which int8 takes its scales; ``model`` stays as it is.
 
     Raises:
         InputError: For what the engine cannot do here, and if the training images cannot be opened.
     """
-    model = build_model(source)
+    entries = source.metadata() | {"form": "mean", "engine": engine, "precision": precision}
     if precision == "int8":
         model = quantise(model, source.training_images(calibration), engine)
-    of_int8 = {"calibration": f"{calibration} training images"} if precision == "int8" else {}
-    set_metadata(model, source.metadata() | {"form": "mean", "engine": engine, "precision": precision} | of_int8)
-    # Whether the engine takes it is known here, not after the images.
-    open_model(engine, model.SerializeToString(), precision)
+        entries["calibration"] = f"{calibration} training images"
+    else:
+        model = copy.deepcopy(model)
+        # Whether the engine takes it is known here, not after the images.
+        open_model(engine, model.SerializeToString(), precision)
+    set_metadata(model, entries)
     return model
 
 
@@ -46,7 +51,7 @@ def add_options(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the file and how far it is from our network, accuracy before and after included."""
     source = open_source(options.checkpoint, options.images, options.root)
-    model = build_for(source, options.engine, options.precision, options.calibration)
+    model = made_for(options.engine, options.precision, build_model(source), source, options.calibration)
     asked = {"engine": options.engine, "precision": options.precision}
     fidelity = measure(source, model, **asked) if options.images else None
     write_and_tell(options.output, model.SerializeToString(), fidelity)

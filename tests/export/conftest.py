@@ -5,7 +5,7 @@ import torch
 
 from gac.checkpoint import write_checkpoint
 from gac.checkpoint.weights import FOLDER, read_weights
-from gac.export import onnx
+from gac.export import onnx, program
 from gac.export.source import Source, open_source
 
 
@@ -19,6 +19,12 @@ def digits() -> Source:
 def digits_onnx(digits: Source) -> object:
     """Its ONNX model in the form mean; tests leave it as it is."""
     return onnx.build_model(digits)
+
+
+@pytest.fixture(scope="session")
+def digits_program(digits: Source) -> bytes:
+    """The content of its .pt2 file in the form mean."""
+    return program.build_program(digits)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Files for engines on a CPU: int8 where spikes are exact, accuracy as before, and refusals in one line."""
 
-import copy
 import sys
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import openvino
 import pytest
 
 from gac.errors import InputError
-from gac.export import deploy
+from gac.export.deploy import made_for
 from gac.export.engines import open_model
 from gac.export.onnx import measure
 from gac.export.quantisation import quantise
@@ -41,11 +40,9 @@ def test_openvino_computes_in_float32_unless_asked(digits, digits_onnx):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_int8_is_calibrated_on_training_images(engine, digits, digits_onnx, monkeypatch):
-    # Made once, as it takes seconds.
-    monkeypatch.setattr(deploy, "build_model", lambda source: copy.deepcopy(digits_onnx))
+def test_int8_is_calibrated_on_training_images(engine, digits, digits_onnx):
     digits = replace(digits, images=180)
-    model = deploy.build_for(digits, engine, "int8", 128)
+    model = made_for(engine, "int8", digits_onnx, digits, 128)
     # All that see spikes: not the stem, the attention's two and the three shortcuts.
     assert int8_convolutions(model) == (6, 12)
     fidelity = measure(digits, model, engine=engine, precision="int8")

@@ -1,16 +1,17 @@
 """python -m gac.export: subcommands as users call them."""
 
-import copy
 import json
 
 import onnx
 import pytest
 
-from gac.export import deploy
+from gac.export import deploy, program
 from gac.export.__main__ import SUBCOMMANDS, main
 
 
-def test_a_file_and_how_far_it_is_from_our_network(tmp_path, capsys):
+def test_a_file_and_how_far_it_is_from_our_network(tmp_path, capsys, digits_program, monkeypatch):
+    # Made once, as it takes seconds.
+    monkeypatch.setattr(program, "build_program", lambda source, form: digits_program)
     file = tmp_path / "digits.pt2"
     assert main(["program", "digits", str(file), "--images", "40"]) == 0
     printed = capsys.readouterr().out
@@ -20,7 +21,7 @@ def test_a_file_and_how_far_it_is_from_our_network(tmp_path, capsys):
 
 
 def test_deploy(tmp_path, capsys, digits_onnx, monkeypatch):
-    monkeypatch.setattr(deploy, "build_model", lambda source: copy.deepcopy(digits_onnx))
+    monkeypatch.setattr(deploy, "build_model", lambda source: digits_onnx)
     file = tmp_path / "digits.onnx"
     assert main(["deploy", "digits", str(file), "--engine", "onnxruntime", "--images", "0"]) == 0
     assert "not compared with our network" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from gac.checkpoint.weights import FOLDER, read_weights
 from gac.errors import InputError
 from gac.export.program import METADATA, build_program, measure
 from gac.export.source import open_source
+from gac.models import create_model
+from lively import lively
 
 WITHOUT_OTHER_PACKAGES = """
 import sys
@@ -25,9 +28,9 @@ torch.save(network(torch.load(sys.argv[2])), sys.argv[3])
 """
 
 
-def test_it_runs_where_only_torch_is_installed(digits, tmp_path):
+def test_it_runs_where_only_torch_is_installed(digits, digits_program, tmp_path):
     network, images, logits = (tmp_path / name for name in ("network.pt2", "images.pt", "logits.pt"))
-    network.write_bytes(build_program(digits))
+    network.write_bytes(digits_program)
     x = torch.cat([x for x, _ in digits.test_images()])
     torch.save(x, images)
     files = [str(each) for each in (network, images, logits)]
@@ -37,16 +40,15 @@ def test_it_runs_where_only_torch_is_installed(digits, tmp_path):
     torch.testing.assert_close(torch.load(logits), expected, rtol=0, atol=1e-4)
 
 
-def test_a_trained_network_is_itself(digits):
-    content = build_program(digits, "sequence")
-    fidelity = measure(digits, content, "sequence")
+def test_a_trained_network_is_itself(digits, digits_program):
+    fidelity = measure(digits, digits_program)
     assert (fidelity.max_difference, fidelity.predictions_differ) == (0, 0)
     assert len(fidelity.spikes) == fidelity.spiking_layers == 8
     assert all(each.differ == 0 < each.fired for each in fidelity.spikes.values())
     extra = {METADATA: ""}
-    torch.export.load(io.BytesIO(content), extra_files=extra)
-    assert json.loads(extra[METADATA]) == digits.metadata() | {"form": "sequence", "torch": torch.__version__}
-    assert str(Path(__file__).parents[2]).encode() not in content
+    torch.export.load(io.BytesIO(digits_program), extra_files=extra)
+    assert json.loads(extra[METADATA]) == digits.metadata() | {"form": "mean", "torch": torch.__version__}
+    assert str(Path(__file__).parents[2]).encode() not in digits_program
 
 
 def test_the_step_form(direct):
@@ -55,6 +57,19 @@ def test_the_step_form(direct):
     assert fidelity.predictions_differ <= 1
     assert len(fidelity.spikes) == fidelity.spiking_layers == 7
     assert all(each.differ <= 1e-3 * each.of and each.fired for each in fidelity.spikes.values())
+
+
+def test_a_sequence_of_event_frames(digits):
+    torch.manual_seed(0)
+    net = create_model("gac_msresnet18_cifar", 10, 3, width=4, depth=[1, 1, 1], in_channels=2, temporal_init="alive")
+    x = torch.rand(3, 5, 2, 8, 8)
+    lively(net, x)
+    info = replace(digits.info, channels=2, mean=(0.0, 0.0), std=(1.0, 1.0), frames=3)
+    content = build_program(replace(digits, network=net, info=info), "sequence")
+    with torch.no_grad():
+        expected = net(x)
+    assert expected.std(1).max() > 0.01
+    torch.testing.assert_close(torch.export.load(io.BytesIO(content)).module()(x), expected, rtol=0, atol=1e-4)
 
 
 def with_coding(coding, folder):
