@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gac.checkpoint import is_plain
 from gac.errors import InputError
+from gac.ops.backend import Choice
 
 _Finite = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 _Word = Annotated[int, Field(ge=0, lt=2**32)]
@@ -78,8 +79,13 @@ class AverageEntry(Entry):
     updates: Tensor
 
 
-_Backend = Literal["cupy", "torch"]
-_History = list[dict[str, int | float | _Backend]]
+class DistillationEntry(Entry):
+    """The sha256 of the teacher's file (:class:`gac.training.distillation.Distillation`)."""
+
+    teacher: str | None
+
+
+_History = list[dict[str, int | float | Choice]]
 
 
 def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:
@@ -125,6 +131,7 @@ _ENTRIES: dict[str, type] = {
     "random_state": RandomStateEntry,
     "optimizer": OptimizerEntry,
     "average": AverageEntry,
+    "distillation": DistillationEntry,
     "ranks": PositiveInt,
 }
 
