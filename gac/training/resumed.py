@@ -35,7 +35,7 @@ class Entry(BaseModel):
 
 
 class PositionEntry(Entry):
-    """How far the run had come (:class:`gac.training.engine.Position`)."""
+    """How far the run had come (:class:`gac.training.position.Position`)."""
 
     epoch: NonNegativeInt
     batch: NonNegativeInt
@@ -77,6 +77,12 @@ class AverageEntry(Entry):
 
     model: dict[str, Tensor]
     updates: Tensor
+
+
+class DistillationEntry(Entry):
+    """The sha256 of the teacher's file (:class:`gac.training.distillation.Distillation`)."""
+
+    teacher: str | None
 
 
 _History = list[dict[str, int | float | Choice]]
@@ -125,6 +131,7 @@ _ENTRIES: dict[str, type] = {
     "random_state": RandomStateEntry,
     "optimizer": OptimizerEntry,
     "average": AverageEntry,
+    "distillation": DistillationEntry,
     "ranks": PositiveInt,
 }
 
