@@ -17,8 +17,8 @@ from gac.ops import c_compiler, c_kernels, openmp
 from gac.ops.watchers import watched
 
 # In a thread of a Zen 5, for 3 x 3 kernels of 64 to 512 channels, events take as long as oneDNN's dense convolution in
-# the better memory order at a density of about 0.6 forward and 0.5 for the weight gradient. With 32 channels events gain
-# up to a half in channels_last and nothing otherwise; with 16 they take twice as long. docs/performance.md has a table.
+# the better memory order at a density of 0.6 forward and 0.5 for the weight gradient. With 32 channels events gain
+# up to a half in channels_last and nothing otherwise; with 16 they take twice as long (docs/performance.md).
 MAX_DENSITY = 0.5
 """The largest part of the inputs that spike for which the convolution is by events."""
 MAX_GRADIENT_DENSITY = 0.4
