@@ -71,7 +71,7 @@ def batch_moments(y: Tensor) -> Tensor:
     against the deviations does not cancel them. Not differentiable: the operation that normalises does that part.
     """
     channels.check_activations("BatchNorm's input", y)
-    return torch.ops.gac.batch_moments(y)
+    return operators.call("gac::batch_moments", y)
 
 
 def over_all_ranks(moments: Tensor, count: int) -> Tensor:
@@ -118,7 +118,8 @@ def statistics(
         running_mean: Running mean [C], changed in place, or None.
         running_var: Running (unbiased) variance [C], changed in place, or None.
     """
-    return moments[0], torch.ops.gac.batch_statistics(moments, running_mean, running_var, eps, momentum)
+    arguments = (moments, running_mean, running_var, eps, momentum)
+    return moments[0], operators.call("gac::batch_statistics", *arguments)
 
 
 _LANES = 8  # kLanes in kernels/batch_norm.cu

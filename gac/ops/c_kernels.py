@@ -10,7 +10,6 @@ import logging
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from gac.errors import InputError
@@ -68,18 +67,16 @@ class _Launch(ctypes.Structure):
     )
 
 
-def launch(
-    kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], arguments: list[np.generic | np.ndarray]
-) -> None:
-    """Run a kernel's C version; ``grid`` says how many blocks of rows there are, ``block`` means nothing here.
+def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], packed: ctypes.Array) -> None:
+    """Run a kernel's C version on parameters as :mod:`gac.ops.cuda.launch` packs them.
+
+    ``grid`` says how many blocks of rows there are, ``block`` means nothing here.
 
     Raises:
         InputError: For a kernel of another dtype than float32, and without a C compiler.
     """
     function, variant = _function(kernel)
-    values = [np.asarray(argument) for argument in arguments]
-    addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-    function(_Launch(team(), grid[0], grid[1] if len(grid) > 1 else 1, *variant), addresses)
+    function(_Launch(team(), grid[0], grid[1] if len(grid) > 1 else 1, *variant), packed)
 
 
 @functools.cache

@@ -32,6 +32,8 @@ def check_activations(name: str, x: Tensor, like: Tensor | None = None) -> None:
 def channels_last(x: Tensor) -> Tensor:
     """Return ``x`` [..., C, H, W] with channels innermost in memory and all else in order; a copy only if need be."""
     strides = _channels_last_strides(x.shape)
+    if x.stride() == strides:
+        return x
     matches = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
     return x if matches else empty_channels_last(x.shape, x).copy_(x)
 

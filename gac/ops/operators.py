@@ -4,6 +4,7 @@ An operator takes only tensors, numbers and strings. Only this file takes a neur
 again: to everyone else it is one argument, the last.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from gac.ops.watchers import watched
 
 _NEURON_ARGUMENTS = LIFParameters.SCHEMA.count(",") + 1
 _with_neuron: set[str] = set()
+_implementations: dict[str, Callable[[str, tuple], Any]] = {}
 
 
 def define(name: str, schema: str) -> None:
@@ -37,8 +39,47 @@ def _unflatten(name: str, arguments: tuple) -> tuple:
 
 
 def call(name: str, *arguments: object) -> Any:
-    """Return what an operator such as "gac::lif_pool" gives for its arguments."""
+    """Return what an operator such as "gac::lif_pool" gives for its arguments.
+
+    Where nothing but the kernels has to see the call, PyTorch's dispatcher is not asked: it takes as long again as the
+    rest on the host.
+    """
+    if torch.is_grad_enabled() or not _plain(arguments):
+        return _dispatch(name, arguments)
+    return _run(name, _unflatten(name, _flatten(arguments)))
+
+
+def _dispatch(name: str, arguments: tuple) -> Any:
     return getattr(torch.ops.gac, name.removeprefix("gac::")).default(*_flatten(arguments))
+
+
+def _run(name: str, arguments: tuple) -> Any:
+    # A profiler shows operators by their names.
+    return (_dispatch if torch._C._autograd._profiler_enabled() else _implementations[name])(name, arguments)
+
+
+def _plain(arguments: tuple) -> bool:
+    """Return whether the dispatcher would do nothing with these arguments but call the implementation."""
+    first = next(each for each in arguments if isinstance(each, Tensor))
+    if torch.compiler.is_compiling() or watched(first):
+        return False
+    keys = _keys_of_plain_tensors(first.device.type)
+    return all(torch._C._dispatch_keys(x).raw_repr() in keys for x in arguments if isinstance(x, Tensor))
+
+
+@functools.cache
+def _keys_of_plain_tensors(device_type: str) -> frozenset[int]:
+    """Return the sets of dispatch keys of tensors that are memory and nothing else, in inference mode and outside.
+
+    Others are subclasses, have no memory, or wait for a negation, which the dispatcher would resolve.
+    """
+    if device_type not in ("cuda", "cpu"):
+        return frozenset()
+    keys = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return frozenset(keys)
 
 
 def outputs(name: str) -> Callable[[Callable], Callable]:
@@ -56,6 +97,7 @@ def implement(name: str) -> Callable[[Callable], Callable]:
 
     def register(function: Callable) -> Callable:
         torch.library.impl(name, ("cuda", "cpu"), lambda *arguments: function(*_unflatten(name, arguments)))
+        _implementations[name] = lambda _, arguments: function(*arguments)
         return function
 
     return register
@@ -74,7 +116,7 @@ def differentiable(
     def forward(ctx: torch.autograd.function.FunctionCtx, *arguments: object) -> Any:
         # The surrogate of a live module may be another one by the time of the backward pass.
         arguments = _unflatten(name, _flatten(arguments))
-        output = call(name, *arguments)
+        output = _run(name, arguments)
         setup_context(ctx, arguments, output)
         return output
 
@@ -98,9 +140,9 @@ def differentiable(
     def run(*arguments: object) -> Any:
         # A compiler or whoever watches is to see the operator. Elsewhere a plain autograd.Function does the same as the
         # one that torch.library generates for it, in a fraction of the time on the host.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or watched(arguments[0]):
-            return call(name, *arguments)
-        return function.apply(*arguments)
+        if torch.is_grad_enabled() and _plain(arguments):
+            return function.apply(*arguments)
+        return call(name, *arguments)
 
     return run
 

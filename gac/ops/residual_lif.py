@@ -264,9 +264,8 @@ def _backward(
     )
     means = batch_norm.gradient_sums(sums, y.numel() // y.shape[2], ctx.from_batch, ctx.synchronized)
     shortcut_tensors = (shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std)
-    grad_y, grad_shortcut = torch.ops.gac.residual_lif_backward_inputs(
-        grad, y, weight, *statistics, *shortcut_tensors, *means
-    )
+    arguments = (grad, y, weight, *statistics, *shortcut_tensors, *means)
+    grad_y, grad_shortcut = operators.call("gac::residual_lif_backward_inputs", *arguments)
     of_normalization = (sums[1], sums[0], None, None)
     if shortcut is None:
         of_shortcut = (grad, None, None, None, None)

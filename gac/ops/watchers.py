@@ -33,11 +33,13 @@ def watched(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or any(
-            not isinstance(torch._C._get_function_stack_at(i), DeviceContext)
-            for i in range(torch._C._len_torch_function_stack())
-        )
+        or (torch._C._len_torch_function_stack() > 0 and _function_modes())
     )
+
+
+def _function_modes() -> bool:
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 @contextmanager

@@ -7,14 +7,13 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import KERNEL_FOLDER, Kernel
+from gac.ops.cuda.launch import Packed
 
 HERE = Path(__file__).parent
 ORDERS = ("ascending", "descending", "shuffled")
@@ -42,6 +41,13 @@ def run_under_sanitizers(tests: str, chosen: str) -> str:
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
+
+
+def parameters(kernel: Kernel, packed: Packed) -> list[bytes]:
+    """Return the memory of each of a kernel's packed parameters, with the padding behind it."""
+    count = len(kernel.parameters)
+    addresses = [*(ctypes.c_void_p * count).from_buffer(packed), ctypes.addressof(packed) + len(packed)]
+    return [ctypes.string_at(start, end - start) for start, end in pairwise(addresses)]
 
 
 class Dim3(ctypes.Structure):
@@ -75,15 +81,13 @@ class KernelsOnCpu:
         kernel: Kernel,
         grid: tuple[int, ...],
         block: tuple[int, ...],
-        arguments: Sequence[np.generic],
+        packed: Packed,
     ) -> None:
         """Run a kernel; raises RuntimeError for a compiler error or a barrier that not all threads reach."""
         run = self.function(kernel)
-        values = [np.array(argument) for argument in arguments]
-        addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         sizes = (Dim3(*(*size, 1, 1)[:3]) for size in (grid, block))
         with self._lock:
-            error = run(*sizes, ORDERS.index(self.order), addresses)
+            error = run(*sizes, ORDERS.index(self.order), packed)
         if error is not None:
             raise RuntimeError(f"{kernel.instance}: {error.decode()}")
 

@@ -5,17 +5,18 @@ For a process of its own, started with ``environment()``, that calls ``replace_c
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from cuda_on_cpu.launcher import HERE, Dim3, KernelsOnCpu
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
+from gac.ops.cuda.launch import Packed
 
 # Two GPUs that need different binaries, and one that is newer than NVRTC.
 CAPABILITIES = ((9, 0), (8, 0), (20, 0))
@@ -80,7 +81,7 @@ class StandInDriver:
 
     def __init__(self, kernels: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = torch.device("cuda", 0)
-        self.launched: list[tuple[Kernel, list[np.generic]]] = []
+        self.launched: list[tuple[Kernel, Packed]] = []
         self._kernels = kernels
         self._library = ctypes.CDLL("libcuda.so.1")
         self._current_device = ctypes.c_int.in_dll(self._library, "stand_in_device")
@@ -90,24 +91,30 @@ class StandInDriver:
         ctypes.c_int.in_dll(self._library, "stand_in_blocks").value = BLOCKS
         properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
         monkeypatch.setattr(torch.cuda, "device", self._make_current)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=_stream(device)))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", _stream)
+        # The threads and devices whose context CUDA's runtime was asked to make current.
+        self.contexts: list[tuple[int, int]] = []
+        from cupy.cuda import runtime
+
+        monkeypatch.setattr(runtime, "setDevice", self._make_context)
+        monkeypatch.setattr(launch, "_contexts", launch._Contexts())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: CAPABILITIES[index])
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
-    def __call__(self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], typed: list[np.generic]) -> None:
+    def __call__(self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], packed: Packed) -> None:
         """Launch a kernel through CuPy on ``device``."""
         self._library.stand_in_run(self.mangled_name(kernel).encode(), self._kernels.function(kernel))
         before = self._launches.value
-        launch._launch_on_cuda(kernel, self.device, grid, block, typed)
+        launch._launch_on_cuda(kernel, self.device, grid, block, packed)
         assert self._launches.value == before + 1
         arrived = _Launch.in_dll(self._library, "stand_in_last_launch")
         assert [(size.x, size.y, size.z) for size in (arrived.grid, arrived.block)] == [
             (*size, 1, 1)[:3] for size in (grid, block)
         ]
         assert arrived.shared_bytes == 0
-        assert (arrived.device, arrived.stream) == (self.device.index, _stream(self.device))
+        assert (arrived.device, arrived.stream) == (self.device.index, _stream(self.device.index))
         assert self._current_device.value == NO_DEVICE
-        self.launched.append((kernel, typed))
+        self.launched.append((kernel, packed))
 
     def mangled_name(self, kernel: Kernel) -> str:
         """Return a kernel's name in the binaries for ``device``."""
@@ -120,6 +127,10 @@ class StandInDriver:
         asked = _Occupancy.in_dll(self._library, "stand_in_last_occupancy")
         return asked.name.decode(), asked.threads, asked.shared_bytes
 
+    def _make_context(self, device_index: int) -> None:
+        assert self._current_device.value == device_index
+        self.contexts.append((threading.get_ident(), device_index))
+
     @contextmanager
     def _make_current(self, device: torch.device | int) -> Iterator[None]:
         before = self._current_device.value
@@ -130,6 +141,6 @@ class StandInDriver:
             self._current_device.value = before
 
 
-def _stream(device: torch.device) -> int:
+def _stream(device_index: int) -> int:
     # More than 32 bits, as addresses have.
-    return 0x7F00_0000_1000 + device.index
+    return 0x7F00_0000_1000 + device_index

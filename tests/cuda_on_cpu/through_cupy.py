@@ -5,15 +5,15 @@ Results are compared to the bit with launches past CuPy, which the other tests c
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from cuda_on_cpu import stand_in_driver
-from cuda_on_cpu.launcher import KernelsOnCpu
+from cuda_on_cpu.launcher import KernelsOnCpu, parameters
 from cuda_on_cpu.stand_in_driver import BLOCKS, CAPABILITIES, MULTIPROCESSORS, StandInDriver
 from gac.ops import backend, lif
 from gac.ops.cuda import compiler, launch
@@ -74,9 +74,9 @@ def test_every_kernel(driver: StandInDriver) -> None:
     kernels = [kernel for kernel, _ in driver.launched]
     assert {kernel.instance.split("<")[0] for kernel in kernels} == names_of_kernels()
     # Nullable pointers are passed as null and as not null, and there are numbers of every type and structs.
-    passed = [pair for kernel, typed in driver.launched for pair in zip(kernel.parameters, typed, strict=True)]
-    assert {any(value.tobytes()) for declared, value in passed if declared.endswith("?")} == {False, True}
-    assert {type(value) for _, value in passed} == {np.float32, np.int32, np.int64, np.uint64, np.ndarray}
+    passed = [pair for kernel, packed in driver.launched for pair in zip(kernel.parameters, parameters(kernel, packed))]
+    assert {any(value) for declared, value in passed if declared.endswith("?")} == {False, True}
+    assert {"float", "int", "long long", "LIF", "Norm", "Norm?"} <= {declared for declared, _ in passed}
 
 
 def test_every_device_gets_its_own_binary(driver: StandInDriver) -> None:
@@ -114,20 +114,21 @@ def test_occupancy(driver: StandInDriver) -> None:
         assert driver.occupancy_asked == (driver.mangled_name(kernel), 96, 0)
 
 
-def test_a_number_of_another_type_arrives_as_another_number(driver: StandInDriver) -> None:
-    """CuPy takes numbers of any type, and the kernel reads as many bytes as it declares: types must be exact."""
-    moments = torch.tensor([[0.0], [3.0], [4.0]])
-    kernel = compiler.make_kernel("batch_norm.cu", "batch_statistics")
+def test_every_thread_has_a_context_of_each_device(driver: StandInDriver) -> None:
+    launch.set_cpu_launcher(driver)
 
-    def inverse_std(eps: object) -> float:
-        result = torch.zeros(1)
-        pointers = [np.uint64(moments.data_ptr()), np.uint64(0), np.uint64(0), np.uint64(result.data_ptr())]
-        driver(kernel, (1,), (128,), [*pointers, eps, np.float32(0.0), np.int32(1)])
-        return result.item()
+    def launch_on_both() -> None:
+        for index in (0, 1, 0):
+            driver.device = torch.device("cuda", index)
+            backend.probe(torch.device("cpu"))
 
-    assert inverse_std(np.float32(1.0)) == 0.5
-    for wrong in (1.0, np.float64(1.0), 1):
-        assert inverse_std(wrong) != 0.5
+    launch_on_both()
+    thread = threading.Thread(target=launch_on_both)
+    thread.start()
+    thread.join()
+    here = threading.get_ident()
+    assert len(driver.launched) == 6
+    assert [(thread == here, index) for thread, index in driver.contexts] == [(True, 0), (True, 1), (False, 0), (False, 1)]
 
 
 def test_a_kernel_that_is_not_there(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:

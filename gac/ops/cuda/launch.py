@@ -3,12 +3,13 @@
 Memory is torch's.
 """
 
+import ctypes
 import functools
 import struct
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,20 +18,21 @@ from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import Kernel
 
 _POINTERS = {element: dtype for dtype, element in compiler.ELEMENTS.items()}
-_SCALARS = {"float": np.float32, "int": np.int32, "long long": np.int64}
+_SCALARS = {"float": "f", "int": "i", "long long": "q"}
 
 Argument = Tensor | float | None | tuple["Argument", ...]
 """What a kernel is launched with; a tuple is a struct."""
-Packed = np.generic | np.ndarray
+Packed = ctypes.Array
+"""Memory that begins with the addresses of the parameters in it, the array that CUDA's driver and the C kernels take."""
 
-# Called with kernel, grid, block and typed arguments for tensors on the CPU in place of the C kernels.
-# Only tests set it: they run the CUDA kernels' source compiled for the CPU.
-CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], list[Packed]], None]
+# Called with kernel, grid, block and packed arguments for tensors on the CPU in place of the C kernels.
+# Only tests and benchmarks.host set it: CUDA kernels' source compiled for the CPU, and nothing.
+CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], Packed], None]
 _cpu_launcher: CpuLauncher | None = None
 
 
 def set_cpu_launcher(launcher: CpuLauncher | None) -> None:
-    """Let ``launcher`` run the kernels for tensors on the CPU, None the C kernels. For tests."""
+    """Let ``launcher`` run the kernels for tensors on the CPU, None the C kernels. For tests and benchmarks."""
     global _cpu_launcher
     _cpu_launcher = launcher
 
@@ -41,102 +43,123 @@ def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], argume
     Compiles the kernel at its first launch on a device; that launch cannot be inside a CUDA graph capture.
 
     Raises:
-        TypeError: If number, dtypes or devices of the arguments are not what the kernel declares.
+        TypeError: If number, types, dtypes or devices of the arguments are not what the kernel declares.
+        OverflowError: If a number is too large for its type.
         InputError: On the CPU, for a kernel of another dtype than float32, and without a C compiler.
         RuntimeError: For tensors on a device that has no launcher.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    typed = _typed_arguments(kernel, arguments, device)
+    packed = _packer(kernel).pack(arguments, device)
     if device.type == "cuda":
-        _launch_on_cuda(kernel, device, grid, block, typed)
+        _launch_on_cuda(kernel, device, grid, block, packed)
     elif device.type == "cpu":
-        (_cpu_launcher or c_kernels.launch)(kernel, grid, block, typed)
+        (_cpu_launcher or c_kernels.launch)(kernel, grid, block, packed)
     else:
         raise RuntimeError(f"the kernels cannot run on tensors on {device}")
 
 
 def _launch_on_cuda(
-    kernel: Kernel, device: torch.device, grid: tuple[int, ...], block: tuple[int, ...], typed: list[Packed]
+    kernel: Kernel, device: torch.device, grid: tuple[int, ...], block: tuple[int, ...], packed: Packed
 ) -> None:
-    with torch.cuda.device(device):
-        stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-        _loaded_function(kernel, device.index)(grid, block, typed, stream=stream)
+    index = device.index
+    with torch.cuda.device(index):
+        function, launch_kernel = _loaded_function(kernel, index)
+        _make_context_current(index)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        sizes = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
+        launch_kernel(function.ptr, *sizes[0], *sizes[1], 0, stream, ctypes.addressof(packed), 0)
 
 
-@dataclass(frozen=True)
-class _Stream:
-    # CuPy reads nothing but .ptr; its own wrapper of foreign streams changed between versions 13 and 14.
-    ptr: int
+class _Contexts(threading.local):
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
 
 
-def _typed_arguments(kernel: Kernel, arguments: Sequence[Argument], device: torch.device) -> list[Packed]:
-    # CuPy checks nothing: a wrong type here would read other memory than the kernel's author meant.
-    if len(arguments) != len(kernel.parameters):
-        raise TypeError(f"{kernel.instance} takes {len(kernel.parameters)} arguments, got {len(arguments)}")
-    typed = []
-    for position, (declared, argument) in enumerate(zip(kernel.parameters, arguments, strict=True)):
-        packed = _pack(_parse_type(declared), argument, device)
-        if packed is None:
-            got = _describe(argument)
-            raise TypeError(f"argument {position} of {kernel.instance} is a {declared} on {device}, got {got}")
-        typed.append(packed)
-    return typed
+_contexts = _Contexts()
 
 
-@dataclass(frozen=True)
-class _Type:
-    """A parameter's type: the numbers that it is made of, and how they lie in memory."""
+def _make_context_current(device_index: int) -> None:
+    """Make a device's context current in this thread, where nothing that torch did may have needed it yet.
 
-    members: tuple["_Member", ...]
-    layout: struct.Struct | None  # of a struct
-    nullable: bool
-    whole: np.dtype | None = None  # a struct as one item
+    The driver, unlike CUDA's runtime, does not do so by itself. ``torch.cuda.device`` did where another was current.
+    """
+    if device_index not in _contexts.devices:
+        from cupy.cuda import runtime
 
-
-@dataclass(frozen=True)
-class _Member:
-    pack: type[np.generic]
-    pointee: torch.dtype | None
-    nullable: bool
+        runtime.setDevice(device_index)
+        _contexts.devices.add(device_index)
 
 
-@functools.cache
-def _parse_type(declared: str) -> _Type:
-    name, nullable = declared.removesuffix("?"), declared.endswith("?")
-    if name in _SCALARS:
-        return _Type((_Member(_SCALARS[name], None, False),), None, False)
-    if name.endswith("*"):
-        pointee = _POINTERS[name.removeprefix("const ").removesuffix("*")]
-        return _Type((_Member(np.uint64, pointee, nullable),), None, nullable)
-    members = tuple(_parse_type(member).members[0] for member in compiler.struct_fields(name))
-    codes = [np.dtype(member.pack).char for member in members]
-    # Python's native alignment is that of C++; the last item, of which there are none, pads the end.
-    layout = struct.Struct(f"@{''.join(codes)}0{max(codes, key=struct.calcsize)}")
-    return _Type(members, layout, nullable, np.dtype((np.void, layout.size)))
+_Member = tuple[torch.dtype | None, tuple[type, ...]]
+"""What a number of a kernel's parameter may be: a tensor of some dtype, and numbers of some types."""
 
 
-def _pack(kind: _Type, argument: Argument, device: torch.device) -> Packed | None:
-    """Return an argument's bytes as its type lies in memory, or None if it is of another type."""
-    if kind.layout is None:
-        number = _number(kind.members[0], argument, device)
-        return None if number is None else kind.members[0].pack(number)
-    if argument is None and kind.nullable:
-        return np.zeros(1, kind.whole)
-    if not (isinstance(argument, tuple) and len(argument) == len(kind.members)):
-        return None
-    numbers = [_number(member, each, device) for member, each in zip(kind.members, argument, strict=True)]
-    if any(number is None for number in numbers):
-        return None
-    # CuPy passes an array of one item by value.
-    return np.frombuffer(kind.layout.pack(*numbers), kind.whole)
+def _member(declared: str) -> _Member:
+    if declared in _SCALARS:
+        return None, (int, float) if declared == "float" else (int,)
+    return _POINTERS[declared.removeprefix("const ").removesuffix("*")], ()
 
 
-def _number(member: _Member, argument: Argument, device: torch.device) -> float | None:
-    if member.pointee is None:
-        return argument if isinstance(argument, (int, float)) else None
-    if isinstance(argument, Tensor):
-        return argument.data_ptr() if argument.dtype is member.pointee and argument.device == device else None
-    return 0 if argument is None and member.nullable else None
+class _Packer:
+    """Checks a kernel's arguments and writes them as its parameters lie in memory; made once for a kernel.
+
+    A wrong type would let the kernel read other memory than its author meant, and neither the driver nor C checks.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._parameters: list[tuple[list[_Member], bool, bool]] = []  # members, whether a struct, whether None will do
+        layout, offsets = f"@{len(kernel.parameters)}P", []
+        for declared in kernel.parameters:
+            name, nullable = declared.removesuffix("?"), declared.endswith("?")
+            is_struct = not (name in _SCALARS or name.endswith("*"))
+            members = compiler.struct_fields(name) if is_struct else (name,)
+            codes = [_SCALARS.get(member, "P") for member in members]
+            self._parameters.append(([*map(_member, members)], is_struct, nullable))
+            # Python's native alignment is that of C++; an item of which there are none begins or pads a struct.
+            align = f"0{max(codes, key=struct.calcsize)}"
+            layout += align
+            offsets.append(struct.calcsize(layout))
+            layout += "".join(codes) + align
+        self._offsets = tuple(offsets)
+        self._layout = struct.Struct(layout)
+        # New memory for every launch: several threads may launch a kernel at once.
+        self._memory = ctypes.c_char * self._layout.size
+
+    def pack(self, arguments: Sequence[Argument], device: torch.device) -> Packed:
+        """Return the arguments in memory; raises TypeError and OverflowError as :func:`launch`."""
+        if len(arguments) != len(self._parameters):
+            raise TypeError(f"{self._kernel.instance} takes {len(self._parameters)} arguments, got {len(arguments)}")
+        memory = self._memory()
+        address = ctypes.addressof(memory)
+        values = [address + offset for offset in self._offsets]
+        for (members, is_struct, nullable), argument in zip(self._parameters, arguments, strict=True):
+            if argument is None and nullable:
+                values += [0] * len(members)
+                continue
+            given = argument if is_struct else (argument,)
+            if not (isinstance(given, tuple) and len(given) == len(members)):
+                raise self._refused(arguments, device, argument)
+            for (pointee, numbers), value in zip(members, given, strict=True):
+                if isinstance(value, Tensor) and value.dtype is pointee and value.device == device:
+                    values.append(value.data_ptr())
+                elif isinstance(value, numbers):
+                    values.append(value)
+                else:
+                    raise self._refused(arguments, device, argument)
+        try:
+            self._layout.pack_into(memory, 0, *values)
+        except struct.error as error:
+            raise OverflowError(f"a number is too large for {self._kernel.instance}: {error}") from error
+        return memory
+
+    def _refused(self, arguments: Sequence[Argument], device: torch.device, wrong: Argument) -> TypeError:
+        position = next(i for i, argument in enumerate(arguments) if argument is wrong)
+        declared = f"a {self._kernel.parameters[position]} on {device}"
+        return TypeError(f"argument {position} of {self._kernel.instance} is {declared}, got {_describe(wrong)}")
+
+
+_packer = functools.cache(_Packer)
 
 
 def _describe(argument: Argument) -> str:
@@ -146,14 +169,15 @@ def _describe(argument: Argument) -> str:
 
 
 @functools.cache
-def _loaded_function(kernel: Kernel, device_index: int) -> Callable[..., None]:
-    from cupy.cuda import function
+def _loaded_function(kernel: Kernel, device_index: int) -> tuple[Any, Callable[..., None]]:
+    """Return a kernel as CuPy loads it (its ``ptr`` is the driver's handle), and the driver's function to launch it."""
+    from cupy.cuda import driver, function
 
     major, minor = torch.cuda.get_device_capability(device_index)
     binary, name = compiler.compile_once(kernel, 10 * major + minor)
     module = function.Module()
     module.load(binary)
-    return module.get_function(name)
+    return module.get_function(name), driver.launchKernel
 
 
 # Blocks that "run at once" in tests: several, so that they see results of more than one block combined.
@@ -175,7 +199,8 @@ def _resident_blocks(kernel: Kernel, threads: int, device_index: int, most: int 
     from cupy.cuda import driver
 
     with torch.cuda.device(device_index):
-        function = _loaded_function(kernel, device_index)
+        function, _ = _loaded_function(kernel, device_index)
+        _make_context_current(device_index)
         per_multiprocessor = driver.occupancyMaxActiveBlocksPerMultiprocessor(function.ptr, threads, 0)
     per_multiprocessor = min(per_multiprocessor, most or per_multiprocessor)
     return per_multiprocessor * torch.cuda.get_device_properties(device_index).multi_processor_count

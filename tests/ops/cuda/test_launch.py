@@ -1,5 +1,6 @@
 """Arguments of kernels are checked and typed before a launch."""
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_on_cpu.launcher import KernelsOnCpu
+from cuda_on_cpu.launcher import KernelsOnCpu, parameters
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 
@@ -26,10 +27,24 @@ def launched() -> Iterator[list]:
 def test_arguments_are_exactly_typed(launched: list) -> None:
     x = torch.zeros(3)
     launch.launch(KERNEL, (2,), (32,), (x, None, 0.1, 7, 2**40))
-    ((kernel, grid, block, arguments),) = launched
+    ((kernel, grid, block, packed),) = launched
     assert (kernel, grid, block) == (KERNEL, (2,), (32,))
-    assert arguments == [x.data_ptr(), 0, np.float32(0.1), 7, 2**40]
-    assert [type(a) for a in arguments] == [np.uint64, np.uint64, np.float32, np.int32, np.int64]
+    values = zip(("P", "P", "f", "i", "q"), parameters(kernel, packed), strict=True)
+    assert [struct.unpack_from(code, value)[0] for code, value in values] == [x.data_ptr(), 0, np.float32(0.1), 7, 2**40]
+
+
+def test_every_number_arrives_as_it_is(launched: list) -> None:
+    for number in (-0.0, float("nan"), float("inf"), -1e-45):
+        launch.launch(KERNEL, (1,), (32,), (torch.zeros(3), None, number, -7, -(2**40)))
+        packed = parameters(KERNEL, launched.pop()[3])
+        assert packed[2] == struct.pack("f", number)
+        assert [struct.unpack_from(code, value)[0] for code, value in zip("iq", packed[3:])] == [-7, -(2**40)]
+
+
+def test_launches_share_no_memory(launched: list) -> None:
+    for number in (1.0, 2.0):
+        launch.launch(KERNEL, (1,), (32,), (torch.zeros(3), None, number, 7, 8))
+    assert [struct.unpack_from("f", parameters(KERNEL, call[3])[2])[0] for call in launched] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +56,7 @@ def test_arguments_are_exactly_typed(launched: list) -> None:
         (1, torch.zeros(3, dtype=torch.float16, device="meta"), "got torch.float16 on meta"),
         (2, torch.zeros(3), "argument 2 of f is a float"),
         (3, None, "argument 3 of f is a int"),
+        (3, 7.5, "argument 3 of f is a int on cpu, got 7.5"),
         (0, 1234, "argument 0 of f is a const float\\*"),
     ],
 )
@@ -57,7 +73,7 @@ def test_wrong_arguments_are_refused(position: int, wrong: object, message: str,
 
 
 def test_integers_must_fit(launched: list) -> None:
-    with pytest.raises(OverflowError):
+    with pytest.raises(OverflowError, match="a number is too large for f"):
         launch.launch(KERNEL, (1,), (32,), (torch.zeros(3), None, 0.5, 2**31, 8))
     assert launched == []
 
@@ -83,10 +99,10 @@ __global__ void mixed(float* out, Mixed first, Mixed NULLABLE second, float last
 }
 """)
     monkeypatch.setattr(compiler, "KERNEL_FOLDER", tmp_path)
-    for cache in (compiler.signature, compiler.struct_fields, compiler.make_kernel, launch._parse_type):
+    for cache in (compiler.signature, compiler.struct_fields, compiler.make_kernel, launch._packer):
         cache.cache_clear()
     yield tmp_path
-    for cache in (compiler.signature, compiler.struct_fields, compiler.make_kernel, launch._parse_type):
+    for cache in (compiler.signature, compiler.struct_fields, compiler.make_kernel, launch._packer):
         cache.cache_clear()
 
 
