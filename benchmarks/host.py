@@ -1,23 +1,22 @@
 """Show what a step costs the host beside torch's own work: python -m benchmarks.host (--help lists all options).
 
 The kernels are replaced by a function that does nothing, so what a step takes is torch's work and what this package's
-Python does around it. Torch's is measured on its own: the same convolutions, attention, head, loss and optimiser without
-anything between them. Times are the thread's own CPU time, in one thread, of small tensors; results mean nothing.
+Python does around it. Torch's is measured on its own: the same convolutions, attention, head and loss without anything between them. Times are the thread's own CPU time, in one thread, of small tensors; results mean nothing.
 """
 
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.candidates import IMPLEMENTATIONS, Candidate, Setting
+from benchmarks.candidates import IMPLEMENTATIONS
 from benchmarks.common import NetworkSize, Table
 from gac.command_line import at_least
 from gac.errors import InputError
@@ -28,6 +27,26 @@ from gac.ops.cuda import launch
 
 TABLE = Table(("step", 12), ("whole, us", 10), ("torch, us", 10), ("ours, us", 10), ("launches", 9))
 OURS = IMPLEMENTATIONS["ours-c"]
+
+
+class Steps:
+    """Training and evaluation of a network on random images; training without the optimiser, which has its own cost."""
+
+    def __init__(self, network: nn.Module, size: NetworkSize, batch: int) -> None:
+        self.network = network.to(memory_format=torch.channels_last)
+        images = torch.randn(batch, 3, size.image_size, size.image_size)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(size.num_classes, (batch,))
+
+    def training(self) -> None:
+        """Compute the gradients of all parameters."""
+        self.network.train().zero_grad()
+        F.cross_entropy(self.network(self.images).mean(0), self.labels).backward()
+
+    @torch.inference_mode()
+    def evaluation(self) -> None:
+        """Compute the logits."""
+        self.network.eval()(self.images)
 
 
 class OnlyTorch(nn.Module):
@@ -57,53 +76,44 @@ def thread_times(call: Callable[[], object], repeats: int) -> list[float]:
     for _ in range(repeats):
         call()
         moments.append(time.thread_time())
-    return [1000 * (after - before) for before, after in zip(moments, moments[1:], strict=False)]
+    return [1000 * (after - before) for before, after in pairwise(moments)]
 
 
 def _measure_and_report(options: Namespace, report: common.Report) -> None:
     if not (status := c_kernels.status()).ok:
         raise InputError(f"the kernels cannot be replaced: {status.reason}")
-    size = NetworkSize.from_options(options)
-    if not size.network.startswith("gac_"):
-        raise InputError(f"{size.network} has no gated attention coding")
-    setting = Setting(size, options.time_steps, options.batch, "fp32", "NHWC", torch.device("cpu"))
-    report.begin(network=str(size), T=setting.T, batch=setting.batch, steps=[])
-    report.line("network", f"{size}; T={setting.T}, batch {setting.batch}")
-    launched = []
+    size, T = NetworkSize.from_options(options), options.time_steps
+    report.begin(network=str(size), T=T, batch=options.batch, steps=[])
+    report.line("network", f"{size}; T={T}, batch {options.batch}")
+    launched: list[int] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # What no kernel has written is any number.
+    torch.set_flush_denormal(True)
     launch.set_cpu_launcher(lambda *_: launched.append(1))
     try:
-        whole = Candidate(OURS, setting, setting.weights())
-        only_torch = replace(OURS, build=lambda size, T: OnlyTorch(OURS.build(size, T)))
-        floor = Candidate(only_torch, setting, setting.weights())
+        networks = {"whole": OURS.build(size, T), "torch": OnlyTorch(OURS.build(size, T))}
+        steps = {name: Steps(network, size, options.batch) for name, network in networks.items()}
         TABLE.header()
         for step in ("training", "evaluation"):
-            found = _compare(whole, floor, step, options, launched)
-            ours = found["whole"]["median_ms"] - found["torch"]["median_ms"]
-            times = (found["whole"]["median_ms"], found["torch"]["median_ms"], ours)
-            TABLE.row(step, *(f"{1000 * ms:,.0f}" for ms in times), found["launches"])
-            report.add("steps", [found | {"step": step, "ours_ms": ours}])
+            calls = {name: getattr(each, step) for name, each in steps.items()}
+            for call in list(calls.values()) * options.warmup:
+                call()
+            launched.clear()
+            calls["whole"]()
+            launches = len(launched)
+            samples: dict[str, list[float]] = {name: [] for name in calls}
+            for name in list(calls) * options.rounds:
+                samples[name] += thread_times(calls[name], options.steps)
+            found: dict[str, Any] = {name: common.timing(taken) for name, taken in samples.items()}
+            medians = [found[name]["median_ms"] for name in calls]
+            found |= {"step": step, "launches": launches, "ours_ms": medians[0] - medians[1]}
+            TABLE.row(step, *(f"{1000 * ms:,.0f}" for ms in (*medians, found["ours_ms"])), launches)
+            report.add("steps", [found])
     finally:
         launch.set_cpu_launcher(None)
+        torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
-
-
-def _compare(whole: Candidate, floor: Candidate, step: str, options: Namespace, launched: list) -> dict[str, Any]:
-    calls = {}
-    for name, candidate in (("whole", whole), ("torch", floor)):
-        candidate.network.train(step == "training")
-        calls[name] = candidate.train_step if step == "training" else candidate.eval_step
-        for _ in range(options.warmup):
-            calls[name]()
-    launched.clear()
-    calls["whole"]()
-    launches = len(launched)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.rounds):
-        for name, call in calls.items():
-            samples[name] += thread_times(call, options.steps)
-    return {name: common.timing(taken) for name, taken in samples.items()} | {"launches": launches}
 
 
 PARSER = common.make_parser("benchmarks.host", __doc__, "everything")

@@ -31,7 +31,7 @@ def check_activations(name: str, x: Tensor, like: Tensor | None = None) -> None:
 
 def channels_last(x: Tensor) -> Tensor:
     """Return ``x`` [..., C, H, W] with channels innermost in memory and all else in order; a copy only if need be."""
-    strides = _channels_last_strides(x.shape)
+    x, strides = x.resolve_neg(), _channels_last_strides(x.shape)
     if x.stride() == strides:
         return x
     matches = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
@@ -44,6 +44,9 @@ def empty_channels_last(shape: torch.Size, like: Tensor) -> Tensor:
 
 
 def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
+    if len(shape) == 5:
+        _, B, C, H, W = shape
+        return B * H * W * C, H * W * C, 1, W * C, C
     *outer, C, H, W = shape
     strides = [1, W * C, C]
     size = C * H * W

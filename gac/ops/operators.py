@@ -4,12 +4,11 @@ An operator takes only tensors, numbers and strings. Only this file takes a neur
 again: to everyone else it is one argument, the last.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gac.ops.neuron import LIFParameters
 from gac.ops.watchers import watched
@@ -58,28 +57,15 @@ def _run(name: str, arguments: tuple) -> Any:
     return (_dispatch if torch._C._autograd._profiler_enabled() else _implementations[name])(name, arguments)
 
 
+_PLAIN_TYPES = frozenset((Tensor, nn.Parameter, LIFParameters, float, int, bool, str, type(None)))
+
+
 def _plain(arguments: tuple) -> bool:
     """Return whether the dispatcher would do nothing with these arguments but call the implementation."""
-    first = next(each for each in arguments if isinstance(each, Tensor))
-    if torch.compiler.is_compiling() or watched(first):
+    if torch.compiler.is_compiling() or not _PLAIN_TYPES.issuperset(map(type, arguments)):
         return False
-    keys = _keys_of_plain_tensors(first.device.type)
-    return all(torch._C._dispatch_keys(x).raw_repr() in keys for x in arguments if isinstance(x, Tensor))
-
-
-@functools.cache
-def _keys_of_plain_tensors(device_type: str) -> frozenset[int]:
-    """Return the sets of dispatch keys of tensors that are memory and nothing else, in inference mode and outside.
-
-    Others are subclasses, have no memory, or wait for a negation, which the dispatcher would resolve.
-    """
-    if device_type not in ("cuda", "cpu"):
-        return frozenset()
-    keys = set()
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            keys.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
-    return frozenset(keys)
+    first = next(each for each in arguments if each is not None)
+    return (first.is_cuda or first.is_cpu) and not watched(first)
 
 
 def outputs(name: str) -> Callable[[Callable], Callable]:

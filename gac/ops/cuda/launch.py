@@ -17,7 +17,6 @@ from gac.ops import c_kernels
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import Kernel
 
-_POINTERS = {element: dtype for dtype, element in compiler.ELEMENTS.items()}
 _SCALARS = {"float": "f", "int": "i", "long long": "q"}
 
 Argument = Tensor | float | None | tuple["Argument", ...]
@@ -90,73 +89,92 @@ def _make_context_current(device_index: int) -> None:
         _contexts.devices.add(device_index)
 
 
-_Member = tuple[torch.dtype | None, tuple[type, ...]]
-"""What a number of a kernel's parameter may be: a tensor of some dtype, and numbers of some types."""
-
-
-def _member(declared: str) -> _Member:
-    if declared in _SCALARS:
-        return None, (int, float) if declared == "float" else (int,)
-    return _POINTERS[declared.removeprefix("const ").removesuffix("*")], ()
-
-
 class _Packer:
     """Checks a kernel's arguments and writes them as its parameters lie in memory; made once for a kernel.
 
     A wrong type would let the kernel read other memory than its author meant, and neither the driver nor C checks.
+    ``pack`` is compiled Python of its own for each kernel: a loop over types takes twice as long, at every launch.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._parameters: list[tuple[list[_Member], bool, bool]] = []  # members, whether a struct, whether None will do
-        layout, offsets = f"@{len(kernel.parameters)}P", []
-        for declared in kernel.parameters:
+        layout, offsets, body, values = f"@{len(kernel.parameters)}P", [], [], []
+        for position, declared in enumerate(kernel.parameters):
             name, nullable = declared.removesuffix("?"), declared.endswith("?")
             is_struct = not (name in _SCALARS or name.endswith("*"))
             members = compiler.struct_fields(name) if is_struct else (name,)
             codes = [_SCALARS.get(member, "P") for member in members]
-            self._parameters.append(([*map(_member, members)], is_struct, nullable))
             # Python's native alignment is that of C++; an item of which there are none begins or pads a struct.
             align = f"0{max(codes, key=struct.calcsize)}"
             layout += align
             offsets.append(struct.calcsize(layout))
             layout += "".join(codes) + align
-        self._offsets = tuple(offsets)
+            names = [f"v{len(values) + i}" for i in range(len(members))]
+            values += names
+            body += [f"at = {position}", *_checks(f"a{position}", names, members, is_struct, nullable)]
         self._layout = struct.Struct(layout)
-        # New memory for every launch: several threads may launch a kernel at once.
-        self._memory = ctypes.c_char * self._layout.size
+        arguments = "".join(f"a{i}, " for i in range(len(kernel.parameters)))
+        source = "\n".join(
+            (
+                "def pack(arguments, device):",
+                f"    if len(arguments) != {len(kernel.parameters)}: raise count(arguments)",
+                f"    {arguments}= arguments",
+                "    try:",
+                *(f"        {line}" for line in body),
+                # New memory for every launch: several threads may launch a kernel at once.
+                "        memory = Memory()",
+                "        start = addressof(memory)",
+                f"        write(memory, 0, {', '.join([f'start + {at}' for at in offsets] + values)})",
+                "    except error as wrong: raise overflow(wrong) from wrong",
+                "    except (AttributeError, TypeError, ValueError): raise refused(arguments, device, at) from None",
+                "    return memory",
+            )
+        )
+        scope = _DTYPES | {
+            "Memory": ctypes.c_char * self._layout.size,
+            "addressof": ctypes.addressof,
+            "write": self._layout.pack_into,
+            "Number": (int, float),
+            "error": struct.error,
+            "count": self._count,
+            "overflow": self._overflow,
+            "refused": self._refused,
+        }
+        exec(source, scope)
+        self.pack: Callable[[Sequence[Argument], torch.device], Packed] = scope["pack"]
 
-    def pack(self, arguments: Sequence[Argument], device: torch.device) -> Packed:
-        """Return the arguments in memory; raises TypeError and OverflowError as :func:`launch`."""
-        if len(arguments) != len(self._parameters):
-            raise TypeError(f"{self._kernel.instance} takes {len(self._parameters)} arguments, got {len(arguments)}")
-        memory = self._memory()
-        address = ctypes.addressof(memory)
-        values = [address + offset for offset in self._offsets]
-        for (members, is_struct, nullable), argument in zip(self._parameters, arguments, strict=True):
-            if argument is None and nullable:
-                values += [0] * len(members)
-                continue
-            given = argument if is_struct else (argument,)
-            if not (isinstance(given, tuple) and len(given) == len(members)):
-                raise self._refused(arguments, device, argument)
-            for (pointee, numbers), value in zip(members, given, strict=True):
-                if isinstance(value, Tensor) and value.dtype is pointee and value.device == device:
-                    values.append(value.data_ptr())
-                elif isinstance(value, numbers):
-                    values.append(value)
-                else:
-                    raise self._refused(arguments, device, argument)
-        try:
-            self._layout.pack_into(memory, 0, *values)
-        except struct.error as error:
-            raise OverflowError(f"a number is too large for {self._kernel.instance}: {error}") from error
-        return memory
+    def _count(self, arguments: Sequence[Argument]) -> TypeError:
+        count = len(self._kernel.parameters)
+        return TypeError(f"{self._kernel.instance} takes {count} arguments, got {len(arguments)}")
 
-    def _refused(self, arguments: Sequence[Argument], device: torch.device, wrong: Argument) -> TypeError:
-        position = next(i for i, argument in enumerate(arguments) if argument is wrong)
+    def _overflow(self, wrong: struct.error) -> OverflowError:
+        return OverflowError(f"a number is too large for {self._kernel.instance}: {wrong}")
+
+    def _refused(self, arguments: Sequence[Argument], device: torch.device, position: int) -> TypeError:
         declared = f"a {self._kernel.parameters[position]} on {device}"
-        return TypeError(f"argument {position} of {self._kernel.instance} is {declared}, got {_describe(wrong)}")
+        got = _describe(arguments[position])
+        return TypeError(f"argument {position} of {self._kernel.instance} is {declared}, got {got}")
+
+
+_DTYPES = {f"dtype_{element}": dtype for dtype, element in compiler.ELEMENTS.items()}
+
+
+def _checks(argument: str, names: list[str], members: Sequence[str], is_struct: bool, nullable: bool) -> list[str]:
+    """Return the lines that check an argument and give its members' values the names; what is wrong raises."""
+    allowed, memory = [f"isinstance({argument}, tuple)"] if is_struct else [], []
+    for name, member in zip(names, members, strict=True):
+        if member in _SCALARS:
+            allowed.append(f"isinstance({name}, {'Number' if member == 'float' else 'int'})")
+        else:
+            # A tensor that waits for a negation has other values than its memory.
+            dtype = f"dtype_{member.removeprefix('const ').removesuffix('*')}"
+            allowed.append(f"{name}.dtype is {dtype} and {name}.device == device and not {name}.is_neg()")
+            memory.append(f"{name} = {name}.data_ptr()")
+    lines = [f"{', '.join(names)}{',' * is_struct} = {argument}", f"if not ({' and '.join(allowed)}): raise TypeError"]
+    lines += memory
+    if not nullable:
+        return lines
+    return [f"if {argument} is None: {' = '.join(names)} = 0", "else:", *(f"    {line}" for line in lines)]
 
 
 _packer = functools.cache(_Packer)
@@ -165,7 +183,9 @@ _packer = functools.cache(_Packer)
 def _describe(argument: Argument) -> str:
     if isinstance(argument, tuple):
         return f"({', '.join(map(_describe, argument))})"
-    return f"{argument.dtype} on {argument.device}" if isinstance(argument, Tensor) else repr(argument)
+    if not isinstance(argument, Tensor):
+        return repr(argument)
+    return f"{argument.dtype} on {argument.device}{' that waits for a negation' if argument.is_neg() else ''}"
 
 
 @functools.cache

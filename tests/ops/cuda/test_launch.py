@@ -57,6 +57,7 @@ def test_launches_share_no_memory(launched: list) -> None:
         (2, torch.zeros(3), "argument 2 of f is a float"),
         (3, None, "argument 3 of f is a int"),
         (3, 7.5, "argument 3 of f is a int on cpu, got 7.5"),
+        (0, torch.zeros(3, dtype=torch.complex64).conj().imag, "waits for a negation"),
         (0, 1234, "argument 0 of f is a const float\\*"),
     ],
 )
