@@ -38,8 +38,24 @@ def possible(net: nn.Module, x: Tensor) -> bool:
         and net.T <= MAX_T
         and not _global_hooks()
         and all(_bypassable(stage, nn.Sequential) and all(map(_known, stage)) for stage in net.stages)
-        and all(type(neuron) is LIFNode and neuron.runs_kernels(x) for neuron in _neurons(net))
+        and _all_run_kernels([*_neurons(net)], x)
     )
+
+
+def _all_run_kernels(neurons: list[LIFNode], x: Tensor) -> bool:
+    if not all(type(neuron) is LIFNode for neuron in neurons):
+        return False
+    if torch.compiler.is_compiling():
+        return all(neuron.runs_kernels(x) for neuron in neurons)
+    # One neuron of each kind is asked: for one input the answer depends on nothing else.
+    return all(neuron.runs_kernels(x) for neuron in {_kind(neuron): neuron for neuron in neurons}.values())
+
+
+def _kind(neuron: LIFNode) -> tuple:
+    function = neuron._modules.get("surrogate_function") or neuron.surrogate_function
+    alpha, spiking = getattr(function, "alpha", None), getattr(function, "spiking", None)
+    plain = type(alpha) is float and type(spiking) is bool
+    return neuron.backend, type(function), (alpha, spiking) if plain else id(function)
 
 
 def forward(net: nn.Module, x: Tensor) -> Tensor:
@@ -134,7 +150,11 @@ def _same_neuron(a: LIFNode, b: LIFNode) -> bool:
 
 
 def _runs_by_itself(neuron: LIFNode) -> bool:
-    return neuron.store_v_seq or any(_hooked(module) for module in neuron.modules())
+    return neuron.store_v_seq or _any_hooked(neuron)
+
+
+def _any_hooked(module: nn.Module) -> bool:
+    return _hooked(module) or any(child is not None and _any_hooked(child) for child in module._modules.values())
 
 
 def _neurons(net: nn.Module) -> Iterator[LIFNode]:
@@ -142,8 +162,9 @@ def _neurons(net: nn.Module) -> Iterator[LIFNode]:
         yield net.coding.lif
     for stage in net.stages:
         for block in stage:
-            yield block.lif1
-            yield block.lif2
+            # Not by attribute, here and below: nn.Module looks for that in three places, for each of a hundred modules.
+            yield block._modules["lif1"]
+            yield block._modules["lif2"]
     yield net.lif
 
 
@@ -151,9 +172,9 @@ def _known(block: nn.Module) -> bool:
     """Return whether a block and its layers need not be called: others than this package's run as they were written."""
     if not _bypassable(block, MSBlock):
         return False
-    shortcut = block.shortcut
-    layers = (block.conv1, block.conv2) if _bypassable(shortcut, nn.Identity) else (block.conv1, block.conv2, shortcut)
-    return all(_bypassable(layer, ConvNorm) and _applicable(layer.norm) for layer in layers)
+    conv1, conv2, shortcut = (block._modules[name] for name in ("conv1", "conv2", "shortcut"))
+    layers = (conv1, conv2) if _bypassable(shortcut, nn.Identity) else (conv1, conv2, shortcut)
+    return all(_bypassable(layer, ConvNorm) and _applicable(layer._modules["norm"]) for layer in layers)
 
 
 def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -166,9 +187,13 @@ def _applicable(norm: nn.Module) -> bool:
     return (
         _bypassable(norm, BatchNorm2d)
         and norm.momentum is not None
-        and norm.running_mean is not None
-        and all(tensor is not None and tensor.dtype == torch.float32 for tensor in (norm.weight, norm.bias))
+        and norm._buffers.get("running_mean") is not None
+        and all(_is_float32(norm._parameters.get(name)) for name in ("weight", "bias"))
     )
+
+
+def _is_float32(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype == torch.float32
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -6,14 +6,14 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from spikingjelly.activation_based import base, functional
+from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from gac.coding import Coding
 from gac.coding.baselines import BaselineCoding
 from gac.coding.gated import Gate, GatedAttentionCoding, TemporalInit
 from gac.errors import InputError
-from gac.models import fused
+from gac.models import fused, resetting
 from gac.models.blocks import ConvNorm, MSBlock
 from gac.neuron import Backend, LIFNode, make_parameters
 from gac.ops.neuron import LIFParameters
@@ -189,10 +189,10 @@ class MSResNet(nn.Module, base.StepModule):
             return self._run(x)
         # Not reset_net: its cache, shared by all networks, misses a neuron that was replaced, and a compiler that
         # reads it sees the networks that come and go elsewhere.
-        stateful = functional.collect_reset_modules(self)
-        functional.reset_collected_modules(stateful)
+        stateful = resetting.collect(self)
+        resetting.reset(stateful)
         logits = fused.forward(self, x) if fused.possible(self, x) else self._run(x)
-        functional.reset_collected_modules([each for each in stateful if getattr(each, "keeps_state", True)])
+        resetting.reset([each for each in stateful if getattr(each, "keeps_state", True)])
         return logits
 
     def _run(self, x: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor) -> 
     y = saved[0]
     means = batch_norm.gradient_sums(sums, y.numel() // y.shape[2], ctx.from_batch, ctx.synchronized)
     grad_y = operators.call("gac::norm_lif_backward_input", grad_spikes, *saved, *means, ctx.neuron)
-    return grad_y, sums[1], sums[0]
+    grad_bias, grad_weight = sums.unbind()
+    return grad_y, grad_weight, grad_bias
 
 
 _operator = operators.differentiable("gac::norm_lif", _setup_context, _backward)
