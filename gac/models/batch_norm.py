@@ -49,15 +49,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         In training the statistics are those of ``y``, and the running statistics are updated. Raises ValueError for a
         single value per channel in training, as the parent does.
         """
+        weight, bias, running_mean, running_var = self.weight, self.bias, self.running_mean, self.running_var
         if not self.training:
-            inverse_std = (self.running_var + self.eps).rsqrt()
-            return BatchNormTransform(self.weight, self.bias, self.running_mean, inverse_std, from_batch=False)
+            return BatchNormTransform(weight, bias, running_mean, (running_var + self.eps).rsqrt(), from_batch=False)
         count = y.numel() // y.shape[2]
         if count < 2 and not self.synchronized:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
         moments = batch_norm.batch_moments(y)
         if self.synchronized:
             moments = batch_norm.over_all_ranks(moments, count)
-        mean, inverse_std = batch_norm.statistics(moments, self.eps, self.momentum, self.running_mean, self.running_var)
+        mean, inverse_std = batch_norm.statistics(moments, self.eps, self.momentum, running_mean, running_var)
         self.num_batches_tracked.add_(1)
-        return BatchNormTransform(self.weight, self.bias, mean, inverse_std, True, self.synchronized)
+        return BatchNormTransform(weight, bias, mean, inverse_std, True, self.synchronized)

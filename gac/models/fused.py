@@ -52,7 +52,7 @@ def _all_run_kernels(neurons: list[LIFNode], x: Tensor) -> bool:
 
 
 def _kind(neuron: LIFNode) -> tuple:
-    function = neuron._modules.get("surrogate_function") or neuron.surrogate_function
+    function = neuron.__dict__["_modules"].get("surrogate_function") or neuron.surrogate_function
     alpha, spiking = getattr(function, "alpha", None), getattr(function, "spiking", None)
     plain = type(alpha) is float and type(spiking) is bool
     return neuron.backend, type(function), (alpha, spiking) if plain else id(function)
@@ -103,21 +103,22 @@ def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode 
 def _compute_block(
     block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None
 ) -> tuple[Tensor, Tensor | None]:
-    y = _convolve(spikes, block.conv1.conv)
-    if _runs_by_itself(block.lif2):
-        spikes = block.lif2(functional.seq_to_ann_forward(y, block.conv1.norm))
+    conv1, lif2, conv2, projection = block.conv1, block.lif2, block.conv2, block.shortcut
+    y = _convolve(spikes, conv1.conv)
+    if _runs_by_itself(lif2):
+        spikes = lif2(functional.seq_to_ann_forward(y, conv1.norm))
     else:
-        spikes = norm_lif(y, block.conv1.norm.normalization(y), block.lif2.lif_parameters())
-    y = _convolve(spikes, block.conv2.conv)
+        spikes = norm_lif(y, conv1.norm.normalization(y), lif2.lif_parameters())
+    y = _convolve(spikes, conv2.conv)
 
     shortcut, shortcut_normalization = membrane, None
-    if not isinstance(block.shortcut, nn.Identity):
-        shortcut = _convolve_shortcut(membrane, block.shortcut.conv)
-        shortcut_normalization = block.shortcut.norm.normalization(shortcut)
+    if not isinstance(projection, nn.Identity):
+        shortcut = _convolve_shortcut(membrane, projection.conv)
+        shortcut_normalization = projection.norm.normalization(shortcut)
     separate = following is None or _runs_by_itself(following)
     membrane, spikes = residual_lif(
         y,
-        block.conv2.norm.normalization(y),
+        conv2.norm.normalization(y),
         shortcut,
         shortcut_normalization,
         None if separate else following.lif_parameters(),
@@ -154,7 +155,10 @@ def _runs_by_itself(neuron: LIFNode) -> bool:
 
 
 def _any_hooked(module: nn.Module) -> bool:
-    return _hooked(module) or any(child is not None and _any_hooked(child) for child in module._modules.values())
+    if _hooked(module):
+        return True
+    children = module.__dict__["_modules"].values()
+    return any(child is not None and _any_hooked(child) for child in children)
 
 
 def _neurons(net: nn.Module) -> Iterator[LIFNode]:
@@ -162,9 +166,9 @@ def _neurons(net: nn.Module) -> Iterator[LIFNode]:
         yield net.coding.lif
     for stage in net.stages:
         for block in stage:
-            # Not by attribute, here and below: nn.Module looks for that in three places, for each of a hundred modules.
-            yield block._modules["lif1"]
-            yield block._modules["lif2"]
+            modules = block.__dict__["_modules"]
+            yield modules["lif1"]
+            yield modules["lif2"]
     yield net.lif
 
 
@@ -172,9 +176,10 @@ def _known(block: nn.Module) -> bool:
     """Return whether a block and its layers need not be called: others than this package's run as they were written."""
     if not _bypassable(block, MSBlock):
         return False
-    conv1, conv2, shortcut = (block._modules[name] for name in ("conv1", "conv2", "shortcut"))
+    modules = block.__dict__["_modules"]
+    conv1, conv2, shortcut = modules["conv1"], modules["conv2"], modules["shortcut"]
     layers = (conv1, conv2) if _bypassable(shortcut, nn.Identity) else (conv1, conv2, shortcut)
-    return all(_bypassable(layer, ConvNorm) and _applicable(layer._modules["norm"]) for layer in layers)
+    return all(_bypassable(layer, ConvNorm) and _applicable(layer.__dict__["_modules"]["norm"]) for layer in layers)
 
 
 def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -197,8 +202,13 @@ def _is_float32(tensor: Tensor | None) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
+    # Not by attribute, here and where modules are walked: nn.Module's take several times as long to find.
+    members = module.__dict__
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        members["_forward_hooks"]
+        or members["_forward_pre_hooks"]
+        or members["_backward_hooks"]
+        or members["_backward_pre_hooks"]
     )
 
 

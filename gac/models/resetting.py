@@ -19,13 +19,14 @@ def collect(net: nn.Module) -> tuple[nn.Module, ...]:
         if module is None or module in seen:
             continue
         seen.add(module)
-        children = module._modules
+        members = module.__dict__
+        children = members["_modules"]
         remaining.extend(children.values())
         kind = type(module)
         # Asking a module of torch for what it does not have raises and catches an error each time.
         if (
             hasattr(kind, "reset")
-            or "reset" in module.__dict__
+            or "reset" in members
             or "reset" in children
             or kind.__getattr__ is not nn.Module.__getattr__
         ) and callable(getattr(module, "reset", None)):

@@ -34,9 +34,9 @@ class BatchNormTransform:
 
     def check_fits(self, y: Tensor) -> None:
         """Raise InputError unless the kernels can apply this to ``y`` [T, B, C, H, W]."""
-        C = y.shape[2]
+        C, device = y.shape[2], y.device
         for name, tensor in zip(("weight", "bias", "mean", "inverse_std"), self.tensors, strict=True):
-            fits = tensor.shape == (C,) and tensor.dtype == torch.float32 and tensor.device == y.device
+            fits = tensor.shape == (C,) and tensor.dtype is torch.float32 and tensor.device == device
             if not (fits and tensor.is_contiguous()):
                 raise InputError(
                     f"BatchNorm's {name} must be a contiguous float32 [C={C}] on {y.device}, "
@@ -144,7 +144,7 @@ def _inverse_std_like(moments: Tensor, *_: object) -> Tensor:
 @operators.implement("gac::batch_moments")
 def _batch_moments(y: Tensor) -> Tensor:
     y = channels.channels_last(y)
-    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(1, C, y)
     kernel = compiler.make_kernel("batch_norm.cu", "batch_moments_partials", y.dtype, width)
     blocks, columns = channels.grid(kernel, T * rows, C, width, y.device, reduces=True)

@@ -100,7 +100,7 @@ def _norm_lif(
 ) -> Tensor:
     y = channels.channels_last(y)
     spikes = _spikes_like(y)
-    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, weight, bias, mean, inverse_std)
     template = (T, width, neuron.forward_template)
     kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_forward", y.dtype, *template)
@@ -120,7 +120,7 @@ def _backward_sums(
     neuron: LIFParameters,
 ) -> Tensor:
     y, grad_spikes = channels.channels_last(y), channels.channels_last(grad_spikes)
-    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, grad_spikes, weight, bias, mean, inverse_std, backward=True)
     template = (T, width, neuron.backward_template)
     kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_sums", y.dtype, *template)
@@ -145,7 +145,7 @@ def _backward_input(
 ) -> Tensor:
     y, grad_spikes = channels.channels_last(y), channels.channels_last(grad_spikes)
     grad_y = _gradient_like(grad_spikes, y)
-    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, grad_spikes, weight, bias, mean, inverse_std, sums, backward=True)
     template = (T, width, neuron.backward_template)
     kernel = compiler.make_kernel("norm_lif.cu", "norm_lif_backward_input", y.dtype, *template)

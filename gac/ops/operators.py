@@ -64,7 +64,9 @@ def _plain(arguments: tuple) -> bool:
     """Return whether the dispatcher would do nothing with these arguments but call the implementation."""
     if torch.compiler.is_compiling() or not _PLAIN_TYPES.issuperset(map(type, arguments)):
         return False
-    first = next(each for each in arguments if each is not None)
+    first = arguments[0]
+    if first is None:
+        first = next(each for each in arguments if each is not None)
     return (first.is_cuda or first.is_cpu) and not watched(first)
 
 

@@ -165,7 +165,7 @@ def _residual_lif(
     membrane, spikes = _outputs(y, with_spikes, neuron)
     normalization = (weight, bias, mean, inverse_std)
     shortcut_normalization = (shortcut_weight, shortcut_bias, shortcut_mean, shortcut_inverse_std)
-    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, shortcut, *normalization, *shortcut_normalization)
     normalized = shortcut_weight is not None
     template = (T, width, neuron.forward_template, normalized, with_spikes)
@@ -193,7 +193,7 @@ def _backward_sums(
     sequences = _channels_last(grad_membrane, grad_spikes, membrane, y)
     (shortcut,) = _channels_last(shortcut)
     grad, _ = _gradient_and_sums(None, None, membrane, y, mean, inverse_std, shortcut)
-    T, C, rows = len(y), y.shape[2], channels.rows(y)
+    T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, *sequences, mean, shortcut, shortcut_mean, backward=True)
     template = (T, width, neuron.backward_template, shortcut is not None)
     kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, *template)

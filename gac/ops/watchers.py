@@ -29,7 +29,7 @@ def watched(x: Tensor) -> bool:
         return before
     return (
         type(x) not in (Tensor, nn.Parameter)
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

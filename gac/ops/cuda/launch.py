@@ -47,7 +47,10 @@ def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], argume
         InputError: On the CPU, for a kernel of another dtype than float32, and without a C compiler.
         RuntimeError: For tensors on a device that has no launcher.
     """
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    first = arguments[0]
+    if not isinstance(first, Tensor):
+        first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    device = first.device
     packed = _packer(kernel).pack(arguments, device)
     if device.type == "cuda":
         _launch_on_cuda(kernel, device, grid, block, packed)
