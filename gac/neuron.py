@@ -217,6 +217,15 @@ class LIFNode(neuron.LIFNode):
         tau, v_threshold, v_reset = map(compiled_constant, (self.tau, self.v_threshold, self.v_reset))
         return LIFParameters(tau, self.decay_input, v_threshold, v_reset, self.detach_reset, self.surrogate_function)
 
+    def kernel_parameters(self) -> LIFParameters:
+        """Return :meth:`lif_parameters` of a neuron that the kernels have, one object for equal constants."""
+        if torch.compiler.is_compiling():
+            return self.lif_parameters()
+        function = self.surrogate_function
+        surrogate_arguments = type(function).__name__, float(function.alpha)
+        constants = self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset
+        return LIFParameters.unflatten(*constants, *surrogate_arguments)
+
     def chosen_backend(self, x_seq: Tensor) -> Choice:
         """Return what runs this neuron on ``x_seq``; raises InputError if the kernels are asked for and cannot.
 

@@ -66,7 +66,7 @@ def forward(net: nn.Module, x: Tensor) -> Tensor:
         membrane, spikes = _block(block, membrane, spikes, None if following is None else following.lif1)
     if _runs_by_itself(net.lif):
         return net.head(net.lif(membrane).mean((-2, -1)))
-    return net.head(lif_pool(membrane, net.lif.lif_parameters()))
+    return net.head(lif_pool(membrane, net.lif.kernel_parameters()))
 
 
 def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tens
         temporal, spatial = coding.gate.temporal(frame), coding.gate.spatial_channel(frame)
         if in_c:
             frame, spatial = frame.float(), spatial.float()
-        return gate_lif(frame, temporal, spatial, following.lif_parameters())
+        return gate_lif(frame, temporal, spatial, following.kernel_parameters())
     membrane = net.encode(x).float() if in_c else net.encode(x)
     return membrane, following(membrane)
 
@@ -108,7 +108,7 @@ def _compute_block(
     if _runs_by_itself(lif2):
         spikes = lif2(functional.seq_to_ann_forward(y, conv1.norm))
     else:
-        spikes = norm_lif(y, conv1.norm.normalization(y), lif2.lif_parameters())
+        spikes = norm_lif(y, conv1.norm.normalization(y), lif2.kernel_parameters())
     y = _convolve(spikes, conv2.conv)
 
     shortcut, shortcut_normalization = membrane, None
@@ -121,7 +121,7 @@ def _compute_block(
         conv2.norm.normalization(y),
         shortcut,
         shortcut_normalization,
-        None if separate else following.lif_parameters(),
+        None if separate else following.kernel_parameters(),
     )
     return membrane, following(membrane) if separate and following is not None else spikes
 

@@ -18,7 +18,7 @@ def check_activations(name: str, x: Tensor, like: Tensor | None = None) -> None:
     """Raise InputError unless ``x`` is a non-empty [T, B, C, H, W] with T <= MAX_T, and matches ``like`` if given."""
     if x.ndim != 5 or x.numel() == 0:
         raise InputError(f"{name} must be a non-empty [T, B, C, H, W], got shape {list(x.shape)}")
-    if len(x) > MAX_T:
+    if x.shape[0] > MAX_T:
         raise InputError(f"the fused operations take up to {MAX_T} time steps, got {len(x)}; use backend='torch'")
     if x.dtype not in ELEMENTS:
         raise InputError(f"the fused operations take float32, float16 or bfloat16, got {x.dtype}; use backend='torch'")

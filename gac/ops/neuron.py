@@ -105,12 +105,17 @@ class LIFParameters:
         kind, alpha = type(self.surrogate).__name__, float(compiled_constant(self.surrogate.alpha))
         return self.tau, self.decay_input, self.v_threshold, self.v_reset, self.detach_reset, kind, alpha
 
+    is_own = False
+    """Whether :meth:`unflatten` made it, so that nobody else holds its surrogate and changes it."""
+
     @staticmethod
     @lru_cache
     def unflatten(*arguments: float | bool | str | None) -> "LIFParameters":
         """Return the neuron that the arguments are of; its surrogate is one that the kernels have."""
         *constants, kind, alpha = arguments
-        return LIFParameters(*constants, _KERNEL_SURROGATES[kind](alpha=alpha))
+        neuron = LIFParameters(*constants, _KERNEL_SURROGATES[kind](alpha=alpha))
+        neuron.__dict__["is_own"] = True
+        return neuron
 
     # --- For kernels
 
@@ -139,12 +144,12 @@ class LIFParameters:
         }[type(self.surrogate)]
         return self.decay, self.gain, self.bias, self.v_threshold, self.v_start, *surrogate_constants
 
-    @property
+    @cached_property
     def forward_template(self) -> str:
         """Template argument of forward kernels."""
         return "Reset::hard" if self.v_reset is not None else "Reset::soft"
 
-    @property
+    @cached_property
     def backward_template(self) -> str:
         """Template arguments of backward kernels."""
         return f"{self.forward_template}, {str(self.detach_reset).lower()}, {type(self.surrogate).__name__}"

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
 
 from gac.ops.neuron import LIFParameters
-from gac.ops.watchers import watched
+from gac.ops.watchers import watched_eagerly
 
 _NEURON_ARGUMENTS = LIFParameters.SCHEMA.count(",") + 1
 _with_neuron: set[str] = set()
@@ -37,6 +38,13 @@ def _unflatten(name: str, arguments: tuple) -> tuple:
     return *arguments[:-_NEURON_ARGUMENTS], LIFParameters.unflatten(*arguments[-_NEURON_ARGUMENTS:])
 
 
+def _own(name: str, arguments: tuple) -> tuple:
+    """Return the arguments with a neuron whose surrogate no live module has."""
+    if getattr(arguments[-1], "is_own", False):
+        return arguments
+    return _unflatten(name, _flatten(arguments))
+
+
 def call(name: str, *arguments: object) -> Any:
     """Return what an operator such as "gac::lif_pool" gives for its arguments.
 
@@ -45,7 +53,7 @@ def call(name: str, *arguments: object) -> Any:
     """
     if torch.is_grad_enabled() or not _plain(arguments):
         return _dispatch(name, arguments)
-    return _run(name, _unflatten(name, _flatten(arguments)))
+    return _run(name, _own(name, arguments))
 
 
 def _dispatch(name: str, arguments: tuple) -> Any:
@@ -54,7 +62,7 @@ def _dispatch(name: str, arguments: tuple) -> Any:
 
 def _run(name: str, arguments: tuple) -> Any:
     # A profiler shows operators by their names.
-    return (_dispatch if torch._C._autograd._profiler_enabled() else _implementations[name])(name, arguments)
+    return (_dispatch if _profiler_enabled() else _implementations[name])(name, arguments)
 
 
 _PLAIN_TYPES = frozenset((Tensor, nn.Parameter, LIFParameters, float, int, bool, str, type(None)))
@@ -67,7 +75,7 @@ def _plain(arguments: tuple) -> bool:
     first = arguments[0]
     if first is None:
         first = next(each for each in arguments if each is not None)
-    return (first.is_cuda or first.is_cpu) and not watched(first)
+    return (first.is_cuda or first.is_cpu) and not watched_eagerly(first)
 
 
 def outputs(name: str) -> Callable[[Callable], Callable]:
@@ -103,7 +111,7 @@ def differentiable(
 
     def forward(ctx: torch.autograd.function.FunctionCtx, *arguments: object) -> Any:
         # The surrogate of a live module may be another one by the time of the backward pass.
-        arguments = _unflatten(name, _flatten(arguments))
+        arguments = _own(name, arguments)
         output = _run(name, arguments)
         setup_context(ctx, arguments, output)
         return output

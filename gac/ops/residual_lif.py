@@ -266,12 +266,13 @@ def _backward(
     shortcut_tensors = (shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std)
     arguments = (grad, y, weight, *statistics, *shortcut_tensors, *means)
     grad_y, grad_shortcut = operators.call("gac::residual_lif_backward_inputs", *arguments)
-    of_normalization = (sums[1], sums[0], None, None)
+    grad_bias, grad_weight, *grad_shortcut_weight = sums.unbind()
+    of_normalization = (grad_weight, grad_bias, None, None)
     if shortcut is None:
         of_shortcut = (grad, None, None, None, None)
     else:
         # A copy: autograd makes these the parameters' .grad, and two of them must not share memory.
-        of_shortcut = (grad_shortcut, sums[2], sums[0].clone(), None, None)
+        of_shortcut = (grad_shortcut, *grad_shortcut_weight, grad_bias.clone(), None, None)
     return grad_y, *of_normalization, *of_shortcut
 
 

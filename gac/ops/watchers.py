@@ -24,6 +24,11 @@ def watched(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
+    return watched_eagerly(x)
+
+
+def watched_eagerly(x: Tensor) -> bool:
+    """Return what :func:`watched` does outside torch.compile, for who has asked for that already."""
     before = _as_before.get()
     if before is not None:
         return before

@@ -294,12 +294,12 @@ def test_finds_wrong_gradients(name, neurons_on_kernels, monkeypatch):
 
 
 def test_finds_wrong_constants(neurons_on_kernels, monkeypatch):
-    right = LIFNode.lif_parameters
+    right = LIFNode.kernel_parameters
 
     def wrong(neuron):
         return replace(right(neuron), tau=1.36) if neuron.backend == "cupy" else right(neuron)
 
-    monkeypatch.setattr(LIFNode, "lif_parameters", wrong)
+    monkeypatch.setattr(LIFNode, "kernel_parameters", wrong)
     assert "share of changed spikes" in failed()
 
 
