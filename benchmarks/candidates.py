@@ -251,8 +251,8 @@ def add_options(parser: Parser, names: Collection[str], **defaults: Any) -> None
     help = "float32, or autocast to half precision; those that the device lacks are skipped"
     parser.add("--precision", help, choices=PRECISIONS, default=defaults["precision"])
     help = (
-        "memory order of images and weights; auto: NHWC with our kernels, and on a GPU in half precision for all but the"
-        " step-loop, which does not keep it; else NCHW"
+        "memory order of images and weights; auto: NHWC with our kernels, and on a GPU in half precision for all but"
+        " the step-loop, which does not keep it; else NCHW"
     )
     parser.add("--layout", help, choices=("auto", *MEMORY_FORMATS), default="auto")
 

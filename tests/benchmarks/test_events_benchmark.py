@@ -19,7 +19,8 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measures_and_reports(tmp_path, capsys):
     files = {"json": tmp_path / "result.json", "png": tmp_path / "result.png"}
-    assert events.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])]) == 0, capsys.readouterr().err
+    status = events.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])])
+    assert status == 0, capsys.readouterr().err
     rows = json.loads(files["json"].read_text())["rows"]
     # Shapes, densities, passes, memory orders.
     assert len(rows) == 2**4
@@ -30,7 +31,7 @@ def test_measures_and_reports(tmp_path, capsys):
     assert printed.count("crossover     ") == 8
     assert "64 channels, 8 x 8, weight gradient, NHWC" in printed
     assert files["png"].read_bytes().startswith(b"\x89PNG")
-    assert event_conv.MAX_DENSITY < 0.5
+    assert event_conv.MAX_DENSITY < 1
 
 
 def test_a_wrong_convolution_is_not_timed(tmp_path, capsys, monkeypatch):
