@@ -13,18 +13,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from gac.analysis.energy import IMAGES, format_energy
+from gac.analysis.energy import IMAGES, Energy, format_energy
 from gac.analysis.report import check_replaceable, energy_of, write_report, write_saliency
 from gac.analysis.running import find_layer
 from gac.checkpoint import build_network, read_checkpoint
 from gac.config import Config
 from gac.errors import InputError
-from gac.evaluation.report import evaluate_checkpoint, format_report
+from gac.evaluation.report import Report, evaluate_checkpoint, format_report
 from gac.execution.distributed import Ranks, is_lost_connection, process_group
 from gac.execution.resources import explain
 from gac.files import ResultsNotWritten, atomic_write, writing
@@ -108,7 +108,12 @@ def _report(config: Config, checkpoint: Path, folder: Path) -> None:
     digest = hashlib.sha256()
     payload = read_checkpoint(checkpoint, digest)
     report = evaluate_checkpoint(checkpoint, payload, config, sample=IMAGES)
-    write_report(report, digest.hexdigest(), energy_of(report), folder, may_replace=True)
+    _write_page(report, digest.hexdigest(), energy_of(report), folder, may_replace=True)
+
+
+def _write_page(report: Report, sha256: str, energy: Energy, folder: Path, **options: Any) -> None:
+    """Write a page about a network and say where it is."""
+    write_report(report, sha256, energy, folder, **options)
     logger.info("a page about it: %s", folder / "index.html")
 
 
@@ -148,7 +153,7 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
         if parsed.predictions is not None:
             last_first.callback(_write, parsed.predictions, report.write_predictions)
         if parsed.report is not None:
-            last_first.callback(write_report, report, parsed.sha256, energy, parsed.report, parsed.layer)
+            last_first.callback(_write_page, report, parsed.sha256, energy, parsed.report, layer=parsed.layer)
         if parsed.saliency is not None:
             last_first.callback(_write, parsed.saliency, lambda file: write_saliency(report, file, parsed.layer))
     return 0
