@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gac.checkpoint import is_ours, read_checkpoint, read_config
-from gac.checkpoint.weights import SUFFIX, write_weights
+from gac.checkpoint.weights_file import SUFFIX, write_weights
 from gac.command_line import Parser, finish, new_file
 from gac.config import Config
 from gac.data import build_data

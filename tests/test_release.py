@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from gac.checkpoint import read_checkpoint as read_weights
 from gac.checkpoint import write_checkpoint
-from gac.checkpoint.weights import FOLDER, read_weights
+from gac.checkpoint.weights import FOLDER
 from gac.release import main
 
 CARRIED = read_weights(FOLDER / "digits.safetensors")
