@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from torch import nn
 from gac.analysis.energy import IMAGES, Energy, format_energy
 from gac.analysis.report import check_replaceable, energy_of, write_report, write_saliency
 from gac.analysis.running import find_layer
-from gac.checkpoint import build_network, read_checkpoint
+from gac.checkpoint import build_network, read_checkpoint, read_config
+from gac.checkpoint.weights_file import card_of, write_weights
 from gac.config import Config
 from gac.errors import InputError
 from gac.evaluation.report import Report, evaluate_checkpoint, format_report
@@ -97,10 +99,21 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
         if parsed.report:
             ranks.on_main(lambda: check_replaceable(folder))
         train(parsed.config, parsed.output, parsed.resume, ranks=ranks)
+        if parsed.export_weights is not None:
+            command = shlex.join(["train.py", *arguments])
+            ranks.on_main(lambda: _export(parsed.output / "best.pt", parsed.export_weights, command))
         if parsed.report:
             # By one process, which sees all images.
             ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder))
     return 0
+
+
+def _export(checkpoint: Path, output: Path, command: str) -> None:
+    """Write a run's best network as safetensors."""
+    payload = read_checkpoint(checkpoint)
+    card = card_of(payload) | {"command": command, "seed": read_config(payload).train.seed}
+    _write(output, lambda file: write_weights(file, payload["model"], card))
+    logger.info("its weights: %s", output)
 
 
 def _report(config: Config, checkpoint: Path, folder: Path) -> None:

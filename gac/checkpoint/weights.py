@@ -15,7 +15,7 @@ from gac import models
 from gac.checkpoint.build import build_network, initialise, trained_parts
 from gac.checkpoint.download import cache_folder, download, matches
 from gac.checkpoint.format import read_checkpoint
-from gac.checkpoint.weights_file import SUFFIX
+from gac.checkpoint.weights_file import SUFFIX, card_of
 from gac.errors import InputError, did_you_mean, quoted
 from gac.models.ms_resnet import MSResNet
 
@@ -129,8 +129,7 @@ def pretrained(payload: dict[str, Any]) -> Pretrained:
 
     network = build_network(payload).eval()
     info = DataInfo.from_dict(payload.get("data"))
-    card = {key: value for key, value in payload.items() if key not in ("model", "format", "training")}
-    return Pretrained(network, Normalization(info.mean, info.std, "cpu"), card)
+    return Pretrained(network, Normalization(info.mean, info.std, "cpu"), card_of(payload))
 
 
 def create_model(

@@ -13,6 +13,8 @@ from gac.errors import InputError, quoted
 
 FORMAT = "gac-weights-1"
 SUFFIX = ".safetensors"
+# Entries of a checkpoint that are no part of a card.
+_NO_CARD = ("format", "model", "training")
 
 
 class DamagedWeights(Exception):
@@ -45,9 +47,20 @@ def decode_weights(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any] | 
         raise DamagedWeights(f"damaged or no safetensors file: {error}") from error
     if (found := card.pop("format", None)) != FORMAT:
         raise InputError(f"format {quoted(found)} is not known to this version, which reads {FORMAT!r}")
-    if card.pop("sha256", None) != _digest(tensors, card):
+    if card.pop("sha256", None) != digest_of(tensors, card):
         raise DamagedWeights("its content differs from its own sha256")
     return tensors, card
+
+
+def card_of(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return how the network of a checkpoint's content in our format was made: its plain entries.
+
+    Raises InputError for entries that are not plain.
+    """
+    try:
+        return json.loads(json.dumps({key: value for key, value in payload.items() if key not in _NO_CARD}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"its entries are not plain values: {error}") from error
 
 
 def write_weights(file: BinaryIO, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
@@ -58,13 +71,14 @@ def write_weights(file: BinaryIO, tensors: dict[str, Tensor], card: dict[str, An
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     card = json.loads(json.dumps(card))
-    entries = {"format": FORMAT, **card, "sha256": _digest(tensors, card)}
+    entries = {"format": FORMAT, **card, "sha256": digest_of(tensors, card)}
     file.write(save(tensors, {key: json.dumps(value) for key, value in entries.items()}))
 
 
-def _digest(tensors: dict[str, Tensor], card: dict[str, Any]) -> str:
+def digest_of(tensors: dict[str, Tensor], card: dict[str, Any]) -> str:
+    """Return the SHA-256 of names, types, shapes and numbers of tensors and of a card."""
     digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

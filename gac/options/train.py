@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gac.checkpoint.weights_file import SUFFIX
 from gac.config import FIELDS, Config
 from gac.errors import InputError
+from gac.files import check_writable
 from gac.options.written import make_config, read_command_line, read_yaml
 
 
@@ -18,13 +20,15 @@ class TrainArguments(NamedTuple):
     report: bool
     dry_run: bool
     overfit_one_batch: bool
+    export_weights: Path | None
 
 
 def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
     """Return what a command line of train.py, run by so many processes, asks for. Raises InputError."""
     given, overrides = read_command_line(
         arguments,
-        "train.py --config FILE [--output FOLDER] [--resume auto|FILE | --dry-run | --overfit-one-batch] [--report]",
+        "train.py --config FILE [--output FOLDER] [--resume auto|FILE | --dry-run | --overfit-one-batch] [--report] "
+        "[--export-weights FILE]",
         "Train a network and write all results to a run folder.",
         {
             "--config FILE": "YAML file with the options below; see configs/.",
@@ -35,6 +39,9 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
             "--init FILE": "Begin with the weights of a checkpoint; the same as --train.init.",
             "--report": "At the end write a page about best.pt to the folder report in the run folder, as eval.py"
             " --report does; an earlier report there is replaced.",
+            "--export-weights FILE": "At the end write the network of best.pt there as safetensors; with it the"
+            " configuration, the data set's mean, std and classes, the scores and this command line. eval.py"
+            " --checkpoint and --init take that file.",
             "--dry-run": "Do one step of everything (data, training, evaluation, checkpoint, resuming) in a temporary "
             "folder next to --output, which stays as it is.",
             "--overfit-one-batch": "Train on the first batch only, without augmentation and mixing, and say whether it "
@@ -44,8 +51,9 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
     )
     if len(modes := [name for name in ("resume", "dry-run", "overfit-one-batch") if name in given]) > 1:
         raise InputError(f"--{modes[0]} and --{modes[1]} exclude each other: choose one")
-    if "report" in given and (trial := {"dry-run", "overfit-one-batch"} & given.keys()):
-        raise InputError(f"--report is of a run that stays: leave out --{min(trial)}")
+    for name in ("report", "export-weights"):
+        if name in given and (trial := {"dry-run", "overfit-one-batch"} & given.keys()):
+            raise InputError(f"--{name} is of a run that stays: leave out --{min(trial)}")
     if processes > 1 and not {"dry-run", "overfit-one-batch"}.isdisjoint(given):
         raise InputError("--dry-run and --overfit-one-batch are for a single process: start train.py without torchrun")
     if not given.get("config"):
@@ -57,5 +65,12 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
     path = Path(given["config"])
     config = make_config(Config(), read_yaml(path) | overrides)
     output = Path(given.get("output") or Path("runs", path.stem))
+    weights = Path(given["export-weights"]) if "export-weights" in given else None
+    if weights is not None:
+        if weights.suffix != SUFFIX:
+            raise InputError(f"--export-weights {weights}: expected a file *{SUFFIX}")
+        # The run makes its own folder.
+        if weights.absolute().parent != output.absolute():
+            check_writable(weights, "--export-weights")
     flags = (name in given for name in ("report", "dry-run", "overfit-one-batch"))
-    return TrainArguments(config, output, given.get("resume"), *flags)
+    return TrainArguments(config, output, given.get("resume"), *flags, weights)
