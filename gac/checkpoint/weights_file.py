@@ -42,12 +42,14 @@ def decode_weights(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any] | 
             return tensors, None
         # safetensors writes them in any order.
         card = {key: json.loads(value) for key, value in sorted(metadata.items())}
+        found, said = card.pop("format", None), card.pop("sha256", None)
+        digest = digest_of(tensors, card)
     # KeyError: a type of numbers that PyTorch does not have; RecursionError: JSON that is nested too deeply.
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedWeights(f"damaged or no safetensors file: {error}") from error
-    if (found := card.pop("format", None)) != FORMAT:
+    if found != FORMAT:
         raise InputError(f"format {quoted(found)} is not known to this version, which reads {FORMAT!r}")
-    if card.pop("sha256", None) != digest_of(tensors, card):
+    if said != digest:
         raise DamagedWeights("its content differs from its own sha256")
     return tensors, card
 

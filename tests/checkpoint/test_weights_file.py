@@ -98,6 +98,13 @@ def test_what_is_no_such_file_is_one_line(tmp_path, content, message):
         gac.load_checkpoint(tmp_path / "x.safetensors")
 
 
+def test_metadata_that_are_nested_too_deeply_are_one_line(tmp_path):
+    metadata = {"format": json.dumps("gac-weights-1"), "sha256": json.dumps("0"), "a": 100_000 * "[" + 100_000 * "]"}
+    save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(DamagedCheckpoint, match="recursion"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
 def test_another_version_is_named(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors", {"format": json.dumps("gac-weights-9")})
     with pytest.raises(InputError, match="format 'gac-weights-9' is not known to this version") as refused:
