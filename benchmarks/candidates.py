@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from benchmarks.common import PRECISIONS, MeasurementError, NetworkSize
 from benchmarks.peers import LIF, Network, spikingjelly_lif
+from benchmarks.trained import Trained
 from gac import create_model
 from gac.command_line import Parser
 from gac.config import TrainConfig
 from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
 from gac.execution.device import autocast
 from gac.models.ms_resnet import MSResNet
-from gac.ops.backend import cupy_status
+from gac.ops.backend import kernels_status
 from gac.training.optim import make_optimizer
 
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -40,9 +41,12 @@ class Setting:
     precision: str
     layout: str
     device: torch.device
+    trained: Trained | None = None
 
     def weights(self) -> list[Tensor]:
         """Return the weights that all implementations start from."""
+        if self.trained is not None:
+            return self.trained.weights
         torch.manual_seed(0)
         return list(REFERENCE.build(self.size, self.T).state_dict().values())
 
@@ -69,10 +73,14 @@ class Candidate:
         self.memory_format = MEMORY_FORMATS[implementation.layout(setting)]
         network = load(implementation.build(size, setting.T), weights)
         self.network = network.to(device, memory_format=self.memory_format)
-        images = torch.randn(setting.batch, 3, size.image_size, size.image_size, device=device)
+        if setting.trained is None:
+            images = torch.randn(setting.batch, 3, size.image_size, size.image_size, device=device)
+        else:
+            images = setting.trained.batch(setting.batch).to(device)
         self.images = images.contiguous(memory_format=self.memory_format)
         self.labels = torch.randint(size.num_classes, (setting.batch,), device=device)
-        config = TrainConfig(learning_rate=0.01, momentum=0.9, weight_decay=5e-5)
+        # So small that firing rates stay those of the weights.
+        config = TrainConfig(learning_rate=1e-7, momentum=0.9, weight_decay=5e-5)
         self.optimizer = make_optimizer(self.network.parameters(), config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
         self._loss: Tensor | None = None
@@ -110,6 +118,14 @@ class Candidate:
     def _evaluate(self) -> Tensor:
         with self.setting.autocast():
             return self.network(self.images)
+
+    @torch.no_grad()
+    def densities(self) -> list[float]:
+        """Return how many of the inputs of each of the blocks' 3 x 3 convolutions spike, in their order."""
+        with monitor.InputMonitor(self.network.stages, nn.Conv2d, lambda x: x.mean().item()) as inputs:
+            self.network(self.images)
+        functional.reset_net(self.network)
+        return [inputs[name][0] for name in inputs.monitored_layers if "shortcut" not in name]
 
     def rest(self) -> None:
         """Free what the last step left behind: gradients, membrane potentials that hold a graph, captured graphs."""
@@ -182,13 +198,15 @@ class Implementation:
     work: type[Candidate] = Candidate
     time_dimension: int = 0  # of the logits: 0 for [T, B, K], 1 for [B, T, K]
     keeps_channels_last: bool = True  # activations stay in channels_last where the images are
-    kernels: bool = False  # needs our CUDA kernels, which have no float64
+    kernels: Literal["cupy", "c"] | None = None  # needs ours, CUDA's or the CPU's, which have no float64
     replayed: bool = False  # its steps are replays of CUDA graphs
 
     def missing(self, device: torch.device) -> str | None:
         """Return why it cannot run on a device, in one line, or None if it can."""
-        status = cupy_status(device) if self.kernels else None
-        if status is None or status.ok:
+        if self.kernels is None:
+            return None
+        status = kernels_status(self.kernels, device)
+        if status.ok:
             return None
         return f"{status.reason} ({status.hint})" if status.hint else status.reason
 
@@ -197,7 +215,7 @@ class Implementation:
         if setting.layout != "auto":
             return setting.layout
         # What the convolutions run fastest with; the fused kernels copy every activation that is not channels_last.
-        wanted = setting.device.type == "cuda" and (setting.precision != "fp32" or self.kernels)
+        wanted = self.kernels or (setting.device.type == "cuda" and setting.precision != "fp32")
         return "NHWC" if wanted and self.keeps_channels_last else "NCHW"
 
 
@@ -210,8 +228,9 @@ def _ours(backend: str, size: NetworkSize, T: int) -> MSResNet:
 REFERENCE = Implementation("ours-torch", ("#009E73", "s"), partial(_ours, "torch"))
 """The implementation that makes the weights and that the others are checked against."""
 _ALL = (
-    Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels=True),
-    Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels=True, replayed=True),
+    Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels="cupy"),
+    Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels="cupy", replayed=True),
+    Implementation("ours-c", ("#CC79A7", "P"), partial(_ours, "c"), kernels="c"),
     REFERENCE,
     Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, 0, spikingjelly_lif)),
     Implementation(
@@ -231,8 +250,8 @@ def add_options(parser: Parser, names: Collection[str], **defaults: Any) -> None
     help = "float32, or autocast to half precision; those that the device lacks are skipped"
     parser.add("--precision", help, choices=PRECISIONS, default=defaults["precision"])
     help = (
-        "memory order of images and weights; auto on a GPU: NHWC with our kernels, and in half precision for all but"
-        " the step-loop, which does not keep it; else NCHW"
+        "memory order of images and weights; auto: NHWC with our kernels, and on a GPU in half precision for all but the"
+        " step-loop, which does not keep it; else NCHW"
     )
     parser.add("--layout", help, choices=("auto", *MEMORY_FORMATS), default="auto")
 

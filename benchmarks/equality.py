@@ -1,6 +1,6 @@
 """The gate before anything is timed: only what computes the same may be compared.
 
-The kernels are proven by the test suite, run on the GPU that is measured: each operation, whole networks, and networks
+The kernels are proven by the test suite, run on the device that is measured: each operation, whole networks, and networks
 in half precision layer by layer. Networks that others would write are compared here with ours, at a small size of the
 timed family and T, in float64, where rounding decides no spike.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Implementation, Setting, load
 from benchmarks.common import ROOT, MeasurementError, NetworkSize, Report
+from benchmarks.trained import load as load_trained
 from gac import LIFNode
 from gac.errors import InputError
 from gac.ops import kernel_cache
@@ -37,7 +38,8 @@ NETWORK_TESTS = (
     *("tests/models/test_fused.py", "tests/models/test_teacher_forcing.py", "tests/benchmarks/test_candidates.py"),
 )
 ON_ONE_GPU = "gpu and not several_gpus"
-SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h", ".toml")
+IN_C = "c_kernels"
+SOURCES = (".py", ".cu", ".cuh", ".c", ".cpp", ".h", ".toml")
 VERDICTS = ("failure", "error", "skipped")
 BATCH, LIMIT = 4, 1e-8
 # Of the gate, before the sigmoid. Higher, it is 1 after rounding: the membrane is then on the threshold, where
@@ -46,7 +48,7 @@ LARGEST_SCORE = 6.0
 
 
 def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) -> None:
-    """Run tests of the kernels on a GPU, in a process of their own, and report how many have passed.
+    """Run tests of the kernels on the device, in a process of their own, and report how many have passed.
 
     Where they have passed before, on the same device with the same sources and versions, that is enough. Raises
     MeasurementError if one fails or is skipped, or if there is none.
@@ -55,7 +57,7 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     if report.device.type == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{torch.cuda.get_device_properties(report.device).uuid}"
     # Most of the time the compiler works, in each process. What is timed is not compiled by torch.
-    chosen = ["-m", marker, "-k", "not compile", "-n", str(min(8, os.cpu_count() or 1))]
+    chosen = ["-m", marker, "-k", "not compile and not sanitizer", "-n", str(min(8, os.cpu_count() or 1))]
     command = ["-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *paths]
     # Everything that could change how these tests end.
     versions = [text for title, text in report.environment.items() if title not in ("date", "command", "commit")]
@@ -109,7 +111,11 @@ def begin(options: Namespace, report: Report, **more: Any) -> tuple[list[Impleme
 
     Raises InputError if the device can run none of the implementations or precisions, MeasurementError if they differ.
     """
-    size, device = NetworkSize.from_options(options), report.device
+    size, device, trained = NetworkSize.from_options(options), report.device, None
+    if getattr(options, "checkpoint", None) is not None:
+        trained = load_trained(options.checkpoint, max(options.batch))
+        size, options.time_steps = trained.size, [trained.T]
+        report.environment["checkpoint"] = str(options.checkpoint)
     asked_for = options.time_steps, options.batch, options.precision
     time_steps, batches, precisions = (each if isinstance(each, list) else [each] for each in asked_for)
     missing = {name: IMPLEMENTATIONS[name].missing(device) for name in options.implementations}
@@ -125,7 +131,7 @@ def begin(options: Namespace, report: Report, **more: Any) -> tuple[list[Impleme
     implementations = [IMPLEMENTATIONS[name] for name in missing if name not in skipped]
     check_networks(implementations, size, time_steps, report)
     settings = product(time_steps, batches, [name for name in precisions if name not in skipped])
-    return implementations, [Setting(size, *setting, options.layout, device) for setting in settings]
+    return implementations, [Setting(size, *setting, options.layout, device, trained) for setting in settings]
 
 
 def _lack(precision: str, device: torch.device) -> str | None:
@@ -144,8 +150,9 @@ def check_networks(
 
     Raises MeasurementError if one is not, or if a layer of the reference never fires.
     """
-    if any(each.kernels for each in implementations):
-        run_tests(NETWORK_TESTS, report)
+    for kernels, marker in (("cupy", ON_ONE_GPU), ("c", IN_C)):
+        if any(each.kernels == kernels for each in implementations):
+            run_tests(NETWORK_TESTS, report, marker)
     # Large enough for every kind of block and BatchNorm.
     depth, image_size = tuple(min(2, blocks) for blocks in size.depth), 8 if size.family.neuron == "cifar" else 32
     small = replace(size, width=8, depth=depth, image_size=image_size, num_classes=min(10, size.num_classes))

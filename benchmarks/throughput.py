@@ -1,11 +1,12 @@
-"""Measure the throughput of a GAC-MS-ResNet on random data: python -m benchmarks.throughput (--help lists all options).
+"""Measure the throughput of a GAC-MS-ResNet: python -m benchmarks.throughput (--help lists all options).
 
 A training step is the forward pass, the cross entropy of the logits' mean over time, the backward pass and SGD
-(momentum, weight decay; loss scaling in fp16) on one batch of random images that stays on the device. Evaluation is
-the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause; the
+(momentum, weight decay; loss scaling in fp16; a learning rate so small that firing rates stay) on one batch of random
+images, or with --checkpoint of its test images, that stays on the device. Evaluation is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause; the
 implementations take turns. ours-cupy has the CUDA kernels, ours-cupy-graph its steps replayed as CUDA graphs, as
-train.cuda_graph does (its memory is that of the step while it is captured, and stays taken between its steps);
-ours-torch has neither. spikingjelly has that library's own layers, step-loop a plain loop over time steps.
+train.cuda_graph does (its memory is that of the step while it is captured, and stays taken between its steps); ours-c
+has their C versions and convolutions by events on the CPU, whose time depends on how many inputs spike: "density" lists
+it for the blocks' convolutions in their order; ours-torch has no kernels. spikingjelly has that library's own layers, step-loop a plain loop over time steps.
 convolution-floor is no network but only the residual blocks' convolutions: forward, data gradient and weight gradient
 (in evaluation: forward).
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from benchmarks.common import OUT_OF_MEMORY, Table, Timing, or_out_of_memory
 from benchmarks.equality import begin
 from gac.command_line import at_least
 from gac.errors import InputError
+from gac.models.ms_resnet import MSResNet
 
 TABLE = Table(
     *(("implementation", 17), ("T", 2), ("batch", 5), ("precision", 9), ("layout", 6)),
@@ -80,6 +83,7 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
     """
     weights, device, on_gpu = setting.weights(), setting.device, setting.device.type == "cuda"
     workloads: dict[str, Candidate] = {}
+    densities: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     for each in implementations:
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
@@ -98,14 +102,19 @@ def measure(implementations: Sequence[Implementation], setting: Setting, options
     for name, timing in timings["train"].items():
         if timing != OUT_OF_MEMORY:
             workloads[name].check_loss()
+    fired = next((each for each in workloads.values() if isinstance(each.network, MSResNet)), None)
+    if fired is not None:
+        densities = {"train": fired.densities()}
     for workload in workloads.values():
         workload.network.eval()
+    if fired is not None:
+        densities["evaluation"] = fired.densities()
     eval_steps = {name: workload.eval_step for name, workload in workloads.items()}
     timings["evaluation"] = common.time_in_turns(eval_steps, device, **turns)
     return [
         setting.describe(each)
         | {what: _with_rates(taken.get(each.name, OUT_OF_MEMORY), setting) for what, taken in timings.items()}
-        | {"peak_bytes": peaks.get(each.name) if on_gpu and each.name != FLOOR else None}
+        | {"peak_bytes": peaks.get(each.name) if on_gpu and each.name != FLOOR else None, "densities": densities}
         for each in implementations
     ]
 
@@ -180,6 +189,8 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
         floor = {cell["implementation"]: cell["train"] for cell in cells}.get(FLOOR)
         for cell in cells:
             print_cell(cell, floor)
+        for what, of_layers in cells[0]["densities"].items():
+            report.line("density", f"{what}: {' '.join(f'{density:.3f}' for density in of_layers)}")
         report.add("cells", cells)
     if options.plot is not None:
         size = settings[0].size
@@ -194,6 +205,11 @@ help = (
     " (--batch does not count then, and ours-cupy-graph, which needs what ours-cupy needs, is left out)"
 )
 PARSER.add("--largest-batch", help, action="store_true")
+help = (
+    "a checkpoint of train.py: its weights, and test images of its data set from where its configuration says, so that"
+    " layers fire as after training; network, size and T are its own, and those options do not count"
+)
+PARSER.add("--checkpoint", help, type=Path, metavar="FILE")
 help = "untimed steps before the first round; the last gives the memory"
 PARSER.add("--warmup", help, type=at_least(2), default=4)
 PARSER.add("--rounds", "turns that every implementation gets", type=at_least(1), default=5)

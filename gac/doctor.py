@@ -12,7 +12,7 @@ from gac.command_line import Parser, finish
 from gac.execution.device import describe_device
 from gac.execution.environment import describe_environment
 from gac.neuron import PRESETS
-from gac.ops import backend, channels, event_conv, lif
+from gac.ops import backend, c_kernels, channels, event_conv, lif
 from gac.ops.catalogue import OPERATIONS, Layer
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import ELEMENTS, Kernel
@@ -149,7 +149,7 @@ def compare(operation: str, preset: str, dtype: torch.dtype, device: torch.devic
 
 def event_convolution() -> Iterator[Check]:
     """Yield whether convolutions over spikes can run by events on the CPU, and how they compare with dense ones."""
-    status = event_conv.status()
+    status = c_kernels.status()
     if not status.ok:
         yield Check(True, f"dense: {status.reason}")
         return

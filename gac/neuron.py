@@ -11,10 +11,11 @@ from torch import Tensor
 
 from gac.errors import InputError, did_you_mean
 from gac.ops import backend, lif, lif_cpu
+from gac.ops.backend import Choice
 from gac.ops.neuron import SURROGATES, LIFParameters, Surrogate, compiled_constant, unsupported_reason
 from gac.ops.watchers import refuse_symbolic, watched
 
-Backend = Literal["auto", "cupy", "torch"]
+Backend = Literal["auto", "cupy", "c", "torch"]
 
 # SpikingJelly runs these in one fused operation. Their gradient is continuous, so that evaluating it one
 # float32 step beside the threshold (see LIFNode._multi_step_torch) changes nothing that rounding does not.
@@ -141,12 +142,13 @@ class LIFNode(neuron.LIFNode):
         detach_reset: Treat the reset as constant in the backward pass.
         step_mode: "m" for sequences, "s" for single time steps.
         store_v_seq: Keep the membrane potential of every time step in ``v_seq`` (runs step by step).
-        backend: "cupy" (this package's CUDA kernels), "torch" (on a CUDA device SpikingJelly's own multi-step
-            execution; where that cannot fire strictly, the step-by-step reference; on the CPU, for the surrogates that
-            the kernels have, a loop in place) or "auto" (cupy on a CUDA device where CuPy works, else torch).
+        backend: "cupy" (this package's CUDA kernels), "c" (their C versions on the CPU, float32), "torch" (on a CUDA
+            device SpikingJelly's own multi-step execution; where that cannot fire strictly, the step-by-step reference;
+            on the CPU, for the surrogates that the kernels have, a loop in place) or "auto" (the kernels where they
+            work, with CuPy on a CUDA device and with a C compiler on the CPU, else torch).
 
     Raises:
-        InputError: For tau <= 1 or an unknown backend; in forward, for backend "cupy" where it cannot run.
+        InputError: For tau <= 1 or an unknown backend; in forward, for backend "cupy" or "c" where it cannot run.
     """
 
     keeps_state = True
@@ -180,7 +182,7 @@ class LIFNode(neuron.LIFNode):
 
     @property
     def backend(self) -> Backend:
-        """What runs the neuron: "auto", "cupy" or "torch"."""
+        """What runs the neuron: "auto", "cupy", "c" or "torch"."""
         return self._backend
 
     @backend.setter
@@ -215,15 +217,18 @@ class LIFNode(neuron.LIFNode):
         tau, v_threshold, v_reset = map(compiled_constant, (self.tau, self.v_threshold, self.v_reset))
         return LIFParameters(tau, self.decay_input, v_threshold, v_reset, self.detach_reset, self.surrogate_function)
 
-    def runs_kernels(self, x_seq: Tensor) -> bool:
-        """Return whether the CUDA kernels run this neuron on ``x_seq``; raises InputError if asked for and unable.
+    def chosen_backend(self, x_seq: Tensor) -> Choice:
+        """Return what runs this neuron on ``x_seq``; raises InputError if the kernels are asked for and cannot.
 
         They do not for backend "auto" where something but torch.compile watches or rewrites operations.
         """
         if self.backend == "auto" and watched(x_seq):
-            return False
-        unsupported = unsupported_reason(self.surrogate_function)
-        return backend.choose_backend(self.backend, x_seq, unsupported) == "cupy"
+            return "torch"
+        return backend.choose_backend(self.backend, x_seq, unsupported_reason(self.surrogate_function))
+
+    def runs_kernels(self, x_seq: Tensor) -> bool:
+        """Return whether the kernels run this neuron on ``x_seq``; see :meth:`chosen_backend`."""
+        return self.chosen_backend(x_seq) != "torch"
 
     def materialize_states(self, inputs: tuple, states: tuple, step_mode: str) -> tuple:
         """Return the membrane potential as a float32 (float64 for float64 input) tensor of one frame's shape.

@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cuda_on_cpu.launcher import KernelsOnCpu
-from gac.ops import backend, operators
+from gac.ops import backend
 from gac.ops.cuda import launch
 
 
@@ -34,18 +35,12 @@ def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelsOnCpu:
 
 
 @pytest.fixture
-def kernels_on_cpu(compiled_kernels: KernelsOnCpu) -> Iterator[KernelsOnCpu]:
-    """Let the CUDA operators run on CPU tensors; memory that torch.empty returns is NaN meanwhile."""
+def kernels_on_cpu(compiled_kernels: KernelsOnCpu, uninitialised_memory_is_nan: None) -> Iterator[KernelsOnCpu]:
+    """Let the CUDA kernels run on CPU tensors."""
     compiled_kernels.order = "shuffled"
-    with torch.library._scoped_library("gac", "FRAGMENT") as library:
-        for name, implementation in operators.OPERATORS.items():
-            library.impl(name.removeprefix("gac::"), implementation, "CPU")
-        launch.set_cpu_launcher(compiled_kernels)
-        torch.use_deterministic_algorithms(True)
-        assert torch.empty(1).isnan()
-        yield compiled_kernels
-        torch.use_deterministic_algorithms(False)
-        launch.set_cpu_launcher(None)
+    launch.set_cpu_launcher(compiled_kernels)
+    yield compiled_kernels
+    launch.set_cpu_launcher(None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -66,18 +61,49 @@ def repeatable_convolutions() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Let memory that torch.empty returns be NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+KERNELS = ("cpu", pytest.param("c", marks=pytest.mark.c_kernels), pytest.param("cuda", marks=pytest.mark.gpu))
+"""The CUDA kernels' source compiled for the CPU, their C versions, and the kernels on the GPU."""
+
+
+@pytest.fixture(params=KERNELS)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run: their source compiled for the CPU, or the GPU."""
-    if request.param == "cpu":
-        request.getfixturevalue("kernels_on_cpu")
-    return request.param
+    """Where the kernels run: see ``KERNELS``."""
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("kernels_on_cpu" if request.param == "cpu" else "uninitialised_memory_is_nan")
+    return "cpu"
+
+
+@pytest.fixture
+def half(request: pytest.FixtureRequest, device: str) -> str:
+    """fp16, but fp32 for the C kernels."""
+    return "fp32" if request.node.callspec.params["device"] == "c" else "fp16"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out half precision for the C kernels, which do not have it."""
+    items[:] = [item for item in items if not _is_half_precision_in_c(item)]
+
+
+def _is_half_precision_in_c(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", SimpleNamespace(params={})).params
+    values = str([str(value) for value in parameters.values()])
+    return parameters.get("device") == "c" and any(name in values for name in ("fp16", "bf16", "float16"))
 
 
 @pytest.fixture
 def neurons_on_kernels(kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let neurons choose the CUDA kernels for tensors on the CPU."""
     backend._log_choice.cache_clear()
-    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "compiled for the CPU"))
+    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.Status(True, "compiled for the CPU"))
     yield
     backend._log_choice.cache_clear()

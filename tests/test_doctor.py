@@ -41,7 +41,7 @@ def run_sections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 
 
 def test_missing_cupy_is_not_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    status = backend.CupyStatus(False, "CuPy is not installed", "pip install cupy-cuda13x")
+    status = backend.Status(False, "CuPy is not installed", "pip install cupy-cuda13x")
     monkeypatch.setattr(backend, "toolchain_status", lambda: status)
     monkeypatch.setattr(backend, "cupy_installed", lambda: False)
     code, output = run_sections(monkeypatch, capsys, "CUDA kernels")
@@ -50,7 +50,7 @@ def test_missing_cupy_is_not_broken(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_unusable_cupy_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    status = backend.CupyStatus(False, "CuPy cannot load NVRTC: no file", "pip install nvidia-cuda-nvrtc")
+    status = backend.Status(False, "CuPy cannot load NVRTC: no file", "pip install nvidia-cuda-nvrtc")
     monkeypatch.setattr(backend, "toolchain_status", lambda: status)
     monkeypatch.setattr(backend, "cupy_installed", lambda: True)
     code, output = run_sections(monkeypatch, capsys, "CUDA kernels")

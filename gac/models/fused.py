@@ -10,6 +10,7 @@ The modules themselves (:mod:`gac.models.ms_resnet`) are the specification, and 
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from gac.models.blocks import ConvNorm, MSBlock
 from gac.models.recompute import recomputed
 from gac.neuron import LIFNode
 from gac.ops.channels import MAX_T
+from gac.ops.event_conv import event_conv2d
 from gac.ops.gate_lif import gate_lif
 from gac.ops.lif_pool import lif_pool
 from gac.ops.norm_lif import norm_lif
@@ -54,11 +56,15 @@ def forward(net: nn.Module, x: Tensor) -> Tensor:
 def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
     """Return the first block's input and the spikes of its first LIF layer."""
     coding = net.coding
+    # The C kernels are float32, under autocast too.
+    in_c = following.chosen_backend(x) == "c"
     if x.dim() == 4 and type(coding) is GatedAttentionCoding and _gate_fuses(coding, following):
         frame = net.stem(x, repeats=net.T)
         temporal, spatial = coding.gate.temporal(frame), coding.gate.spatial_channel(frame)
+        if in_c:
+            frame, spatial = frame.float(), spatial.float()
         return gate_lif(frame, temporal, spatial, following.lif_parameters())
-    membrane = net.encode(x)
+    membrane = net.encode(x).float() if in_c else net.encode(x)
     return membrane, following(membrane)
 
 
@@ -81,16 +87,16 @@ def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode 
 def _compute_block(
     block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None
 ) -> tuple[Tensor, Tensor | None]:
-    y = functional.seq_to_ann_forward(spikes, block.conv1.conv)
+    y = _convolve(spikes, block.conv1.conv)
     if _runs_by_itself(block.lif2):
         spikes = block.lif2(functional.seq_to_ann_forward(y, block.conv1.norm))
     else:
         spikes = norm_lif(y, block.conv1.norm.normalization(y), block.lif2.lif_parameters())
-    y = functional.seq_to_ann_forward(spikes, block.conv2.conv)
+    y = _convolve(spikes, block.conv2.conv)
 
     shortcut, shortcut_normalization = membrane, None
     if not isinstance(block.shortcut, nn.Identity):
-        shortcut = functional.seq_to_ann_forward(membrane, block.shortcut.conv)
+        shortcut = _convolve_shortcut(membrane, block.shortcut.conv)
         shortcut_normalization = block.shortcut.norm.normalization(shortcut)
     separate = following is None or _runs_by_itself(following)
     membrane, spikes = residual_lif(
@@ -101,6 +107,26 @@ def _compute_block(
         None if separate else following.lif_parameters(),
     )
     return membrane, following(membrane) if separate and following is not None else spikes
+
+
+def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
+    """Return a convolution of spikes [T, B, C, H, W]: on the CPU by events, if nothing else would run."""
+    plain = _bypassable(conv, nn.Conv2d) and conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
+    uniform = plain and conv.padding_mode == "zeros" and len({*conv.stride}) == 1 and len({*conv.padding}) == 1
+    if not uniform:
+        return functional.seq_to_ann_forward(spikes, conv).to(spikes.dtype)
+    y = event_conv2d(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
+    return y.unflatten(0, spikes.shape[:2])
+
+
+def _convolve_shortcut(membrane: Tensor, conv: nn.Module) -> Tensor:
+    plain = _bypassable(conv, nn.Conv2d) and conv.bias is None and conv.groups == 1
+    if membrane.device.type == "cpu" and plain and (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
+        # Only of the pixels that a stride leaves: oneDNN's weight gradient of a strided 1 x 1 convolution writes out of
+        # bounds in channels_last (docs/performance.md).
+        read = membrane.flatten(0, 1)[..., :: conv.stride[0], :: conv.stride[1]]
+        return F.conv2d(read, conv.weight).unflatten(0, membrane.shape[:2]).to(membrane.dtype)
+    return functional.seq_to_ann_forward(membrane, conv).to(membrane.dtype)
 
 
 def _same_neuron(a: LIFNode, b: LIFNode) -> bool:

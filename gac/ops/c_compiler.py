@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gac.ops import kernel_cache
+from gac.ops.kernel_source import KERNEL_FOLDER, source_text
 
-KERNEL_FOLDER = Path(__file__).parent / "kernels"
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared")
-"""No -ffast-math: the order of sums is part of the results."""
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
+"""No -ffast-math, no fused multiply-add: the order of sums and every rounding are part of the results."""
 
 _NAMES = ("cc", "gcc", "clang")
 _REMEDY = "install gcc or clang, or set CC to a C compiler"
@@ -63,8 +63,7 @@ def _make_library(file: str) -> Library:
     command = _find_compiler()
     # The macros that a compiler defines for these flags are its version and, by -march=native, the CPU's features.
     macros = _run([*command, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
-    source = KERNEL_FOLDER / file
-    key = kernel_cache.key_of(source.read_text(), *FLAGS, *command, macros.decode())
+    key = kernel_cache.key_of(source_text(file, (KERNEL_FOLDER,)), *FLAGS, *command, macros.decode())
     description = _run([*command, "--version"]).decode().splitlines()[0]
     kept = kernel_cache.load(key)
     if kept is not None:
@@ -74,7 +73,7 @@ def _make_library(file: str) -> Library:
             pass  # such as one that needs a C library which this machine no longer has
     with tempfile.TemporaryDirectory(prefix="gac-") as folder:
         output = Path(folder) / "library.so"
-        _run([*command, *FLAGS, "-o", str(output), str(source)])
+        _run([*command, *FLAGS, "-o", str(output), str(KERNEL_FOLDER / file)])
         binary = output.read_bytes()
     try:
         functions = _load(binary)

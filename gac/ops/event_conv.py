@@ -6,19 +6,15 @@ spike. The kernels (``kernels/event_conv.c``) list the spikes once, for the outp
 
 import ctypes
 import functools
-import logging
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from gac.ops import c_compiler, openmp
+from gac.ops import c_compiler, c_kernels, openmp
 from gac.ops.watchers import watched
-
-_log = logging.getLogger("gac")
 
 # Where events take as long as oneDNN's dense convolution in the better memory order, in a thread of a Zen 5, for 3 x 3
 # kernels of 64 to 512 channels: forward above 0.35, weight gradient at about 0.35. With 32 channels events gain up to a
@@ -42,11 +38,11 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     same to the bit for any number of threads and any CPU. The input gradient is the dense one. There is no second
     derivative.
 
-    The dense convolution runs for other dtypes than float32 and other devices than the CPU, under autocast,
-    torch.compile and whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than
-    0 and 1, with more than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the
+    The dense convolution runs for other dtypes than float32 and other devices than the CPU, under torch.compile and
+    whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than 0 and 1, with more than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the
     spikes are in channels_last, for weights and gradients that are not finite, and without a C compiler
-    (:func:`status`).
+    (:func:`gac.ops.c_kernels.status`). Under autocast on the CPU what is dense is in its dtype, such as bfloat16: the
+    input gradient, and the convolution where events are not used. The output is float32 there too.
 
     Args:
         spikes: [N, C, H, W], in any memory order; the output has that of ``reference``.
@@ -59,31 +55,15 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     """
     if not _is_supported(spikes, weight, stride, padding):
         return reference(spikes, weight, stride, padding)
+    if not (_can_run(spikes, weight, stride) or _is_strided_1x1(weight, stride)):
+        return _dense(spikes, weight, stride, padding)
     if torch.is_grad_enabled() and (spikes.requires_grad or weight.requires_grad):
         return _EventConvolution.apply(spikes, weight, stride, padding)[0]
     return _forward(spikes, weight, stride, padding)[0]
 
 
-@dataclass(frozen=True)
-class Status:
-    """Whether the event kernels run on this machine, and what is missing if not, in one line."""
-
-    ok: bool
-    reason: str
-
-
-@functools.cache
-def status() -> Status:
-    """Return whether the event kernels run here; compiles them at the first call, and logs once that they do not."""
-    try:
-        library = c_compiler.load_library("event_conv.c")
-    except c_compiler.NotCompiled as error:
-        _log.warning("convolutions over spikes are dense on the CPU: %s", error)
-        return Status(False, str(error))
-    threads = "torch's threads" if openmp.parallel_function() else "one thread, as torch's OpenMP runtime is not found"
-    reason = f"{_kernels().instructions().decode()} code by {library.compiler}; {threads}"
-    _log.info("convolutions over spikes on the CPU: %s", reason)
-    return Status(True, reason)
+def _dense(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return reference(spikes, weight, stride, padding).to(spikes.dtype)
 
 
 def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -92,7 +72,6 @@ def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> 
         torch.compiler.is_compiling()
         or watched(spikes)
         or watched(weight)
-        or torch.is_autocast_enabled("cpu")
         or any(
             x.device.type != "cpu" or x.dtype != torch.float32 or x.layout != torch.strided for x in (spikes, weight)
         )
@@ -102,6 +81,15 @@ def _is_supported(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> 
         or weight.numel() == 0
         or any(size + 2 * padding < kernel for size, kernel in zip(spikes.shape[2:], weight.shape[2:], strict=True))
     )
+
+
+def _is_strided_1x1(weight: Tensor, stride: int) -> bool:
+    # Whose dense weight gradient has to be kept from channels_last: see _EventConvolution.backward.
+    return stride > 1 and weight.shape[2:].numel() == 1
+
+
+def _can_run(spikes: Tensor, weight: Tensor, stride: int) -> bool:
+    return _pays(spikes, weight, stride) and c_kernels.status().ok
 
 
 def _pays(spikes: Tensor, weight: Tensor, stride: int) -> bool:
@@ -121,14 +109,6 @@ class _Shape(ctypes.Structure):
     )
 
 
-class _Team(ctypes.Structure):
-    _fields_ = (("parallel", ctypes.c_void_p), ("threads", ctypes.c_int64))
-
-
-def _team() -> _Team:
-    return _Team(openmp.parallel_function(), torch.get_num_threads())
-
-
 def _shape(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> _Shape:
     outputs = (
         (size + 2 * padding - kernel) // stride + 1
@@ -140,9 +120,13 @@ def _shape(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> _Shape:
 @functools.cache
 def _kernels() -> ctypes.CDLL:
     functions = c_compiler.load_library("event_conv.c").functions
-    shape, team, pointer, number = ctypes.POINTER(_Shape), ctypes.POINTER(_Team), ctypes.c_void_p, ctypes.c_int64
+    shape, team, pointer, number = (
+        ctypes.POINTER(_Shape),
+        ctypes.POINTER(c_kernels.Team),
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
     for name, result, parameters in (
-        ("instructions", ctypes.c_char_p, ()),
         ("list_stride", number, (shape,)),
         ("list_count", number, (shape,)),
         ("packed_size", number, (shape,)),
@@ -159,16 +143,16 @@ def _kernels() -> ctypes.CDLL:
 
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the convolution, and the lists of spikes if it was made from them."""
-    if not (_pays(spikes, weight, stride) and status().ok):
-        return reference(spikes, weight, stride, padding), None, None
-    kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
+    if not _can_run(spikes, weight, stride):
+        return _dense(spikes, weight, stride, padding), None, None
+    kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
     rows = _rows(spikes, team)
     count = torch.empty(kernels.list_count(shape), dtype=torch.uint8)
     index = torch.empty(len(count) * kernels.list_stride(shape), dtype=torch.uint8)
     events = kernels.list_events(shape, team, rows.data_ptr(), index.data_ptr(), count.data_ptr())
     packed = torch.empty(kernels.packed_size(shape))
     if not 0 <= events <= _most_events(shape) or not _pack(shape, team, weight, packed):
-        return reference(spikes, weight, stride, padding), None, None
+        return _dense(spikes, weight, stride, padding), None, None
     outputs = (shape.frames, shape.outputs, shape.out_height, shape.out_width)
     out = torch.empty(outputs, memory_format=torch.channels_last)
     kernels.convolve(shape, team, index.data_ptr(), count.data_ptr(), packed.data_ptr(), out.data_ptr())
@@ -188,7 +172,7 @@ def _most_events(shape: _Shape) -> float:
     return MAX_DENSITY * shape.frames * shape.channels * height * width / threads
 
 
-def _pack(shape: _Shape, team: _Team, weight: Tensor, packed: Tensor) -> bool:
+def _pack(shape: _Shape, team: c_kernels.Team, weight: Tensor, packed: Tensor) -> bool:
     """Put the weight into tiles; return whether all of it is finite."""
     if not weight.is_contiguous():
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -201,7 +185,7 @@ def _weight_strides(weight: Tensor) -> tuple[int, int]:
     return (height * width, 1) if weight.is_contiguous() else (1, C)
 
 
-def _rows(x: Tensor, team: _Team) -> Tensor:
+def _rows(x: Tensor, team: c_kernels.Team) -> Tensor:
     """Return ``x`` with its channels innermost in memory."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
@@ -227,6 +211,7 @@ class _EventConvolution(torch.autograd.Function):
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         spikes, weight, ctx.stride, ctx.padding = inputs
         _, index, count = output
+        ctx.dense_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else spikes.dtype
         ctx.mark_non_differentiable(*(each for each in (index, count) if each is not None))
         ctx.save_for_backward(spikes, weight, index, count)
         ctx.set_materialize_grads(False)
@@ -237,18 +222,19 @@ class _EventConvolution(torch.autograd.Function):
         spikes, weight, index, count = ctx.saved_tensors
         if gradient is None:
             return None, None, None, None
+        sizes = ctx.stride, ctx.padding, ctx.dense_dtype
         wanted_spikes, wanted_weight, *_ = ctx.needs_input_grad
         grad_spikes = grad_weight = None
         if wanted_spikes:
-            grad_spikes, _ = _dense_gradients(gradient, spikes, weight, ctx.stride, ctx.padding, (True, False))
+            grad_spikes, _ = _dense_gradients(gradient, spikes, weight, *sizes, (True, False))
         if wanted_weight and index is not None:
             grad_weight = _weight_gradient(gradient, spikes, weight, index, count, ctx.stride, ctx.padding)
         if wanted_weight and grad_weight is None:
-            if ctx.stride > 1 and weight.shape[2:].numel() == 1:
+            if _is_strided_1x1(weight, ctx.stride):
                 # oneDNN writes out of bounds in channels_last (docs/performance.md), of which a 1 x 1 weight's strides
                 # are a sign too. The weight's values are not read.
                 gradient, spikes, weight = gradient.contiguous(), spikes.contiguous(), torch.empty(weight.shape)
-            _, grad_weight = _dense_gradients(gradient, spikes, weight, ctx.stride, ctx.padding, (False, True))
+            _, grad_weight = _dense_gradients(gradient, spikes, weight, *sizes, (False, True))
         return grad_spikes, grad_weight, None, None
 
 
@@ -256,7 +242,7 @@ def _weight_gradient(
     gradient: Tensor, spikes: Tensor, weight: Tensor, index: Tensor, count: Tensor, stride: int, padding: int
 ) -> Tensor | None:
     """Return the weight gradient by events, or None if ``gradient`` is not finite."""
-    kernels, team, shape = _kernels(), _team(), _shape(spikes, weight, stride, padding)
+    kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
     rows = _rows(gradient, team)
     dense = weight.is_contiguous() or _is_channels_last(weight)
     grad_weight = torch.empty_like(weight, memory_format=torch.preserve_format if dense else torch.contiguous_format)
@@ -267,10 +253,19 @@ def _weight_gradient(
 
 
 def _dense_gradients(
-    gradient: Tensor, spikes: Tensor, weight: Tensor, stride: int, padding: int, wanted: tuple[bool, bool]
+    gradient: Tensor,
+    spikes: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     sizes = ([stride] * 2, [padding] * 2, [1, 1])
+    if dtype != spikes.dtype:
+        # The input gradient does not depend on the spikes' values.
+        spikes = spikes.to(dtype) if wanted[1] else torch.empty_like(spikes, dtype=dtype)
     results = torch.ops.aten.convolution_backward(
-        gradient, spikes, weight, None, *sizes, False, [0, 0], 1, [*wanted, False]
+        gradient.to(dtype), spikes, weight.to(dtype), None, *sizes, False, [0, 0], 1, [*wanted, False]
     )
-    return results[0], results[1]
+    return tuple(None if result is None else result.to(gradient.dtype) for result in results[:2])

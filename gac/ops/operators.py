@@ -1,4 +1,4 @@
-"""PyTorch operators that run CUDA kernels: definition, implementation, and the derivative.
+"""PyTorch operators that run the kernels: definition, implementation, and the derivative.
 
 An operator takes only tensors, numbers and strings. Only this file takes a neuron apart for it and puts it together
 again: to everyone else it is one argument, the last.
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from gac.ops.neuron import LIFParameters
 from gac.ops.watchers import watched
-
-OPERATORS: dict[str, Callable] = {}
-"""The operators' implementations by name; the tests register them for the CPU as well."""
 
 _NEURON_ARGUMENTS = LIFParameters.SCHEMA.count(",") + 1
 _with_neuron: set[str] = set()
@@ -55,11 +52,10 @@ def outputs(name: str) -> Callable[[Callable], Callable]:
 
 
 def implement(name: str) -> Callable[[Callable], Callable]:
-    """Register the decorated function as what runs an operator such as "gac::norm_lif" on CUDA devices."""
+    """Register the decorated function as what runs an operator such as "gac::norm_lif", on CUDA devices and the CPU."""
 
     def register(function: Callable) -> Callable:
-        OPERATORS[name] = lambda *arguments: function(*_unflatten(name, arguments))
-        torch.library.impl(name, "cuda", OPERATORS[name])
+        torch.library.impl(name, ("cuda", "cpu"), lambda *arguments: function(*_unflatten(name, arguments)))
         return function
 
     return register

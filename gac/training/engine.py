@@ -22,9 +22,10 @@ from gac.errors import InputError
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.execution import random_state
 from gac.execution.cuda_graph import Replayed, select_capture
-from gac.execution.device import DTYPES, memory_format, network_input
+from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
+from gac.ops.backend import Choice
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
 from gac.training.ema import MovingAverage
 from gac.training.freezing import training_mode
@@ -339,10 +340,9 @@ class Trainer:
             with writing(self.folder.best):
                 write_checkpoint(self.folder.best, self._payload(best))
 
-    def _backend(self) -> Literal["cupy", "torch"]:
+    def _backend(self) -> Choice:
         """Return what runs the neurons: they decide it call by call, by the device and the type of their input."""
-        dtype = DTYPES.get(self.config.train.amp, torch.float32)
-        return "cupy" if self.network.lif.runs_kernels(torch.empty(0, device=self.device, dtype=dtype)) else "torch"
+        return self.network.lif.chosen_backend(torch.empty(0, device=self.device))
 
     def _check_health(self) -> None:
         """Raise TrainingDiverged on all ranks unless every loss, gradient and weight is finite; waits for the device.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gac.checkpoint import is_plain
 from gac.errors import InputError
+from gac.ops.backend import Choice
 
 _Finite = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 _Word = Annotated[int, Field(ge=0, lt=2**32)]
@@ -78,8 +79,7 @@ class AverageEntry(Entry):
     updates: Tensor
 
 
-_Backend = Literal["cupy", "torch"]
-_History = list[dict[str, int | float | _Backend]]
+_History = list[dict[str, int | float | Choice]]
 
 
 def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:

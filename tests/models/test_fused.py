@@ -11,6 +11,7 @@ from spikingjelly.activation_based import functional, monitor, neuron
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from conftest import KERNELS
 from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.models import create_model, fused
 from gac.models.ms_resnet import MSBlock, MSResNet
@@ -22,12 +23,12 @@ from gac.ops.cuda.compiler import Kernel
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=KERNELS)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run: their source compiled for the CPU, or the GPU."""
+    """Where the kernels run: see ``KERNELS``."""
     if request.param == "cpu":
         request.getfixturevalue("neurons_on_kernels")
-    return request.param
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture
@@ -170,24 +171,26 @@ def test_a_frozen_batch_norm_stays_as_it_is(device: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_compiles_without_graph_breaks(mode: str, device: str) -> None:
-    net = network().to(device).train(mode == "train")
+def test_compiles_without_graph_breaks(mode: str, device: str, request: pytest.FixtureRequest) -> None:
+    # Of the C kernels a compiler sees nothing: it compiles the modules, whose results are others by rounding.
+    in_c = request.node.callspec.params["device"] == "c"
+    net = network(width=4).to(device).train(mode == "train")  # too narrow for convolutions by events
     eager = copy.deepcopy(net)
     # On the CPU inductor would compute what the kernels' shim computes with other rounding, in minutes.
     compiled = torch.compile(net, backend="aot_eager" if device == "cpu" else "inductor", fullgraph=True)
     x = images(device)
     logits, expected = compiled(x), eager(x)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0 if device == "cpu" else 1e-2)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6 if in_c else 0 if device == "cpu" else 1e-2)
     if mode == "train" and device == "cpu":
         logits.logsumexp(-1).sum().backward()
         expected.logsumexp(-1).sum().backward()
-        assert_same_gradients(net, eager, 0.0)
+        assert_same_gradients(net, eager, 5e-5 if in_c else 0.0)
         for (key, a), b in zip(net.named_buffers(), eager.buffers(), strict=True):
-            assert torch.equal(a, b), key
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if in_c else 0, msg=key)
 
 
 def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "fake tensors run nowhere"))
+    monkeypatch.setattr(backend, "cupy_status", lambda device: backend.Status(True, "fake tensors run nowhere"))
     with FakeTensorMode():
         net, x = network(), torch.randn(4, 3, 16, 16)
         assert not fused.possible(net, x)

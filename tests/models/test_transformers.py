@@ -248,7 +248,7 @@ def test_compile_makes_one_graph(coding: str, training: bool, backend: str) -> N
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_for_cuda_makes_one_graph_of_the_kernels(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced with fake tensors, so that it needs no GPU; autograd's own trace of the backward pass would need one."""
-    monkeypatch.setattr(choice, "cupy_status", lambda device: choice.CupyStatus(device.type == "cuda", "faked"))
+    monkeypatch.setattr(choice, "cupy_status", lambda device: choice.Status(device.type == "cuda", "faked"))
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gac.errors import InputError
-from gac.ops import backend
+from gac.ops import backend, c_kernels
 from gac.ops.cuda import launch
 
 CUDA = torch.device("cuda", 0)
@@ -46,7 +46,7 @@ class TestStatus:
     def test_no_device(self) -> None:
         pytest.importorskip("cupy", reason="CuPy is not installed")
         assert backend.toolchain_status().ok
-        assert backend.cupy_status(CUDA) == backend.CupyStatus(
+        assert backend.cupy_status(CUDA) == backend.Status(
             False, "torch finds no CUDA device", "check the GPU and its driver with nvidia-smi"
         )
 
@@ -58,7 +58,7 @@ class TestStatus:
     def test_cupy_missing(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pretend_cuda(monkeypatch, version)
         monkeypatch.setattr(backend, "cupy_installed", lambda: False)
-        assert backend.cupy_status(CUDA) == backend.CupyStatus(
+        assert backend.cupy_status(CUDA) == backend.Status(
             False, "CuPy is not installed", f"pip install cupy-cuda{version[:2]}x"
         )
 
@@ -87,7 +87,7 @@ class TestStatus:
 
         pretend_cuda(monkeypatch)
         monkeypatch.setattr(cuda, "nvrtc", SimpleNamespace(getVersion=missing))
-        assert backend.cupy_status(CUDA) == backend.CupyStatus(
+        assert backend.cupy_status(CUDA) == backend.Status(
             False, "CuPy cannot load NVRTC: Failure finding libnvrtc.so", "pip install nvidia-cuda-nvrtc"
         )
 
@@ -142,15 +142,19 @@ def test_the_probe_runs_where_kernels_do(kernels_on_cpu: object, monkeypatch: py
 class TestChoice:
     def test_on_the_cpu(self) -> None:
         x = torch.zeros(3)
-        assert backend.choose_backend("auto", x) == "torch"
+        assert backend.choose_backend("auto", x) == "c"
+        assert backend.choose_backend("c", x) == "c"
         assert backend.choose_backend("torch", x) == "torch"
+        assert backend.choose_backend("auto", x.double()) == "torch"
+        with pytest.raises(InputError, match="^backend 'c' cannot run: the C kernels take torch.float32, the tensor is"):
+            backend.choose_backend("c", x.double())
         with pytest.raises(
             InputError, match=r"^backend 'cupy' cannot run: the CUDA kernels need a CUDA device, .*cpu;"
         ):
             backend.choose_backend("cupy", x)
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(InputError, match="must be auto, cupy or torch, got 'triton'"):
+        with pytest.raises(InputError, match="must be auto, cupy, c or torch, got 'triton'"):
             backend.choose_backend("triton", torch.zeros(3))
 
     def test_error_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +166,7 @@ class TestChoice:
             backend.choose_backend("cupy", x)
 
     def test_dtypes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backend, "cupy_status", lambda device: backend.CupyStatus(True, "CuPy works"))
+        monkeypatch.setattr(backend, "cupy_status", lambda device: backend.Status(True, "CuPy works"))
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             assert backend.choose_backend("auto", SimpleNamespace(device=CUDA, dtype=dtype)) == "cupy"
         double = SimpleNamespace(device=CUDA, dtype=torch.float64)
@@ -176,9 +180,17 @@ class TestChoice:
                 backend.choose_backend("auto", torch.zeros(3))
         (record,) = caplog.records
         assert record.name == "gac"
-        assert record.getMessage() == (
-            "LIF backend on cpu: torch (the CUDA kernels need a CUDA device, the tensor is on cpu)"
-        )
+        assert record.getMessage() == f"LIF backend on cpu: c ({c_kernels.status().reason})"
+
+    def test_the_c_kernels_need_the_cpu(self) -> None:
+        with pytest.raises(InputError, match="the C kernels need the CPU, the tensor is on cuda; use backend='auto'"):
+            backend.choose_backend("c", SimpleNamespace(device=CUDA, dtype=torch.float32))
+
+    def test_without_a_compiler_torch_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(c_kernels, "status", lambda: backend.Status(False, "there is no C compiler: install gcc"))
+        assert backend.choose_backend("auto", torch.zeros(3)) == "torch"
+        with pytest.raises(InputError, match="backend 'c' cannot run: there is no C compiler: install gcc; use"):
+            backend.choose_backend("c", torch.zeros(3))
 
     def test_a_gpu_without_the_kernels_is_a_warning(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -17,12 +17,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cuda_on_cpu.launcher import run_under_sanitizers
-from gac.ops import c_compiler, event_conv, openmp
+from gac.ops import c_compiler, c_kernels, event_conv, openmp
 from gac.ops.event_conv import event_conv2d
+from ops.c_libraries import SANITIZERS, TARGETS, forget_kernels, sanitize_if_asked, use_target
 
-SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # What -march=native is replaced by: the same source for other CPUs, of which this one can run what it has.
-TARGETS = {"native": "-march=native", "AVX": "-march=x86-64-v3", "baseline": "-march=x86-64"}
 # N, C, H, W, K, kernel, stride, padding
 CASES = {
     "block": (2, 128, 8, 8, 64, 3, 1, 1),
@@ -47,11 +46,9 @@ LAYOUTS = ("contiguous", "channels_last", "weight_channels_last", "strided")
 @pytest.fixture(autouse=True)
 def by_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let events be used at any size and density, in memory that is poisoned before it is written."""
-    if "GAC_TEST_SANITIZE" in os.environ:
-        monkeypatch.setattr(c_compiler, "FLAGS", (*c_compiler.FLAGS, *SANITIZERS))
-    forget_kernels()
-    if not event_conv.status().ok:
-        pytest.skip(event_conv.status().reason)
+    sanitize_if_asked(monkeypatch)
+    if not c_kernels.status().ok:
+        pytest.skip(c_kernels.status().reason)
     monkeypatch.setattr(event_conv, "MAX_DENSITY", 1e6)
     monkeypatch.setattr(event_conv, "_pays", lambda *_: True)
     torch.use_deterministic_algorithms(True)
@@ -59,11 +56,6 @@ def by_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     forget_kernels()
-
-
-def forget_kernels() -> None:
-    event_conv.status.cache_clear()
-    event_conv._kernels.cache_clear()
 
 
 @pytest.fixture
@@ -77,20 +69,6 @@ def no_dense(monkeypatch: pytest.MonkeyPatch) -> None:
         return dense(*arguments)
 
     monkeypatch.setattr(event_conv, "_dense_gradients", only_of_the_input)
-
-
-def use_target(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile the kernels as for another CPU, if this one can run that."""
-    name = os.uname().machine
-    if target != "native" and name != "x86_64":
-        pytest.skip(f"{name} is no x86 CPU")
-    if target == "AVX" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("the CPU has no AVX2")
-    flags = [TARGETS[target] if flag == "-march=native" else flag for flag in c_compiler.FLAGS]
-    monkeypatch.setattr(c_compiler, "FLAGS", tuple(flags))
-    forget_kernels()
-    assert event_conv.status().ok, event_conv.status().reason
-    assert target in ("native", event_conv._kernels().instructions().decode())
 
 
 def make(case: str, density: float = 0.3, layout: str = "contiguous") -> tuple[Tensor, Tensor, int, int]:
@@ -140,12 +118,14 @@ def assert_exact_but_for_summation(spikes: Tensor, weight: Tensor, stride: int, 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("no_dense")
+@pytest.mark.c_kernels
 def test_equals_the_specification(case: str, layout: str) -> None:
     assert_exact_but_for_summation(*make(case, layout=layout))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
 @pytest.mark.usefixtures("no_dense")
+@pytest.mark.c_kernels
 def test_silence_few_spikes_and_spikes_everywhere(density: float) -> None:
     spikes, *others = make("tails", density)
     assert spikes.mean() == density or 0 < spikes.mean() < 0.02
@@ -166,6 +146,7 @@ def test_memory_order_is_that_of_the_specification(case: str, layout: str) -> No
 
 @pytest.mark.parametrize("case", ["two of each", "tails", "many pixels"])
 @pytest.mark.usefixtures("no_dense")
+@pytest.mark.c_kernels
 def test_threads_do_not_change_a_bit(case: str) -> None:
     arguments, before = make(case), torch.get_num_threads()
     try:
@@ -200,7 +181,7 @@ def test_compilers_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CC", name)
     monkeypatch.setattr(c_compiler, "_loaded", {})
     forget_kernels()
-    assert event_conv.status().ok, event_conv.status().reason
+    assert c_kernels.status().ok, c_kernels.status().reason
     for case, result in zip(CASES, expected, strict=True):
         assert torch.equal(event_conv2d(*make(case)), result)
 
@@ -469,7 +450,10 @@ def test_without_a_compiler_it_is_dense_which_is_said_once(
     with caplog.at_level(logging.WARNING, "gac"):
         for _ in range(2):
             assert torch.equal(event_conv2d(spikes, weight, *sizes), event_conv.reference(spikes, weight, *sizes))
-    assert caplog.messages == ["convolutions over spikes are dense on the CPU: there is no C compiler: install gcc"]
+    assert caplog.messages == [
+        "the CPU runs without C kernels, so neurons and convolutions over spikes are torch's: "
+        "there is no C compiler: install gcc"
+    ]
 
 
 # --- Autograd
@@ -559,7 +543,7 @@ def test_without_torchs_openmp_one_thread_does_it(monkeypatch: pytest.MonkeyPatc
     out, _, grad_weight = run(event_conv2d, *arguments)
     monkeypatch.setattr(openmp, "parallel_function", lambda: None)
     forget_kernels()
-    assert event_conv.status().reason.endswith("one thread, as torch's OpenMP runtime is not found")
+    assert c_kernels.status().reason.endswith("one thread, as torch's OpenMP runtime is not found")
     alone = run(event_conv2d, *arguments)
     assert torch.equal(alone[0], out)
     assert torch.equal(alone[2], grad_weight)

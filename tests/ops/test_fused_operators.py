@@ -11,84 +11,13 @@ import torch
 from torch import Tensor
 
 from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
-from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, operators, residual_lif
-from gac.ops.batch_norm import BatchNormTransform
+from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, residual_lif
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
-from gac.ops.neuron import LIFParameters
 from ops import fused
 from ops.fused import CIFAR, IMAGENET
+from ops.fused_network import gradients_of_network, leaves_of_network, network, run_network
 from ops.read_only_loads import read_only_loads_of_outputs
-
-# --- A network of all operators
-
-
-def leaves_of_network(device: str, T: int = 6, B: int = 2, C: int = 8, dtype: torch.dtype = torch.float32) -> list:
-    """Return features, temporal and spatial attention, and weight and bias of three BatchNorms."""
-    frame = (B, C, 4, 3)
-    x, spatial = (
-        fused.laid_out(fused.normal(frame, seed, 1.0, 2.0).to(device, dtype), "channels_last") for seed in (0, 1)
-    )
-    parameters = [parameter for seed in range(3) for parameter in fused.parameters_of_norm(C, device, seed)]
-    return [x, fused.normal((T, B), 2, 1.0).to(device), spatial, *parameters]
-
-
-def network(
-    x: Tensor,
-    temporal: Tensor,
-    spatial: Tensor,
-    *parameters: Tensor,
-    neuron: LIFParameters = CIFAR,
-    synchronized: bool = False,
-    running: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
-    """Return firing rates and membrane stream after the gate and two residual blocks; scaling stands for convolution.
-
-    The second block has a normalised shortcut, and a sum without a neuron is behind it.
-    """
-
-    def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
-        with torch.no_grad():
-            moments = batch_norm.batch_moments(y)
-            if synchronized:
-                moments = batch_norm.over_all_ranks(moments, y.numel() // y.shape[2])
-            mean, inverse_std = batch_norm.statistics(moments, fused.EPS, 0.1, *running)
-        return BatchNormTransform(weight, bias, mean, inverse_std, True, synchronized)
-
-    first, second, third = zip(parameters[::2], parameters[1::2], strict=True)
-    membrane, spikes = gate_lif.gate_lif(x, temporal, spatial, neuron)
-    y = 2 * spikes - membrane
-    inner = norm_lif.norm_lif(y, normalize(y, *first), neuron)
-    y = inner + 0.5 * spikes
-    membrane, spikes = residual_lif.residual_lif(y, normalize(y, *second), membrane, None, neuron)
-    y, shortcut = inner - 0.5 * spikes, 0.5 * membrane
-    membrane, spikes = residual_lif.residual_lif(
-        y, normalize(y, *second), shortcut, normalize(shortcut, *third), neuron
-    )
-    y = membrane + spikes
-    membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None)
-    return lif_pool.lif_pool(membrane, neuron), membrane
-
-
-def gradients_of_network(x: Tensor, temporal: Tensor, *_: Tensor) -> list[Tensor]:
-    """Return incoming gradients of both outputs."""
-    rates = len(temporal), *x.shape[:2]
-    return [fused.normal(shape, 7).to(x) for shape in (rates, (*rates, *x.shape[2:]))]
-
-
-def run_network(
-    leaves: list,
-    function=network,
-    images: slice = slice(None),
-    gradients: list[Tensor] | None = None,
-    **options: object,
-) -> list[Tensor]:
-    """Return outputs for some images of the batch, and the gradients of all leaves."""
-    (x, temporal, spatial), parameters = leaves[:3], leaves[3:]
-    gradients = [each[:, images] for each in gradients or gradients_of_network(*leaves)]
-    chosen = [x[images], temporal[:, images], spatial[images], *parameters]
-    outputs, found = fused.run(lambda *leaves: function(*leaves, **options), chosen, gradients)
-    return [*outputs, *found]
 
 
 def test_compiles_without_graph_breaks(device: str) -> None:
@@ -136,13 +65,10 @@ def run_rank(rank: int, kernel_folder: Path, folder: Path) -> None:
     """Run the network on one image of two, as one of two processes, and save the results."""
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    with torch.library._scoped_library("gac", "FRAGMENT") as library:
-        for name, implementation in operators.OPERATORS.items():
-            library.impl(name.removeprefix("gac::"), implementation, "CPU")
-        launch.set_cpu_launcher(KernelsOnCpu(kernel_folder))
-        running = torch.zeros(8), torch.ones(8)
-        images = slice(rank, rank + 1)
-        results = run_network(leaves_of_network("cpu"), images=images, synchronized=True, running=running)
+    launch.set_cpu_launcher(KernelsOnCpu(kernel_folder))
+    running = torch.zeros(8), torch.ones(8)
+    images = slice(rank, rank + 1)
+    results = run_network(leaves_of_network("cpu"), images=images, synchronized=True, running=running)
     torch.save([*results, *running], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -227,7 +153,7 @@ class TestLargeTensors:
     def _last_block_only(self, kernels_on_cpu: KernelsOnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # torch.empty must not write all of what it returns.
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        monkeypatch.setattr(launch, "_CPU_BLOCKS", 2**30)
+        monkeypatch.setattr(launch, "_BLOCKS_IN_TESTS", 2**30)
         self.all_blocks = kernels_on_cpu
         self.last_block = LastBlockOnly(tmp_path)
 

@@ -137,8 +137,8 @@ def test_gradients_do_not_share_memory(device: str) -> None:
     fused.assert_gradients_do_not_share_memory(gate(gate_lif.gate_lif, CIFAR), leaves_of(DEFAULT, device))
 
 
-def test_opcheck(device: str) -> None:
-    case = replace(DEFAULT, dtype_name="fp16")
+def test_opcheck(device: str, half: str) -> None:
+    case = replace(DEFAULT, dtype_name=half)
     leaves = leaves_of(case, device, "contiguous")
     constants = CIFAR.flatten()
     with_gradient = [leaf.clone().requires_grad_() for leaf in leaves]

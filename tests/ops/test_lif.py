@@ -174,8 +174,8 @@ def test_every_neuron(v_reset: float | None, detach_reset: bool, kind: str, devi
                 assert_kernels_equal_reference(x, v, neuron, with_grad_v)
 
 
-def test_imagenet_preset(device: str) -> None:
-    assert_kernels_equal_reference(make_input((4, 2, 8, 4, 4), torch.float16, "channels_last", device), 0.0, IMAGENET)
+def test_imagenet_preset(device: str, half: str) -> None:
+    assert_kernels_equal_reference(make_input((4, 2, 8, 4, 4), DTYPES[half], "channels_last", device), 0.0, IMAGENET)
 
 
 def test_long_soft_reset_sequence_with_a_state(device: str) -> None:
@@ -222,10 +222,10 @@ def test_continuing_from_the_final_state_is_one_long_sequence(device: str) -> No
 # --- Memory layout
 
 
-def test_results_have_the_layout_of_the_input(device: str) -> None:
+def test_results_have_the_layout_of_the_input(device: str, half: str) -> None:
     for shape in [(4, 2, 8, 4, 6), (4, 1, 8, 4, 6), (1, 2, 8, 4, 6)]:
         for layout in ("contiguous", "channels_last"):
-            x = make_input(shape, torch.float16, layout, device).requires_grad_()
+            x = make_input(shape, DTYPES[half], layout, device).requires_grad_()
             spikes, v = lif.lif(x, 0.0, CIFAR)
             (gradient,) = torch.autograd.grad(spikes.float().sum() + v.sum(), x)
             for t in range(shape[0]):
@@ -277,12 +277,12 @@ def test_any_rank(shape: tuple[int, ...], device: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_opcheck(layout: str, with_state: bool, device: str) -> None:
-    x = make_input((4, 2, 4, 4, 4), torch.float16, layout, device).requires_grad_()
+def test_opcheck(layout: str, with_state: bool, device: str, half: str) -> None:
+    x = make_input((4, 2, 4, 4, 4), DTYPES[half], layout, device).requires_grad_()
     v_init = torch.rand(2, 4, 4, 4, device=device, requires_grad=True) if with_state else None
     neuron = CIFAR.flatten()
     torch.library.opcheck(torch.ops.gac.lif_forward.default, (x, v_init, 0.0, *neuron))
-    grad_spikes = torch.randn(x.shape).to(device, torch.float16)
+    grad_spikes = torch.randn(x.shape).to(device, DTYPES[half])
     inputs = x.detach(), None if v_init is None else v_init.detach(), 0.0
     for wanted in [(True, True), (True, False), (False, True)]:
         torch.library.opcheck(torch.ops.gac.lif_backward.default, (grad_spikes, None, *inputs, *wanted, *neuron))
@@ -291,7 +291,7 @@ def test_opcheck(layout: str, with_state: bool, device: str) -> None:
 @pytest.mark.parametrize("compile_backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_compiles_without_graph_breaks(compile_backend: str, device: str) -> None:
     def network(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        assert backend.choose_backend("auto", x) in ("cupy", "torch")
+        assert backend.choose_backend("auto", x) in ("cupy", "c", "torch")
         spikes, v = lif.lif(2 * x, v, CIFAR)
         return spikes * 3, v
 

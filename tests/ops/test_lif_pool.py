@@ -83,8 +83,8 @@ def test_keeps_nothing_but_its_input(device: str) -> None:
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
 
-def test_opcheck(device: str) -> None:
-    x = fused.activations(replace(DEFAULT, dtype_name="fp16"), device, layout="contiguous")
+def test_opcheck(device: str, half: str) -> None:
+    x = fused.activations(replace(DEFAULT, dtype_name=half), device, layout="contiguous")
     constants = CIFAR.flatten()
     torch.library.opcheck(torch.ops.gac.lif_pool.default, (x.clone().requires_grad_(), *constants))
     (grad,) = fused.incoming_gradients(lif_pool.lif_pool(x, CIFAR))

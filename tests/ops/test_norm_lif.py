@@ -106,8 +106,8 @@ def test_gradients_do_not_share_memory(device: str) -> None:
     )
 
 
-def test_opcheck(device: str) -> None:
-    case = replace(DEFAULT, dtype_name="fp16")
+def test_opcheck(device: str, half: str) -> None:
+    case = replace(DEFAULT, dtype_name=half)
     leaves = leaves_of(case, device, "contiguous")
     normalization = fused.kernel_statistics(*leaves)
     constants = CIFAR.flatten()

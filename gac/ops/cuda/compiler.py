@@ -4,13 +4,12 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from gac.ops import kernel_cache
+from gac.ops.kernel_source import KERNEL_FOLDER, source_text
 
-KERNEL_FOLDER = Path(__file__).parents[1] / "kernels"
 ELEMENTS = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 """What the kernels call a tensor's elements (``kernels/element.cuh``), for each dtype that they take."""
 
@@ -41,25 +40,6 @@ class CompiledKernel:
     binary: bytes
     name: str
     log: str
-
-
-def source_text(file: str, folders: Sequence[Path] = (KERNEL_FOLDER,)) -> str:
-    """Return a kernel file's text with its headers put in place; the first folder that has a file wins."""
-    included: set[str] = set()
-
-    def expand(name: str) -> str:
-        path = next(folder / name for folder in folders if (folder / name).is_file())
-        lines = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            header = re.fullmatch(r'#include "(.+)"', line)
-            if header is None:
-                lines.append("" if line == "#pragma once" else line)
-            elif header[1] not in included:
-                included.add(header[1])
-                lines += [f'#line 1 "{header[1]}"', expand(header[1]), f'#line {number + 1} "{name}"']
-        return "\n".join(lines)
-
-    return f'#line 1 "{file}"\n{expand(file)}\n'
 
 
 @functools.lru_cache(maxsize=None, typed=True)

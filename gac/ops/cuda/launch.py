@@ -1,4 +1,7 @@
-"""Launches kernels on torch's streams: CuPy loads them and makes the driver's launch call; memory is torch's."""
+"""Launches kernels: on a CUDA device by CuPy, on torch's current stream; on the CPU their C versions.
+
+Memory is torch's.
+"""
 
 import functools
 import struct
@@ -9,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gac.ops import c_kernels
 from gac.ops.cuda import compiler
 from gac.ops.cuda.compiler import Kernel
 
@@ -19,35 +23,36 @@ Argument = Tensor | float | None | tuple["Argument", ...]
 """What a kernel is launched with; a tuple is a struct."""
 Packed = np.generic | np.ndarray
 
-# Called with kernel, grid, block and typed arguments in place of a CUDA launch for tensors on the CPU.
-# Only tests set it: they run the kernels' source compiled for the CPU.
+# Called with kernel, grid, block and typed arguments for tensors on the CPU in place of the C kernels.
+# Only tests set it: they run the CUDA kernels' source compiled for the CPU.
 CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], list[Packed]], None]
 _cpu_launcher: CpuLauncher | None = None
 
 
 def set_cpu_launcher(launcher: CpuLauncher | None) -> None:
-    """Let ``launcher`` run the kernels for tensors on the CPU; None takes it away. For tests."""
+    """Let ``launcher`` run the kernels for tensors on the CPU, None the C kernels. For tests."""
     global _cpu_launcher
     _cpu_launcher = launcher
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Argument]) -> None:
-    """Launch a kernel on torch's current stream of the tensors' device.
+    """Launch a kernel on torch's current stream of the tensors' device, or run its C version on the CPU.
 
     Compiles the kernel at its first launch on a device; that launch cannot be inside a CUDA graph capture.
 
     Raises:
         TypeError: If number, dtypes or devices of the arguments are not what the kernel declares.
+        InputError: On the CPU, for a kernel of another dtype than float32, and without a C compiler.
         RuntimeError: For tensors on a device that has no launcher.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     typed = _typed_arguments(kernel, arguments, device)
     if device.type == "cuda":
         _launch_on_cuda(kernel, device, grid, block, typed)
-    elif device.type == "cpu" and _cpu_launcher is not None:
-        _cpu_launcher(kernel, grid, block, typed)
+    elif device.type == "cpu":
+        (_cpu_launcher or c_kernels.launch)(kernel, grid, block, typed)
     else:
-        raise RuntimeError(f"CUDA kernels cannot run on tensors on {device}")
+        raise RuntimeError(f"the kernels cannot run on tensors on {device}")
 
 
 def _launch_on_cuda(
@@ -151,8 +156,8 @@ def _loaded_function(kernel: Kernel, device_index: int) -> Callable[..., None]:
     return module.get_function(name)
 
 
-# Blocks that "run at once" on the CPU: several, so that tests see results of more than one block combined.
-_CPU_BLOCKS = 3
+# Blocks that "run at once" in tests: several, so that they see results of more than one block combined.
+_BLOCKS_IN_TESTS = 3
 
 
 def resident_blocks(kernel: Kernel, threads: int, device: torch.device, most: int | None = None) -> int:
@@ -160,7 +165,9 @@ def resident_blocks(kernel: Kernel, threads: int, device: torch.device, most: in
 
     With ``most``, as if a multiprocessor ran no more than that many.
     """
-    return _CPU_BLOCKS if device.type == "cpu" else _resident_blocks(kernel, threads, device.index, most)
+    if device.type == "cpu":
+        return _BLOCKS_IN_TESTS if _cpu_launcher is not None else c_kernels.BLOCKS
+    return _resident_blocks(kernel, threads, device.index, most)
 
 
 @functools.cache

@@ -5,7 +5,8 @@
 // of pixels passes. Every result is a sum of float32 numbers in an order that depends neither on the number of threads
 // nor on the width of the vectors.
 
-#include <stdint.h>
+#include "team.h"
+
 #include <string.h>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -39,31 +40,11 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 #else
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     int64_t frames, channels, height, width, outputs, kernel_height, kernel_width, stride, padding, out_height, out_width;
 } Shape;
 
-// GOMP_parallel of the OpenMP runtime that torch uses: calls work(job) in each of the threads, and waits for all.
-typedef void (*Parallel)(void (*work)(void*), void* job, unsigned threads, unsigned flags);
-
-typedef struct {
-    Parallel parallel;  // may be null: one thread
-    int64_t threads;
-} Team;
-
-static void run(const Team* team, void (*work)(void*), void* job) {
-    if (team->parallel && team->threads > 1) {
-        team->parallel(work, job, (unsigned)team->threads, 0);
-    } else {
-        work(job);
-    }
-}
-
-INLINE int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 INLINE int64_t taps(const Shape* s) { return s->kernel_height * s->kernel_width; }
 INLINE int is_finite(float value) {
     uint32_t bits;

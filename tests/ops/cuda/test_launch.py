@@ -114,8 +114,3 @@ def test_wrong_structs_are_refused(struct: object, with_structs: Path, launched:
     with pytest.raises(TypeError, match="argument 1 of mixed is a Mixed on cpu, got "):
         launch.launch(kernel, (1,), (1,), (torch.zeros(7), struct, None, 7.0))
     assert launched == []
-
-
-def test_the_cpu_has_no_launcher_in_production() -> None:
-    with pytest.raises(RuntimeError, match="CUDA kernels cannot run on tensors on cpu"):
-        launch.launch(KERNEL, (1,), (32,), (torch.zeros(3), None, 0.5, 7, 8))
