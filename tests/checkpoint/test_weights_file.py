@@ -73,9 +73,12 @@ def test_files_of_other_programs_are_bare_state_dicts(tmp_path, metadata):
         gac.load_checkpoint(tmp_path / "bare.safetensors")
     again = gac.load_checkpoint(tmp_path / "bare.safetensors", neuron="cifar")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), network.parameters(), strict=True))
+
+
+def test_the_authors_names_are_known_in_safetensors_files_too(tmp_path):
     theirs, images = authors_file(tmp_path, CASES["quiet_gac_T2"])
     state = {name: tensor.clone() for name, tensor in torch.load(theirs, weights_only=True).items()}
-    save_file(state, tmp_path / "authors.safetensors", metadata)
+    save_file(state, tmp_path / "authors.safetensors")
     networks = [gac.load_checkpoint(each) for each in (theirs, tmp_path / "authors.safetensors")]
     with torch.inference_mode():
         assert torch.equal(*(network(images) for network in networks))
