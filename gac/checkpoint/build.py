@@ -155,33 +155,6 @@ def read_config(payload: dict) -> Config:
         raise InputError(f"its configuration: {error}") from error
 
 
-def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state dict and the arguments of create_model that a checkpoint's content in our format holds.
-
-    Raises InputError if one of them is missing or damaged, or they contradict each other.
-    """
-    for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):
-        if not isinstance(payload.get(key), kind):
-            raise InputError(f"its entry {key} is missing or damaged")
-    # Not all files have these.
-    for key, kind in (("epoch", int | None), ("weights", str | None)):
-        if not isinstance(payload.get(key), kind):
-            raise InputError(f"its entry {key} is damaged")
-    model = read_config(payload).with_neuron().model
-    arguments = (
-        asdict(model)
-        | {"coding": resolve_coding(model.name, model.coding)}
-        | {key: payload[key] for key in ("num_classes", "in_channels")}
-    )
-    state = _checked_state(payload["model"])
-    # A network of millions of blocks would be built for minutes before its shapes could be compared.
-    inferred = _infer_arguments(state)
-    for name in ("num_classes", "in_channels", "width", "depth"):
-        if arguments[name] not in (None, inferred[name]):
-            raise InputError(f"it says {name} {arguments[name]}, and its weights are of {name} {inferred[name]}")
-    return state, arguments
-
-
 def load_weights(network: MSResNet, state: object) -> None:
     """Load a state dict into its network. Raises InputError for one that does not fit, or is damaged."""
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -210,6 +183,33 @@ def _bare_state(payload: dict) -> dict[str, Tensor]:
     """Return the tensors of a state dict in our names."""
     state = _unwrapped(payload)
     return state if "stem.conv.weight" in state else authors.convert(state)
+
+
+def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict and the arguments of create_model that a checkpoint's content in our format holds.
+
+    Raises InputError if one of them is missing or damaged, or they contradict each other.
+    """
+    for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):
+        if not isinstance(payload.get(key), kind):
+            raise InputError(f"its entry {key} is missing or damaged")
+    # Not all files have these.
+    for key, kind in (("epoch", int | None), ("weights", str | None)):
+        if not isinstance(payload.get(key), kind):
+            raise InputError(f"its entry {key} is damaged")
+    model = read_config(payload).with_neuron().model
+    arguments = (
+        asdict(model)
+        | {"coding": resolve_coding(model.name, model.coding)}
+        | {key: payload[key] for key in ("num_classes", "in_channels")}
+    )
+    state = _checked_state(payload["model"])
+    # A network of millions of blocks would be built for minutes before its shapes could be compared.
+    inferred = _infer_arguments(state)
+    for name in ("num_classes", "in_channels", "width", "depth"):
+        if arguments[name] not in (None, inferred[name]):
+            raise InputError(f"it says {name} {arguments[name]}, and its weights are of {name} {inferred[name]}")
+    return state, arguments
 
 
 def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
