@@ -114,6 +114,9 @@ class DataConfig:
     augment_group: PositiveInt = 8
     """All but imagefolder: neighbours in a batch that share one draw of the policy's operations; 1 gives each image
     its own, at about six times the cost of 8. imagefolder draws for each image, in its workers."""
+    cutout: NonNegativeInt = 0
+    """All but imagefolder: fill a square of so many pixels a side, at a random place of each training image, with the
+    data set's mean colour, after the policy (Cutout); 0 turns that off."""
     random_erasing: Probability = 0.0
     """All data sets: probability that a random rectangle of a training image is filled with the data set's mean
     colour, after everything else (torchvision's RandomErasing)."""
@@ -128,6 +131,10 @@ class DataConfig:
         if self.name == "imagefolder" and self.resize < self.image_size:
             allowed = f"at least data.image_size ({self.image_size}), which is cropped from it"
             raise FieldError("data.resize", allowed, self.resize)
+        if self.name == "imagefolder" and self.cutout:
+            raise FieldError(
+                "data.cutout", "0 with data.name imagefolder (data.random_erasing is for all)", self.cutout
+            )
 
     @property
     def writes_files(self) -> bool:

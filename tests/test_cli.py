@@ -71,8 +71,8 @@ def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file)
     config = Config(
         data=DataConfig(
             name="npz", root="12", download=True, crop_padding=1, horizontal_flip=False, image_size=32, resize=40,
-            roll=2, event_pool=4, augment="randaugment", augment_group=3, random_erasing=0.5, workers=0,
-            synthetic_classes=3, synthetic_images=9,
+            roll=2, event_pool=4, augment="randaugment", augment_group=3, cutout=2, random_erasing=0.5,
+            workers=0, synthetic_classes=3, synthetic_images=9,
         ),
         model=ModelConfig(
             "msresnet18", "rate", 3, 8, [2, 1], "cifar", 2, 1, "alive", "temporal", "torch", 1.5, 0.25, "super_spike",

@@ -14,6 +14,7 @@ from gac.errors import InputError
         (DataConfig, "augment", "autoaugment"),
         (DataConfig, "augment_group", 0),
         (DataConfig, "random_erasing", 1.5),
+        (DataConfig, "cutout", -1),
         (DataConfig, "workers", -1),
         (DataConfig, "synthetic_classes", 1),
         (ModelConfig, "T", 0),

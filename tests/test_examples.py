@@ -38,3 +38,24 @@ def test_the_coding_picture_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coding_picture.py"])
     with pytest.raises(SystemExit, match=r"^usage: python examples/coding_picture\.py CHECKPOINT PICTURE"):
         runpy.run_path(str(ROOT / "examples" / "coding_picture.py"), run_name="__main__")
+
+
+def test_neurobench_counts_what_this_package_counts(monkeypatch, capsys):
+    pytest.importorskip("neurobench", reason="NeuroBench brings tonic, which is GPL-3.0, so CI does not install it")
+    monkeypatch.setattr(sys, "argv", ["neurobench_eval.py"])
+    runpy.run_path(str(ROOT / "examples" / "neurobench_eval.py"), run_name="__main__")
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["NeuroBench", "gac"]
+    table = {row[:30].strip(): row[30:].split() for row in rows}
+    for name in ("top-1", "parameters", "activation sparsity", "accumulates an image"):
+        assert table[name][0] == table[name][1], name
+    # NeuroBench leaves out the real-valued inputs that are 0.
+    theirs, ours = (float(each.replace(",", "")) for each in table["multiply-accumulates an image"])
+    assert 0 < theirs < ours
+
+
+def test_a_missing_neurobench_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "neurobench.benchmarks", None)
+    monkeypatch.setattr(sys, "argv", ["neurobench_eval.py"])
+    with pytest.raises(SystemExit, match=r"this example needs NeuroBench: pip install neurobench \(it brings tonic"):
+        runpy.run_path(str(ROOT / "examples" / "neurobench_eval.py"), run_name="__main__")

@@ -102,6 +102,30 @@ class Policy:
             return torch.cat([self._transform(group) for group in images.split(self.group)])
 
 
+@dataclass(frozen=True)
+class Cutout:
+    """Cutout (DeVries and Taylor, 2017): a square of each image, ``side`` pixels wide, is filled with ``color``.
+
+    Its centre is any pixel of the image, so part of the square may lie outside. ``color`` has one byte per channel.
+    """
+
+    side: int
+    color: Sequence[int]
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment images with numbers from ``generator``, which lives on the images' device."""
+        covered = torch.ones((), dtype=torch.bool, device=images.device)
+        for axis in (-2, -1):
+            size = images.shape[axis]
+            first = torch.randint(size, (len(images), 1), generator=generator, device=images.device) - self.side // 2
+            distance = torch.arange(size, device=images.device) - first  # [B, size]
+            shape = [1] * images.dim()
+            shape[0], shape[axis] = distance.shape
+            covered = covered & ((distance >= 0) & (distance < self.side)).view(shape)
+        color = torch.tensor(self.color, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+        return torch.where(covered, color, images)
+
+
 class Erasing:
     """Torchvision's RandomErasing with a rectangle for each image, drawn on the host.
 

@@ -11,7 +11,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from gac.config import EVENT_SETS, DataConfig
 from gac.data.arrays import ArrayLoader, ArraySet
-from gac.data.augment import Augmentation, Compose, CropAndFlip, Erasing, Policy, Roll, mean_color
+from gac.data.augment import Augmentation, Compose, CropAndFlip, Cutout, Erasing, Policy, Roll, mean_color
 from gac.data.cifar import load_cifar
 from gac.data.class_folders import ClassFolders, open_folders
 from gac.data.digits import load_digits
@@ -171,6 +171,8 @@ def _augmentation(config: DataConfig, mean: Sequence[float]) -> Augmentation | N
                 " channels: set data.augment to off"
             )
         steps.append(Policy(config.augment, config.augment_group))
+    if config.cutout:
+        steps.append(Cutout(config.cutout, mean_color(mean)))
     if config.random_erasing > 0:
         steps.append(Erasing(config.random_erasing, mean_color(mean)))
     return Compose(steps) if steps else None

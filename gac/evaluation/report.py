@@ -110,7 +110,7 @@ def evaluate_checkpoint(
     """
     ranks.check_equal(shared_fields(config) | {f"model.{name}": value for name, value in asked.items()})
     opened = ranks.together(
-        lambda: _open(path, payload, config, asked, ranks, amp, unlabelled), config.data.writes_files
+        lambda: open_evaluation(path, payload, config, asked, ranks, amp, unlabelled), config.data.writes_files
     )
     device, network, data, labels, names = opened
     steps = asked.get("T", network.T)
@@ -118,7 +118,7 @@ def evaluate_checkpoint(
     ours = is_ours(payload)
     batches = data.test.epoch(0)
     if labels is not None:
-        batches = _as_trained(batches, torch.tensor(labels, device=device))
+        batches = as_trained(batches, torch.tensor(labels, device=device))
     classes = []
     collector = None
     if sample:
@@ -168,7 +168,7 @@ def evaluate_checkpoint(
     )
 
 
-def _open(
+def open_evaluation(
     path: Path,
     payload: dict[str, Any],
     config: Config,
@@ -292,7 +292,7 @@ def _trained_on(path: Path, payload: dict[str, Any], network: MSResNet) -> DataI
     return info
 
 
-def _as_trained(batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def as_trained(batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of images [B, C, H, W] with ``labels[k]`` in place of each label k of [B]."""
     for images, found in batches:
         yield images, labels[found]

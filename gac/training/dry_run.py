@@ -73,7 +73,8 @@ def overfit_one_batch(config: Config, output: Path) -> tuple[bool, str]:
     There is no augmentation or mixing; images of an image folder keep their first crop. Everything is written to a
     temporary folder next to ``output``. Raises what :func:`gac.training.engine.train` does.
     """
-    data = replace(config.data, crop_padding=0, horizontal_flip=False, roll=0, augment="off", random_erasing=0.0)
+    unchanged = {"crop_padding": 0, "horizontal_flip": False, "roll": 0, "cutout": 0, "random_erasing": 0.0}
+    data = replace(config.data, augment="off", **unchanged)
     plain = replace(config.train, cutmix="off", mixup_alpha=0.0, mix_off_epochs=0, warmup_epochs=0.0)
     config = replace(config, data=data, train=replace(plain, epochs=EPOCHS, checkpoint_minutes=0, checkpoint_steps=0))
     with scratch_folder(output) as folder:

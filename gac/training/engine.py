@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,11 @@ from gac.files import writing
 from gac.ops.backend import Choice
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
 from gac.training.ema import MovingAverage
+from gac.training.epoch_metrics import epoch_metrics
 from gac.training.freezing import training_mode
 from gac.training.mixing import Mixing
 from gac.training.optim import learning_rate_at, load_optimizer, make_optimizer, parameter_groups, set_learning_rate
+from gac.training.position import Position
 from gac.training.progress import EpochProgress, log_epoch, log_start
 from gac.training.resumed import check_progress, check_state
 from gac.training.run_folder import Metric, RunFolder, check_same_data
@@ -41,26 +43,6 @@ from gac.training.totals import Readback, Totals, check_totals, check_weights
 from gac.version import versions
 
 logger = logging.getLogger("gac")
-
-
-@dataclass
-class Position:
-    """How far a run has come."""
-
-    epoch: int = 0
-    """Completed epochs, evaluation included."""
-    batch: int = 0
-    """Batches done in the epoch in progress."""
-    step: int = 0
-    """Batches done in the whole run."""
-    seconds: float = 0.0
-    """Seconds spent training in the epoch in progress."""
-    skipped_images: int = 0
-    """Images of the epoch in progress that could not be read."""
-    mix_epoch: bool | None = None
-    """With train.cutmix epoch: whether the batches of this epoch are mixed; None before that is drawn."""
-    best_top1: float = -math.inf
-    """Highest test accuracy so far, in percent."""
 
 
 def train(
@@ -174,7 +156,7 @@ class Trainer:
         """Return what a checkpoint holds besides the network, by its name there."""
         # Not an attribute: a cycle of references would keep the workers of a DataLoader alive when a run has ended.
         return {
-            "position": StateAdapter(self._position_state, self._load_position),
+            "position": StateAdapter(lambda: self.position.state_dict(self.ranks), self._load_position),
             "totals": self.step.totals,
             "optimizer": StateAdapter(
                 self.optimizer.state_dict, lambda state: load_optimizer(self.optimizer, state, self.device)
@@ -293,37 +275,26 @@ class Trainer:
         return random_state.own_of_rank(self.ranks, self.device, self.config.train.seed, *place)
 
     def _finish_epoch(self, scores: dict[str, Evaluation]) -> None:
-        position, totals, test = self.position, self.step.totals.over_ranks(), scores["raw"]
+        position, totals = self.position, self.step.totals.over_ranks()
         skipped, test_skipped = self.ranks.sum(position.skipped_images, self.data.test.skipped)
         self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
         self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
-        metrics = {
-            "epoch": position.epoch + 1,
-            "step": position.step,
-            "train_loss": totals.mean_loss,
-            "train_top1": totals.top1,
-            "test_loss": test.loss,
-            "test_top1": test.top1,
-            "test_top5": test.top5,
-            **({"test_loss_ema": scores["ema"].loss, "test_top1_ema": scores["ema"].top1} if "ema" in scores else {}),
-            "learning_rate": learning_rate_at(self.config.train, position.epoch, self.batches - 1, self.batches),
-            "skipped_steps": int(totals.skipped),
-            "skipped_images": skipped,
-            "test_skipped_images": test_skipped,
-            "images_per_second": totals.images / position.seconds,
-            "seconds": position.seconds,
-            "backend": self._backend(),
-        }
+        metrics = epoch_metrics(
+            self.config.train,
+            position,
+            totals,
+            scores,
+            batches=self.batches,
+            skipped_images=skipped,
+            test_skipped_images=test_skipped,
+            backend=self._backend(),
+        )
         measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
         measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
         better = max(scores, key=lambda weights: scores[weights].top1)
         improved = scores[better].top1 > position.best_top1
         self.history.append(metrics)
-        self.position = Position(
-            epoch=position.epoch + 1,
-            step=position.step,
-            best_top1=max(scores[better].top1, position.best_top1),
-        )
+        self.position = position.next_epoch(scores[better].top1)
         self.step.totals.begin_epoch()
         # In this order: whatever a crash leaves behind, last.pt is never ahead of the other files.
         self.ranks.on_main(lambda: self._write_results(metrics, measured, better if improved else None))
@@ -402,12 +373,5 @@ class Trainer:
             logger.info("this run had %s processes and goes on with %d", before, self.ranks.size)
         logger.info("resuming %s after %d epochs and %d batches", checkpoint, self.position.epoch, self.position.batch)
 
-    def _position_state(self) -> dict[str, Any]:
-        (skipped,) = self.ranks.sum(self.position.skipped_images)
-        return asdict(replace(self.position, skipped_images=skipped))
-
     def _load_position(self, state: dict[str, Any]) -> None:
-        self.position = Position(**state)
-        if not self.ranks.is_main:
-            # Rank 0 goes on with the sums of all ranks.
-            self.position.skipped_images = 0
+        self.position = Position.from_state(state, self.ranks)

@@ -35,7 +35,7 @@ class Entry(BaseModel):
 
 
 class PositionEntry(Entry):
-    """How far the run had come (:class:`gac.training.engine.Position`)."""
+    """How far the run had come (:class:`gac.training.position.Position`)."""
 
     epoch: NonNegativeInt
     batch: NonNegativeInt

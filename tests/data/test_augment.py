@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as torchvision_functional
 
-from gac.data.augment import POLICIES, Compose, CropAndFlip, Erasing, Policy, Roll, crop_and_flip, mean_color
+from gac.data.augment import POLICIES, Compose, CropAndFlip, Cutout, Erasing, Policy, Roll, crop_and_flip, mean_color
 from gac.data.seeding import Stream, derive_seed
 
 
@@ -126,6 +126,24 @@ def test_erased_rectangles_are_torchvisions():
     assert len(erased[hit].flatten(1).unique(dim=0)) > 0.9 * hit.sum()
 
 
+@pytest.mark.parametrize("side", [1, 2, 5, 30])
+def test_cutout_is_a_square_round_any_pixel(side):
+    images = torch.full((2000, 3, 5, 7), 255, dtype=torch.uint8)
+    result = Cutout(side, [10, 20, 30])(images, seeded(0))
+    assert (images == 255).all()
+    found = (result != images).all(1)  # [B, H, W]
+    assert torch.equal(result, torch.where(found[:, None], torch.tensor([10, 20, 30]).view(3, 1, 1), images))
+    # DeVries and Taylor's: from centre - side // 2 on, what lies outside being cut off.
+    rows, columns = torch.arange(5)[:, None], torch.arange(7)
+    allowed = set()
+    for y in range(5):
+        for x in range(7):
+            top, left = y - side // 2, x - side // 2
+            inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+            allowed.add(tuple(inside.flatten().tolist()))
+    assert {tuple(mask.flatten().tolist()) for mask in found} == allowed
+
+
 def test_erasing_is_a_function_of_the_seed_and_leaves_the_global_generator_alone():
     images = random_images(20, 1, 8, 8)
     before = torch.random.get_rng_state()
@@ -166,6 +184,7 @@ def test_a_roll_is_torch_roll_by_every_shift_up_to_the_largest():
         Roll(3),
         Policy("autoaugment_cifar10", 2),
         Policy("randaugment", 2),
+        Cutout(4, [10, 20, 30]),
         Erasing(0.7, [10, 20, 30]),
     ],
     ids=lambda augmentation: type(augmentation).__name__,

@@ -61,6 +61,9 @@ def test_augmentation_follows_the_configuration():
     assert 0.4 < mirrored.float().mean() < 0.6
     erased = images(crop_padding=0, horizontal_flip=False, random_erasing=1.0)
     assert ((erased != plain).flatten(1).any(1)).float().mean() > 0.9
+    cut = (images(crop_padding=0, horizontal_flip=False, cutout=4) != plain).any(1)
+    assert cut.flatten(1).any(1).all()
+    assert cut.flatten(1).sum(1).max() == 16
     changed = images(crop_padding=0, horizontal_flip=False, augment="autoaugment_cifar10")
     assert (changed != plain).flatten(1).any(1).float().mean() > 0.3
     unmoved = (cropped == plain).flatten(1).all(1)

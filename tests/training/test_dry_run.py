@@ -29,7 +29,9 @@ TINY = Config(
 )
 # Random pixels with random labels can only be learnt by heart.
 MEMORIZABLE = Config(
-    data=DataConfig(name="synthetic", image_size=8, synthetic_images=64, augment="randaugment", random_erasing=1.0),
+    data=DataConfig(
+        name="synthetic", image_size=8, synthetic_images=64, augment="randaugment", cutout=4, random_erasing=1.0
+    ),
     model=ModelConfig(T=2, width=16, depth=[1, 1, 1]),
     train=TrainConfig(batch_size=16, cutmix="batch", cutmix_probability=1.0, mixup_alpha=1.0, mix_off_epochs=100),
     device="cpu",
@@ -114,7 +116,9 @@ def test_one_batch_is_learnt_as_it_is(
     assert all(images is batches[0][0] and labels is batches[0][1] for images, labels in batches)
     images, _ = batches[0]
     assert len(images) == 16
-    plain = replace(MEMORIZABLE.data, crop_padding=0, horizontal_flip=False, augment="off", random_erasing=0.0)
+    plain = replace(
+        MEMORIZABLE.data, crop_padding=0, horizontal_flip=False, augment="off", cutout=0, random_erasing=0.0
+    )
     data = build_data(plain, device="cpu", batch_size=16, eval_batch_size=1, seed=MEMORIZABLE.train.seed)
     assert torch.equal(images, next(data.train.epoch(0))[0])
 

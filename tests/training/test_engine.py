@@ -47,7 +47,7 @@ RANDOM = replace(TINY, model=replace(TINY.model, coding="rate"), train=replace(T
 # All that the configuration can add to a step.
 EVERYTHING = replace(
     RANDOM,
-    data=replace(RANDOM.data, augment="randaugment", augment_group=3, random_erasing=0.5),
+    data=replace(RANDOM.data, augment="randaugment", augment_group=3, cutout=3, random_erasing=0.5),
     train=replace(
         RANDOM.train,
         nesterov=True,

@@ -1,0 +1,57 @@
+"""Make a file that ONNX Runtime or OpenVINO runs fast on a CPU, in float32, bf16 or int8, and say what it scores.
+
+The file is ONNX, whose metadata say for which engine and precision it was made. int8 is calibrated on training images.
+"""
+
+import argparse
+import copy
+from typing import TYPE_CHECKING, get_args
+
+from gac.command_line import Parser, at_least, new_file
+from gac.export.engines import Engine, Precision, open_model
+from gac.export.fidelity import write_and_tell
+from gac.export.onnx import build_model, measure, set_metadata
+from gac.export.quantisation import quantise
+from gac.export.source import Source, open_source
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def made_for(
+    engine: Engine, precision: Precision, model: "ModelProto", source: Source, calibration: int
+) -> "ModelProto":
+    """Return an ONNX model of a network, in the form mean, as an engine runs it in a precision.
+
+    ``calibration`` is the number of training images from which int8 takes its scales; ``model`` stays as it is.
+
+    Raises:
+        InputError: For what the engine cannot do here, and if the training images cannot be opened.
+    """
+    entries = source.metadata() | {"form": "mean", "engine": engine, "precision": precision}
+    if precision == "int8":
+        model = quantise(model, source.training_images(calibration), engine)
+        entries["calibration"] = f"{calibration} training images"
+    else:
+        model = copy.deepcopy(model)
+        # Whether the engine takes it is known here, not after the images.
+        open_model(engine, model.SerializeToString(), precision)
+    set_metadata(model, entries)
+    return model
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this subcommand."""
+    parser.add("output", "the file to write", type=new_file(".onnx"))
+    parser.add("--engine", "what runs the file", choices=get_args(Engine), default="openvino")
+    parser.add("--precision", "what its convolutions compute in", choices=get_args(Precision), default="f32")
+    parser.add("--calibration", "training images for int8", type=at_least(1), default=256, metavar="N")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the file and how far it is from our network, accuracy before and after included."""
+    source = open_source(options.checkpoint, options.images, options.root)
+    model = made_for(options.engine, options.precision, build_model(source), source, options.calibration)
+    asked = {"engine": options.engine, "precision": options.precision}
+    fidelity = measure(source, model, **asked) if options.images else None
+    write_and_tell(options.output, model.SerializeToString(), fidelity)
