@@ -2,12 +2,14 @@
 
 import hashlib
 import http.server
+import io
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 import gac
 from gac.checkpoint import find_released
@@ -103,6 +105,24 @@ def test_a_connection_that_is_cut_is_continued_where_it_ended(server, fetch, tmp
     # What is there is not asked for again.
     assert fetch(server.url) == CONTENT
     assert len(server.requests) == 4
+
+
+def test_the_progress_goes_on_where_the_download_does(server, fetch, monkeypatch) -> None:
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr("gac.checkpoint.download.tqdm", Bar)
+    server.cuts = [100_000]
+    fetch(server.url)
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [
+        (0, 100_000, len(CONTENT)),
+        (100_000, len(CONTENT), len(CONTENT)),
+    ]
+    assert "digits.safetensors: 100%" in bars[1].fp.getvalue().replace("  ", " ")
 
 
 def test_the_next_call_continues_and_from_another_address(server, fetch) -> None:
