@@ -13,19 +13,16 @@ from gac.checkpoint.model_card import FILE, LIBRARY, LICENSE, TAGS, model_card
 from gac.checkpoint.weights import pretrained
 from gac.checkpoint.weights_file import card_of, digest_of, write_weights
 from gac.errors import InputError
+from gac.export.packages import require
 
-try:
-    from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
-except ImportError as error:
-    raise InputError(f"{error.name} is not installed: pip install '.[hub]' in this package's folder") from error
-
+(hub,) = require("hub", "huggingface_hub")
 logger = logging.getLogger("gac")
 
 # What a card says of the network and its data set; the rest is about these very weights.
 _OF_ANY_WEIGHTS = ("config", "data", "num_classes", "in_channels")
 
 
-class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name=LIBRARY, license=LICENSE.lower(), tags=TAGS):
+class HubNetwork(nn.Module, hub.PyTorchModelHubMixin, library_name=LIBRARY, license=LICENSE.lower(), tags=TAGS):
     """A trained network that knows how it was made, in evaluation mode on the CPU.
 
     ``HubNetwork.from_pretrained("owner/name")`` downloads one, ``push_to_hub("owner/name")`` uploads it;
@@ -70,14 +67,14 @@ class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name=LIBRARY, license=
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> hub.ModelCard:
         """Return the model card, made from the card of the weights."""
-        return ModelCard(model_card(self._card_now()))
+        return hub.ModelCard(model_card(self._card_now()))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         card = self._card_now()
         if card is not self.card:
-            logger.warning("the weights are not those that the card is of: scores, command and log are left out of it")
+            logger.warning("the weights are not those that the card is of: scores, command and seed are left out")
         with (save_directory / FILE).open("wb") as file:
             write_weights(file, self.network.state_dict(), card)
         # In place of what the mixin would write, which is the card that came.
@@ -87,7 +84,7 @@ class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name=LIBRARY, license=
     def _from_pretrained(
         cls, *, model_id: str, card: dict[str, Any] | None = None, map_location: str = "cpu", **options: Any
     ) -> "HubNetwork":
-        file = Path(model_id, FILE) if Path(model_id).is_dir() else hf_hub_download(model_id, FILE, **options)
+        file = Path(model_id, FILE) if Path(model_id).is_dir() else hub.hf_hub_download(model_id, FILE, **options)
         instance = cls.from_checkpoint(file)
         if card not in (None, instance.card):
             raise InputError(f"{model_id}: config.json says something else than {FILE}: save the network again")
