@@ -79,8 +79,9 @@ class Candidate:
             images = setting.trained.batch(setting.batch).to(device)
         self.images = images.contiguous(memory_format=self.memory_format)
         self.labels = torch.randint(size.num_classes, (setting.batch,), device=device)
-        # So small that firing rates stay those of the weights.
-        config = TrainConfig(learning_rate=1e-7, momentum=0.9, weight_decay=5e-5)
+        # With trained weights so small that firing rates stay theirs.
+        learning_rate = 0.01 if setting.trained is None else 1e-7
+        config = TrainConfig(learning_rate=learning_rate, momentum=0.9, weight_decay=5e-5)
         self.optimizer = make_optimizer(self.network.parameters(), config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
         self._loss: Tensor | None = None
@@ -250,8 +251,8 @@ def add_options(parser: Parser, names: Collection[str], **defaults: Any) -> None
     help = "float32, or autocast to half precision; those that the device lacks are skipped"
     parser.add("--precision", help, choices=PRECISIONS, default=defaults["precision"])
     help = (
-        "memory order of images and weights; auto: NHWC with our kernels, and on a GPU in half precision for all but the"
-        " step-loop, which does not keep it; else NCHW"
+        "memory order of images and weights; auto: NHWC with our kernels, and on a GPU in half precision for all but"
+        " the step-loop, which does not keep it; else NCHW"
     )
     parser.add("--layout", help, choices=("auto", *MEMORY_FORMATS), default="auto")
 

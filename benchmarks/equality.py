@@ -1,8 +1,8 @@
 """The gate before anything is timed: only what computes the same may be compared.
 
-The kernels are proven by the test suite, run on the device that is measured: each operation, whole networks, and networks
-in half precision layer by layer. Networks that others would write are compared here with ours, at a small size of the
-timed family and T, in float64, where rounding decides no spike.
+The kernels are proven by the test suite, run on the device that is measured: each operation, whole networks, and
+networks in half precision layer by layer. Networks that others would write are compared here with ours, at a small size
+of the timed family and T, in float64, where rounding decides no spike.
 """
 
 import os

@@ -1,14 +1,15 @@
 """Measure the throughput of a GAC-MS-ResNet: python -m benchmarks.throughput (--help lists all options).
 
 A training step is the forward pass, the cross entropy of the logits' mean over time, the backward pass and SGD
-(momentum, weight decay; loss scaling in fp16; a learning rate so small that firing rates stay) on one batch of random
-images, or with --checkpoint of its test images, that stays on the device. Evaluation is the forward pass. Times are medians, in brackets the quartiles, of single steps that follow without a pause; the
-implementations take turns. ours-cupy has the CUDA kernels, ours-cupy-graph its steps replayed as CUDA graphs, as
-train.cuda_graph does (its memory is that of the step while it is captured, and stays taken between its steps); ours-c
-has their C versions and convolutions by events on the CPU, whose time depends on how many inputs spike: "density" lists
-it for the blocks' convolutions in their order; ours-torch has no kernels. spikingjelly has that library's own layers, step-loop a plain loop over time steps.
-convolution-floor is no network but only the residual blocks' convolutions: forward, data gradient and weight gradient
-(in evaluation: forward).
+(momentum, weight decay; loss scaling in fp16) on one batch of random images that stays on the device; with --checkpoint
+these are test images, and the learning rate is so small that firing rates stay. Evaluation is the forward pass. Times
+are medians, in brackets the quartiles, of single steps that follow without a pause; the implementations take turns.
+ours-cupy has the CUDA kernels, ours-cupy-graph its steps replayed as CUDA graphs, as train.cuda_graph does (its memory
+is that of the step while it is captured, and stays taken between its steps); ours-c has their C versions and
+convolutions by events on the CPU, whose time depends on how many inputs spike: "density" lists it for the blocks'
+convolutions in their order; ours-torch has no kernels. spikingjelly has that library's own layers, step-loop a plain
+loop over time steps. convolution-floor is no network but only the residual blocks' convolutions: forward, data gradient
+and weight gradient (in evaluation: forward).
 """
 
 import gc
@@ -30,6 +31,7 @@ from benchmarks.equality import begin
 from gac.command_line import at_least
 from gac.errors import InputError
 from gac.models.ms_resnet import MSResNet
+from gac.ops import c_kernels
 
 TABLE = Table(
     *(("implementation", 17), ("T", 2), ("batch", 5), ("precision", 9), ("layout", 6)),
@@ -174,6 +176,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
     implementations, settings = begin(options, report)
     if device.type == "cpu":
         report.line("memory", "not measured on a CPU")
+        report.line("C kernels", c_kernels.status().reason)
     print()
     if options.largest_batch:
         LARGEST_BATCH_TABLE.header()
@@ -189,7 +192,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
         floor = {cell["implementation"]: cell["train"] for cell in cells}.get(FLOOR)
         for cell in cells:
             print_cell(cell, floor)
-        for what, of_layers in cells[0]["densities"].items():
+        for what, of_layers in cells[0]["densities"].items() if cells else ():
             report.line("density", f"{what}: {' '.join(f'{density:.3f}' for density in of_layers)}")
         report.add("cells", cells)
     if options.plot is not None:

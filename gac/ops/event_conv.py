@@ -39,10 +39,11 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     derivative.
 
     The dense convolution runs for other dtypes than float32 and other devices than the CPU, under torch.compile and
-    whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than 0 and 1, with more than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the
-    spikes are in channels_last, for weights and gradients that are not finite, and without a C compiler
-    (:func:`gac.ops.c_kernels.status`). Under autocast on the CPU what is dense is in its dtype, such as bfloat16: the
-    input gradient, and the convolution where events are not used. The output is float32 there too.
+    whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than 0 and 1, with more
+    than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the spikes are in
+    channels_last, for weights and gradients that are not finite, and without a C compiler
+    (:func:`gac.ops.c_kernels.status`). Under autocast on the CPU what is dense has its dtype, such as bfloat16: the input
+    gradient, and the convolution where events are not used. The output is float32 there too.
 
     Args:
         spikes: [N, C, H, W], in any memory order; the output has that of ``reference``.

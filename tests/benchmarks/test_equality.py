@@ -175,7 +175,7 @@ class TestTheSuiteAsTheGate:
                 run_tests([str(path)], report, "here")
 
     def test_a_network_on_the_kernels_needs_them(self, monkeypatch, report):
-        def fails(paths, report):
+        def fails(paths, report, marker):
             raise MeasurementError("the tests failed")
 
         monkeypatch.setattr(equality, "run_tests", fails)

@@ -155,7 +155,7 @@ def test_a_wait_is_idle_time():
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path, capsys, monkeypatch):
     # They are part of the suite that this test is part of.
-    monkeypatch.setattr(equality, "run_tests", lambda paths, report: None)
+    monkeypatch.setattr(equality, "run_tests", lambda paths, report, marker: None)
     file = tmp_path / "result.json"
     arguments = [*SMALL[2:], "--device", "cuda", "--precision", "fp16", "--json", str(file)]
     assert profile.main(arguments) == 0, capsys.readouterr().err

@@ -27,7 +27,15 @@ SMALL = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_measures_and_reports(tmp_path, capsys):
+@pytest.fixture(autouse=True)
+def proven_kernels(monkeypatch):
+    """Leave out the tests of the kernels, which have a run of their own."""
+    ran = []
+    monkeypatch.setattr(equality, "run_tests", lambda paths, report, marker: ran.append(marker))
+    return ran
+
+
+def test_measures_and_reports(tmp_path, capsys, proven_kernels):
     files = {"json": tmp_path / "result.json", "png": tmp_path / "result.png"}
     status = throughput.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])])
     printed = capsys.readouterr()
@@ -37,9 +45,16 @@ def test_measures_and_reports(tmp_path, capsys):
     assert list(report["skipped"]) == ["ours-cupy", "ours-cupy-graph"]
     for name in report["skipped"]:
         assert f"skipped       {name}: the CUDA kernels need a CUDA device" in printed.out
-    names = ["ours-torch", "spikingjelly", "step-loop", "convolution-floor"]
+    assert proven_kernels == ["c_kernels"]
+    names = ["ours-c", "ours-torch", "spikingjelly", "step-loop", "convolution-floor"]
     assert [cell["implementation"] for cell in report["cells"]] == names
-    rows = [line.split() for line in printed.out.splitlines()[-4:]]
+    *rows, in_training, in_evaluation = [line.split() for line in printed.out.splitlines()[-7:]]
+    assert [line[:2] for line in (in_training, in_evaluation)] == [["density", "train:"], ["density", "evaluation:"]]
+    for line, phase in ((in_training, "train"), (in_evaluation, "evaluation")):
+        # Of two convolutions in each of three blocks.
+        assert len(line) == 2 + 6
+        for cell in report["cells"]:
+            assert [float(density) for density in line[2:]] == pytest.approx(cell["densities"][phase], abs=0.0006)
     assert [row[0] for row in rows] == names
     *cells, floor = report["cells"]
     for row, cell in zip(rows, cells, strict=False):
