@@ -23,6 +23,7 @@ from gac.coding import Coding
 from gac.coding.gated import Gate, TemporalInit
 from gac.errors import InputError, did_you_mean, quoted
 from gac.models.registry import family_of
+from gac.models.relu import Activation
 from gac.neuron import SURROGATE_SPELLINGS, Backend, Surrogate, preset_constants
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -188,6 +189,9 @@ class ModelConfig:
     detach_reset: bool | None = None
     """LIF: treat the reset after a spike as constant in the backward pass. Default: the preset's, false for cifar and
     true for imagenet."""
+    activation: Activation = "lif"
+    """lif, or relu for ReLUs in place of the neurons: an artificial network of the same shape, to train as a
+    train.teacher. It takes direct coding; model.T 1 is enough for images, as nothing changes with time."""
 
     def __post_init__(self) -> None:
         if self.depth is not None and not 1 <= min(self.depth, default=0) <= sum(self.depth) <= _MOST_BLOCKS:
@@ -195,6 +199,10 @@ class ModelConfig:
                 f"a list with at least one block in each stage and at most {_MOST_BLOCKS} in all, for example [3, 3, 2]"
             )
             raise FieldError("model.depth", allowed, self.depth)
+        if self.activation == "relu":
+            for name in ("neuron", "tau", "v_threshold", "surrogate", "detach_reset"):
+                if (value := getattr(self, name)) is not None:
+                    raise FieldError(f"model.{name}", "null with model.activation relu, which has no neurons", value)
         if self.tau is not None and self.tau <= 1:
             allowed = "greater than 1 or null (a decay d of the potential is tau = 1 / (1 - d))"
             raise FieldError("model.tau", allowed, self.tau)
@@ -292,6 +300,16 @@ class TrainConfig:
     """Parameters that stay as they are: patterns such as stem.* or stages.0.*, separated by commas or spaces."""
     freeze_batch_norm: bool = False
     """Leave BatchNorm's running statistics, weights and biases as they are."""
+    self_distillation: NonNegativeFloat = 0.0
+    """Self-distillation between time steps: weight of a loss by which the output of each time step learns from the mean
+    over all of them; 0 turns that off."""
+    teacher: str | None = None
+    """Checkpoint of train.py of a trained network from whose mean output over time this one learns beside the labels;
+    it must have been trained on the same classes and with the same normalisation. Default: none."""
+    teacher_weight: PositiveFloat = 1.0
+    """train.teacher: weight of that loss; the labels' is 1."""
+    distillation_temperature: PositiveFloat = 2.0
+    """train.self_distillation and train.teacher: what logits are divided by before the softmax."""
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
@@ -342,10 +360,12 @@ class Config:
         return cls(**{**known, **sections})
 
     def with_neuron(self) -> "Config":
-        """Return the same with the neuron's preset and its constants in place of None.
+        """Return the same with the neuron's preset and its constants in place of None, if there are neurons.
 
         Raises InputError for an unknown network.
         """
+        if self.model.activation == "relu":
+            return self
         preset = self.model.neuron or family_of(self.model.name).neuron
         constants = preset_constants(preset)
         given = {name: getattr(self.model, name) for name in constants if getattr(self.model, name) is not None}

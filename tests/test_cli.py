@@ -85,13 +85,14 @@ def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file)
             mixup_alpha=0.5, mix_off_epochs=2, ema_decay=0.9, amp="bf16", accumulate_steps=2, sync_batch_norm=True,
             cuda_graph=True, channels_last=False, checkpoint_activations=True, seed=0, eval_batch_size=9,
             checkpoint_minutes=0.5, checkpoint_steps=4, keep_checkpoints=1, init="a b.pt", freeze="stem.*, head.*",
-            freeze_batch_norm=True,
+            freeze_batch_norm=True, self_distillation=0.5, teacher="c d.pt", teacher_weight=0.25,
+            distillation_temperature=4.0,
         ),
         device="cuda:1",
     )  # fmt: skip
     changed = [name for name, value in config.flat().items() if value != Config().flat()[name]]
-    # AdamW has no Nesterov momentum.
-    assert set(changed) == set(FIELDS) - {"train.optimizer"}
+    # AdamW has no Nesterov momentum, ReLU no constants of neurons.
+    assert set(changed) == set(FIELDS) - {"train.optimizer", "model.activation"}
     from_file = parse_train(["--config", yaml_file(yaml.safe_dump(config.to_dict()))])
     assert from_file.config == config
     options = [f"--{name}={value}" for name, value in config.flat().items()]
@@ -117,6 +118,22 @@ def test_the_fast_recipe_is_the_prototypes_with_augmentation_and_averaged_weight
             ema_decay=0.999, amp="fp16",
         ),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "batch", "alpha", "off"), [("cifar10", 128, 0.5, 200), ("cifar100", 64, 0.75, 150)])
+def test_the_recipe_of_max_resnet_is_for_both_networks(name: str, batch: int, alpha: float, off: int) -> None:
+    options = ["--config", str(ROOT / f"configs/{name}_maxresnet.yaml")]
+    with_gate, plain = (parse_train([*options, *more]).config for more in ([], ["--model.name", "msresnet18_cifar"]))
+    assert with_gate == Config(
+        data=DataConfig(name=name, crop_padding=0, augment="randaugment", augment_group=1, random_erasing=0.25),
+        model=ModelConfig(T=4),
+        train=TrainConfig(
+            epochs=400, batch_size=batch, optimizer="adamw", learning_rate=1.5e-3, weight_decay=0.06,
+            weight_decay_on="weights", warmup_epochs=20.0, label_smoothing=0.1, mixup_alpha=alpha, cutmix="batch",
+            cutmix_probability=1.0, cutmix_beta=0.5, mix_off_epochs=off, amp="fp16",
+        ),
+    )  # fmt: skip
+    assert (plain.data, plain.train) == (with_gate.data, with_gate.train)
 
 
 def test_a_run_or_a_trial_but_not_both(yaml_file) -> None:

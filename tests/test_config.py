@@ -28,6 +28,7 @@ from gac.errors import InputError
         (ModelConfig, "v_threshold", -0.5),
         (ModelConfig, "v_threshold", 1e-60),
         (ModelConfig, "surrogate", "step"),
+        (ModelConfig, "activation", "gelu"),
         (TrainConfig, "epochs", 0),
         (TrainConfig, "batch_size", 0),
         (TrainConfig, "learning_rate", 0.0),
@@ -52,6 +53,9 @@ from gac.errors import InputError
         (TrainConfig, "checkpoint_minutes", float("inf")),
         (TrainConfig, "checkpoint_steps", -1),
         (TrainConfig, "keep_checkpoints", 0),
+        (TrainConfig, "self_distillation", -0.5),
+        (TrainConfig, "teacher_weight", 0.0),
+        (TrainConfig, "distillation_temperature", 0.0),
     ],
 )
 def test_a_value_out_of_range_is_named_in_one_line(section: type, field: str, value: object) -> None:
@@ -105,6 +109,18 @@ def test_values_by_position_are_named_in_errors() -> None:
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(InputError, match="momentum must be"):
         TrainConfig(nesterov=True, momentum=0.0)
+
+
+def test_relu_has_no_constants_of_neurons() -> None:
+    with pytest.raises(InputError, match=r"^model\.tau must be null with model\.activation relu, .*; got 2\.0$"):
+        ModelConfig(activation="relu", tau=2.0)
+    config = Config(model=ModelConfig(name="msresnet18_cifar", activation="relu"))
+    assert config.with_neuron() == config == Config.from_dict(config.to_dict())
+
+
+def test_cutout_is_not_for_folders_of_images() -> None:
+    with pytest.raises(InputError, match=r"^data\.cutout must be 0 with data\.name imagefolder .*; got 8$"):
+        DataConfig(name="imagefolder", cutout=8)
 
 
 def test_test_images_are_at_least_as_large_as_their_crop() -> None:

@@ -29,13 +29,13 @@ def made_for(
         InputError: For what the engine cannot do here, and if the training images cannot be opened.
     """
     entries = source.metadata() | {"form": "mean", "engine": engine, "precision": precision}
+    # Whether the engine is there and takes it is known now, not after all images.
+    open_model(engine, model.SerializeToString(), "f32" if precision == "int8" else precision)
     if precision == "int8":
         model = quantise(model, source.training_images(calibration), engine)
         entries["calibration"] = f"{calibration} training images"
     else:
         model = copy.deepcopy(model)
-        # Whether the engine takes it is known here, not after the images.
-        open_model(engine, model.SerializeToString(), precision)
     set_metadata(model, entries)
     return model
 

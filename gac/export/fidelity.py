@@ -79,7 +79,7 @@ class Fidelity:
 
     def _spikes(self) -> str:
         if not self.spikes:
-            return "not visible there"
+            return "not visible there" if self.spiking_layers else "the network has none"
         of, fired, differ = (
             sum(getattr(each, key) for each in self.spikes.values()) for key in ("of", "fired", "differ")
         )

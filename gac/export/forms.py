@@ -110,7 +110,7 @@ class Step(nn.Module):
     sequence begins with :meth:`fresh_state`.
 
     Raises:
-        InputError: For other codings, which make or see the whole sequence.
+        InputError: For other codings, which make or see the whole sequence, and for ReLU twins.
     """
 
     def __init__(self, network: MSResNet) -> None:
@@ -123,6 +123,8 @@ class Step(nn.Module):
         self.network = plain(network)
         functional.set_step_mode(self.network, "s")
         neurons = {name: each for name, each in self.network.named_modules() if isinstance(each, PlainNeuron)}
+        if not neurons:
+            raise InputError("the network has no spiking neurons, whose state steps would carry: export the form mean")
         self.layers = list(neurons)
         self._neurons = list(neurons.values())
         for each in self._neurons:

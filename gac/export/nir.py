@@ -78,7 +78,11 @@ class _Block(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
-def _folded(layer: ConvNorm) -> nn.Conv2d:
+def _folded(layer: nn.Module) -> nn.Conv2d:
+    if type(layer) is not ConvNorm:
+        raise InputError(
+            f"NIR export knows blocks of convolutions with BatchNorm (ConvNorm), not {type(layer).__name__}"
+        )
     if not (isinstance(layer.norm, nn.BatchNorm2d) and layer.norm.track_running_stats):
         raise InputError(
             f"NIR has no {type(layer.norm).__name__}: only BatchNorm with running statistics folds into a convolution"
@@ -150,8 +154,11 @@ def build_nir(source: Source) -> tuple[bytes, bytes]:
         )
     metadata = source.metadata() | {"seconds_per_step": SECONDS_PER_STEP}
     encoder = _Encoder(network)
-    frame = encoder(example)[0]
-    graph = exchange.export_to_nir(Backbone(network, _final_size(network, frame)).eval(), frame, dt=SECONDS_PER_STEP)
+    coded = membrane = encoder(example)
+    for stage in network.stages:
+        membrane = stage(membrane)
+    module = Backbone(network, tuple(membrane.shape[-2:])).eval()
+    graph = exchange.export_to_nir(module, coded[0], dt=SECONDS_PER_STEP)
     graph.metadata = {METADATA: json.dumps(metadata)}
     backbone = io.BytesIO()
     nir.write(backbone, graph)
@@ -233,14 +240,6 @@ def run(options: argparse.Namespace) -> None:
         file.write(encoder)
     print(f"wrote {beside}: {len(encoder) / 1e6:.1f} MB")
     write_and_tell(options.output, backbone, fidelity)
-
-
-def _final_size(network: MSResNet, frame: Tensor) -> tuple[int, int]:
-    for stage in network.stages:
-        for block in stage:
-            if isinstance(block, MSBlock):
-                frame = block.conv2.conv(block.conv1.conv(frame))
-    return tuple(frame.shape[-2:])
 
 
 def _restore_strictness(graph: fx.GraphModule) -> None:

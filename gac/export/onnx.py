@@ -19,7 +19,7 @@ from gac.command_line import Parser, new_file
 from gac.errors import InputError
 from gac.export.engines import Engine, Precision, Run, open_model
 from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
-from gac.export.forms import Form, Step, prepared
+from gac.export.forms import Form, PlainNeuron, Step, prepared
 from gac.export.packages import require
 from gac.export.source import Source, open_source
 
@@ -39,7 +39,7 @@ def build_model(source: Source, form: Form = "mean") -> "ModelProto":
     Raises:
         InputError: For a form that the coding does not have, for rate and phase coding, and if a package is missing.
     """
-    onnx, _ = require("onnx", "onnx", "onnxscript")
+    onnx, *_ = require("onnx", "onnx", "onnxscript", "onnxruntime")
     network = source.network
     if network.coding_name not in ("gac", "direct"):
         raise InputError(
@@ -130,8 +130,10 @@ def _name_layers(model: "ModelProto") -> None:
         del node.metadata_props[:]
         node.doc_string = ""
         if node.op_type == "Greater":
+            *_, kind, _ = ast.literal_eval(said["pkg.torch.onnx.class_hierarchy"])
             *_, module, _ = ast.literal_eval(said["pkg.torch.onnx.name_scopes"])
-            node.metadata_props.add(key=_LAYER, value=module.removeprefix("network."))
+            if kind == f"{PlainNeuron.__module__}.{PlainNeuron.__qualname__}":
+                node.metadata_props.add(key=_LAYER, value=module.removeprefix("network."))
     del model.graph.metadata_props[:]
     for each in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         if hasattr(each, "metadata_props"):

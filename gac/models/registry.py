@@ -7,6 +7,7 @@ from gac.coding import Coding
 from gac.coding.gated import GatedAttentionCoding, TemporalAttention
 from gac.errors import InputError
 from gac.models.ms_resnet import CIFAR, IMAGENET, Family, MSResNet
+from gac.models.relu import Activation, replace_neurons_by_relu
 from gac.neuron import Surrogate, make_parameters
 from gac.ops.neuron import LIFParameters
 
@@ -44,6 +45,7 @@ def create_model(
     v_threshold: float | None = None,
     surrogate: Surrogate | None = None,
     detach_reset: bool | None = None,
+    activation: Activation = "lif",
     **options: object,
 ) -> MSResNet:
     """Return a new network with freshly initialised weights.
@@ -61,6 +63,7 @@ def create_model(
         surrogate: The same for the surrogate gradient: one of ``gac.neuron.SURROGATES``, with SpikingJelly's default
             alpha.
         detach_reset: The same for whether the reset is constant in the backward pass.
+        activation: "lif", or "relu" for the artificial network with ReLUs in place of the neurons, a ReLU twin.
         **options: in_channels, width, kernel_size, reduction, temporal_init, gate and backend of
             :class:`~gac.models.ms_resnet.MSResNet`.
 
@@ -68,7 +71,9 @@ def create_model(
         InputError: For an unknown name or coding, for sizes that make no network and constants that make no neuron.
     """
     family, published_depth = _lookup(name)
-    return MSResNet(
+    if activation not in get_args(Activation):
+        raise InputError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    network = MSResNet(
         family,
         num_classes,
         T,
@@ -83,6 +88,9 @@ def create_model(
         ),
         **options,
     )
+    if activation == "relu":
+        replace_neurons_by_relu(network)
+    return network
 
 
 def family_of(name: str) -> Family:

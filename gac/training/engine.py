@@ -25,8 +25,10 @@ from gac.execution.cuda_graph import Replayed, select_capture
 from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.files import writing
+from gac.neuron import LIFNode
 from gac.ops.backend import Choice
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
+from gac.training.distillation import make_distillation
 from gac.training.ema import MovingAverage
 from gac.training.epoch_metrics import epoch_metrics
 from gac.training.freezing import training_mode
@@ -122,11 +124,14 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
         self.memory_format = memory_format(config.train, self.device)
         self.network.to(self.device, memory_format=self.memory_format)
+        self.distillation = ranks.together(
+            lambda: make_distillation(config.train, info, self.device, self.memory_format)
+        )
         self.average = MovingAverage(self.network, config.train.ema_decay) if config.train.ema_decay > 0 else None
         self.optimizer = make_optimizer(parameter_groups(self.network, config.train), config.train, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
         self.step = TrainingStep(
-            self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks
+            self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
         # A single one, so that evaluation runs in the memory of the training step.
         capture = select_capture(config.train.cuda_graph, self.device)
@@ -166,6 +171,7 @@ class Trainer:
                 lambda: random_state.capture(self.device), lambda state: random_state.restore(state, self.device)
             ),
             **({} if self.average is None else {"average": self.average}),
+            **({} if self.distillation is None else {"distillation": self.distillation}),
             "history": StateAdapter(lambda: self.history, self.history.extend),
         }
 
@@ -280,14 +286,7 @@ class Trainer:
         self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
         self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
         metrics = epoch_metrics(
-            self.config.train,
-            position,
-            totals,
-            scores,
-            batches=self.batches,
-            skipped_images=skipped,
-            test_skipped_images=test_skipped,
-            backend=self._backend(),
+            self.config.train, position, totals, scores, self.batches, skipped, test_skipped, self._backend()
         )
         measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
         measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
@@ -313,7 +312,8 @@ class Trainer:
 
     def _backend(self) -> Choice:
         """Return what runs the neurons: they decide it call by call, by the device and the type of their input."""
-        return self.network.lif.chosen_backend(torch.empty(0, device=self.device))
+        lif = self.network.lif
+        return lif.chosen_backend(torch.empty(0, device=self.device)) if isinstance(lif, LIFNode) else "torch"
 
     def _check_health(self) -> None:
         """Raise TrainingDiverged on all ranks unless every loss, gradient and weight is finite; waits for the device.

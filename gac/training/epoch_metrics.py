@@ -15,7 +15,6 @@ def epoch_metrics(
     position: Position,
     totals: Totals,
     scores: Mapping[str, Evaluation],
-    *,
     batches: int,
     skipped_images: int,
     test_skipped_images: int,

@@ -79,6 +79,12 @@ class AverageEntry(Entry):
     updates: Tensor
 
 
+class DistillationEntry(Entry):
+    """The sha256 of the teacher's file (:class:`gac.training.distillation.Distillation`)."""
+
+    teacher: str | None
+
+
 _History = list[dict[str, int | float | Choice]]
 
 
@@ -125,6 +131,7 @@ _ENTRIES: dict[str, type] = {
     "random_state": RandomStateEntry,
     "optimizer": OptimizerEntry,
     "average": AverageEntry,
+    "distillation": DistillationEntry,
     "ranks": PositiveInt,
 }
 

@@ -103,7 +103,9 @@ def load_initial_weights(network: MSResNet, config: Config) -> None:
             if coding != network.coding_name:
                 logger.warning("train.init %s was trained with %s coding", path, coding)
             constants = {name: getattr(before, name) for name in ("tau", "v_threshold", "surrogate", "detach_reset")}
-            if other := [f"{name} {value}" for name, value in constants.items() if value != getattr(now, name)]:
+            if before.activation != now.activation:
+                logger.warning("train.init %s was trained with activation %s", path, before.activation)
+            elif other := [f"{name} {value}" for name, value in constants.items() if value != getattr(now, name)]:
                 logger.warning("train.init %s was trained with neurons of %s", path, ", ".join(other))
     except InputError as error:
         raise InputError(f"train.init {path}: {error}") from error

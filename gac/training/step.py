@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gac.config import TrainConfig
 from gac.execution.device import autocast
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, collective
+from gac.training.distillation import Distillation
 from gac.training.ema import MovingAverage
 from gac.training.optim import classification_loss
 from gac.training.totals import DeviceTotals
@@ -20,7 +21,7 @@ LOWEST_LOSS_SCALE = 1.0
 
 
 class TrainingStep:
-    """Forward and backward pass and update for one batch, with the average of the weights, if any, and the totals.
+    """Forward and backward pass and update for one batch, with distillation and the average of weights, if any.
 
     A call reads no tensor's value and branches only on shapes and the configuration, so the host never waits for
     the device and a CUDA graph can capture the call. What changes from step to step comes in tensors: the batch,
@@ -44,6 +45,7 @@ class TrainingStep:
         device: torch.device,
         average: MovingAverage | None = None,
         ranks: Ranks = SINGLE_PROCESS,
+        distillation: Distillation | None = None,
     ) -> None:
         self.network = network
         self.ranks = ranks
@@ -54,6 +56,7 @@ class TrainingStep:
         self.config = config
         self.device = device
         self.average = average
+        self.distillation = distillation
         self.totals = DeviceTotals(device, ranks)
         self._one = torch.ones((), device=device)
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -115,6 +118,8 @@ class TrainingStep:
         with autocast(self.device, config.amp):
             logits = self._parallel(images)  # [T, B, K]
             loss = classification_loss(logits.float(), targets, config.loss, config.label_smoothing)
+            if self.distillation is not None:
+                loss = loss + self.distillation(logits.float(), images)
         # DDP averages the gradients of the ranks without regard to the number of images of each.
         weight = self.ranks.size * len(labels) / batch_images
         self.scaler.scale(loss * weight).backward()

@@ -9,6 +9,7 @@ from spikingjelly.activation_based import neuron
 
 from gac.errors import InputError
 from gac.export.forms import Mean, PlainNeuron, Sequence, Step, plain
+from gac.models import create_model
 from gac.neuron import PRESETS
 from gac.ops import lif
 
@@ -65,6 +66,9 @@ def test_steps_are_the_sequence(direct):
 def test_what_has_no_such_form_is_refused(digits):
     with pytest.raises(InputError, match="the step form is for direct coding, and gac coding needs the whole sequence"):
         Step(digits.network)
+    twin = create_model("msresnet18_cifar", 10, 1, width=4, depth=[1, 1, 1], activation="relu")
+    with pytest.raises(InputError, match="the network has no spiking neurons"):
+        Step(twin)
     other = copy.deepcopy(digits.network)
     other.lif = neuron.IFNode(step_mode="m")
     with pytest.raises(InputError, match="spiking layer lif is a IFNode"):

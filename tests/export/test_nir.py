@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from gac.models.blocks import ConvNorm
 from gac.models.ms_resnet import MSResNet
 from lively import lively
 
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -134,6 +136,24 @@ def test_spikingjelly_alone_fires_at_the_threshold_too(digits, exported, tmp_pat
         assert torch.equal(alone(encoded)[0], logits)
 
 
+def test_the_examples_in_the_docs_run(exported, tmp_path, monkeypatch):
+    for file, content in zip(("digits.nir", "digits.encoder.pt2"), exported, strict=True):
+        (tmp_path / file).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    section = DOCS.read_text(encoding="utf-8").partition("## NIR")[2]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    networks = []
+    for block in blocks:
+        names = {}
+        exec(block, names)
+        networks.append(names["net"])
+    ours, raised = networks
+    assert ours.metadata["classes"] == [*"0123456789"]
+    coded = ours.encode(torch.randn(3, 1, 8, 8))
+    with torch.no_grad():
+        assert torch.equal(raised(coded)[0], ours.backbone(coded)[0])
+
+
 def saturated(network: MSResNet, images: torch.Tensor) -> MSResNet:
     """Return a lively network whose gate is 0 or 1, as training makes it: its first neurons are at their threshold."""
     if network.coding_name == "gac":
@@ -141,9 +161,9 @@ def saturated(network: MSResNet, images: torch.Tensor) -> MSResNet:
     return lively(network, images)
 
 
-@pytest.mark.parametrize("preset", ["cifar", "imagenet"])
 @pytest.mark.parametrize(
-    ("name", "depth", "size"), [("gac_msresnet18_cifar", [3, 2, 1], 8), ("msresnet18", [2, 1, 1, 1], 64)]
+    ("name", "depth", "size", "preset"),
+    [("gac_msresnet18_cifar", [3, 2, 1], 8, "cifar"), ("msresnet18", [2, 1, 1, 1], 64, "imagenet")],
 )
 def test_other_networks_come_back(name, depth, size, preset, tmp_path):
     torch.manual_seed(0)
@@ -187,6 +207,10 @@ def other_norm(network):
     network.stages[1][0].conv1.norm = nn.InstanceNorm2d(8)
 
 
+def pooled(network):
+    network.stages[1][0].shortcut = nn.Sequential(ConvNorm(4, 8, 1, 2))
+
+
 def other_head(network):
     network.head = nn.Sequential(nn.Linear(16, 5))
 
@@ -197,6 +221,7 @@ def other_head(network):
         (soft_reset, "NIR has no soft reset"),
         (other_neuron, "LIFNode"),
         (other_norm, "NIR has no InstanceNorm2d"),
+        (pooled, r"\(ConvNorm\), not Sequential"),
         (other_head, "heads of one linear layer, not Sequential"),
     ],
 )

@@ -87,7 +87,7 @@ def test_codings_whose_file_would_be_another_network_are_refused(coding, tmp_pat
         build_model(open_source(str(tmp_path / "best.pt"), 0))
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_one_line(digits, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package} is not installed: pip install '\.\[onnx\]'"):

@@ -80,9 +80,8 @@ def with_coding(coding, folder):
     return open_source(str(folder / "best.pt"), 20)
 
 
-@pytest.mark.parametrize("coding", ["rate", "latency"])
-def test_codings_of_intensities(coding, tmp_path):
-    source = with_coding(coding, tmp_path)
+def test_rate_coding_draws_from_torchs_generator(tmp_path):
+    source = with_coding("rate", tmp_path)
     fidelity = measure(source, content := build_program(source))
     assert fidelity.max_difference < 1e-5
     assert fidelity.spikes["stages.0.0.lif1"].fired > 0

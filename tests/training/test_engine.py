@@ -57,6 +57,7 @@ EVERYTHING = replace(
         mixup_alpha=0.4,
         ema_decay=0.8,
         checkpoint_activations=True,
+        self_distillation=0.5,
     ),
 )
 

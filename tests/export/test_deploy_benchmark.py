@@ -13,7 +13,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--images", "40", "--calibration", "40", "--batch", "3", "--rounds", "1", "--calls", "2"]
 
 
-def test_measures_and_reports(tmp_path, capsys):
+def test_measures_and_reports(tmp_path, capsys, digits_onnx, monkeypatch):
+    # Made once, as it takes seconds.
+    monkeypatch.setattr(deploy, "build_model", lambda source: digits_onnx)
     file = tmp_path / "result.json"
     assert deploy.main([*SMALL, "--programs", "openvino-int8", "onnxruntime-f32", "--json", str(file)]) == 0
     printed, report = capsys.readouterr().out, json.loads(file.read_text())
