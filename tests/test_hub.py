@@ -56,9 +56,7 @@ def test_a_network_that_was_trained_on_says_nothing_of_the_old_scores(folder, tm
     with torch.no_grad():
         network.network.head.bias += 1
     network.save_pretrained(tmp_path / "tuned")
-    assert caplog.messages == [
-        "the weights are not those that the card is of: scores, command and seed are left out"
-    ]
+    assert caplog.messages == ["the weights are not those that the card is of: scores, command and seed are left out"]
     again = HubNetwork.from_pretrained(tmp_path / "tuned")
     assert torch.equal(again.network.head.bias, network.network.head.bias)
     assert again.card.keys() == {"config", "data", "num_classes", "in_channels"}

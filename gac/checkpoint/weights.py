@@ -167,7 +167,9 @@ def create_model(
         raise InputError(f"weights {weights} do not fit what was asked for: {error}") from error
     if anew:
         logger.info("began with the weights %s; new: %s", weights, " and ".join(anew))
-    others = [key for key in ("coding", "neuron", *_CONSTANTS) if asked.get(key, trained[key]) != trained[key]]
+    others = [
+        key for key in ("coding", "activation", "neuron", *_CONSTANTS) if asked.get(key, trained[key]) != trained[key]
+    ]
     if others:
         logger.warning("weights %s were trained with %s", weights, ", ".join(f"{key} {trained[key]}" for key in others))
     return network

@@ -57,6 +57,11 @@ def test_other_codings_and_names_that_markdown_could_misread():
     assert "a\\|b, 1" in parts(card)[1]
     assert "| images | 4 event frames of 1 x 8 x 8" in parts(card)[1]
     card["config"] = card["config"] | {"model": card["config"]["model"] | {"coding": "rate"}}
-    assert "with rate coding" in parts(card)[1]
+    assert "A spiking neural network (SNN) with rate coding" in parts(card)[1]
+    twin = {"activation": "relu", "coding": "direct"} | dict.fromkeys(
+        ("neuron", "tau", "v_threshold", "surrogate", "detach_reset")
+    )
+    card["config"] = card["config"] | {"model": card["config"]["model"] | twin}
+    assert "An artificial network with ReLUs, the twin of a spiking one, with direct coding" in parts(card)[1]
     with pytest.raises(InputError, match="its entry config is missing"):
         model_card({"data": CARD["data"]})
