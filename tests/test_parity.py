@@ -15,6 +15,7 @@ from gac.checkpoint.authors import translate
 from gac.config import TrainConfig
 from gac.models import ms_resnet
 from gac.models.fused import forward
+from gac.ops import event_conv
 from gac.training.optim import make_optimizer
 
 NETS = parity.CASES["nets"]
@@ -153,6 +154,18 @@ def test_the_fused_network_equals_the_original(case, neurons_on_kernels, monkeyp
     monkeypatch.setattr(ms_resnet.fused, "forward", lambda net, x: runs.append(net) or forward(net, x))
     check_case(case, torch.float32, FLOAT32, backend="cupy", hooks=False)
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("case", QUIET, ids=name)
+def test_c_kernels_and_events_equal_the_original(case, monkeypatch):
+    runs, events = [], []
+    convolve = event_conv._forward
+    monkeypatch.setattr(ms_resnet.fused, "forward", lambda net, x: runs.append(net) or forward(net, x))
+    monkeypatch.setattr(event_conv, "_forward", lambda *given: events.append(convolve(*given)) or events[-1])
+    check_case(case, torch.float32, FLOAT32, backend="c", hooks=False)
+    assert len(runs) == 2
+    # Layers of full width, few of whose inputs spike; index is None where the convolution was dense after all.
+    assert any(index is not None for _, index, _ in events)
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=name)

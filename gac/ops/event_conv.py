@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from gac.ops import c_compiler, c_kernels, openmp
 from gac.ops.watchers import watched
 
-# Where events take as long as oneDNN's dense convolution in the better memory order, in a thread of a Zen 5, for 3 x 3
-# kernels of 64 to 512 channels: forward above 0.35, weight gradient at about 0.35. With 32 channels events gain up to a
-# half in channels_last and nothing otherwise, with 16 they take twice as long. docs/performance.md has the table.
-MAX_DENSITY = 0.3
-"""The largest part of the inputs that spike for which events are used."""
+# In a thread of a Zen 5, for 3 x 3 kernels of 64 to 512 channels, events take as long as oneDNN's dense convolution in
+# the better memory order at a density of 0.6 forward and 0.5 for the weight gradient. With 32 channels events gain
+# up to a half in channels_last and nothing otherwise; with 16 they take twice as long (docs/performance.md).
+MAX_DENSITY = 0.5
+"""The largest part of the inputs that spike for which the convolution is by events."""
+MAX_GRADIENT_DENSITY = 0.4
+"""The same for the weight gradient."""
 MIN_CHANNELS = 64
 """The fewest input and output channels for which events are used."""
 
@@ -42,8 +44,8 @@ def event_conv2d(spikes: Tensor, weight: Tensor, stride: int = 1, padding: int =
     whatever watches operations (:func:`gac.ops.watchers.watched`), for inputs with other values than 0 and 1, with more
     than MAX_DENSITY spikes or fewer than MIN_CHANNELS channels, for strided 1 x 1 kernels unless the spikes are in
     channels_last, for weights and gradients that are not finite, and without a C compiler
-    (:func:`gac.ops.c_kernels.status`). Under autocast on the CPU what is dense has its dtype, such as bfloat16: the input
-    gradient, and the convolution where events are not used. The output is float32 there too.
+    (:func:`gac.ops.c_kernels.status`). Under autocast on the CPU what is dense has its dtype, such as bfloat16: the
+    input gradient, and the convolution where events are not used. The output is float32 there too.
 
     Args:
         spikes: [N, C, H, W], in any memory order; the output has that of ``reference``.
@@ -143,7 +145,7 @@ def _kernels() -> ctypes.CDLL:
 
 
 def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the convolution, and the lists of spikes if it was made from them."""
+    """Return the convolution, and the lists of spikes if it was made from them and the weight gradient should be."""
     if not _can_run(spikes, weight, stride):
         return _dense(spikes, weight, stride, padding), None, None
     kernels, team, shape = _kernels(), c_kernels.team(), _shape(spikes, weight, stride, padding)
@@ -152,7 +154,8 @@ def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple
     index = torch.empty(len(count) * kernels.list_stride(shape), dtype=torch.uint8)
     events = kernels.list_events(shape, team, rows.data_ptr(), index.data_ptr(), count.data_ptr())
     packed = torch.empty(kernels.packed_size(shape))
-    if not 0 <= events <= _most_events(shape) or not _pack(shape, team, weight, packed):
+    most = _most_events(shape)
+    if not 0 <= events <= MAX_DENSITY * most or not _pack(shape, team, weight, packed):
         return _dense(spikes, weight, stride, padding), None, None
     outputs = (shape.frames, shape.outputs, shape.out_height, shape.out_width)
     out = torch.empty(outputs, memory_format=torch.channels_last)
@@ -161,16 +164,17 @@ def _forward(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple
         rows, out = out, torch.empty(outputs)
         pixels = shape.out_height * shape.out_width
         kernels.transpose(team, shape.frames, pixels, shape.outputs, rows.data_ptr(), out.data_ptr())
-    return out, index, count
+    return (out, index, count) if events <= MAX_GRADIENT_DENSITY * most else (out, None, None)
 
 
 def _most_events(shape: _Shape) -> float:
+    """Return how many events a density of 1 stands for."""
     # One thread competes with a dense convolution in all of them. Results must not depend on torch's number of threads.
     threads = 1 if openmp.parallel_function() else os.cpu_count() or 1
     height, width = shape.height, shape.width
     if shape.kernel_height * shape.kernel_width == 1 and shape.stride > 1:
         height, width = shape.out_height, shape.out_width
-    return MAX_DENSITY * shape.frames * shape.channels * height * width / threads
+    return shape.frames * shape.channels * height * width / threads
 
 
 def _pack(shape: _Shape, team: c_kernels.Team, weight: Tensor, packed: Tensor) -> bool:

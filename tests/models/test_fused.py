@@ -203,6 +203,35 @@ def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPa
             loss.item()
 
 
+@pytest.mark.c_kernels
+def test_evaluation_in_c_is_the_same_in_any_number_of_threads() -> None:
+    net, x, before = network(width=32).eval(), images("cpu"), torch.get_num_threads()
+    net.set_backend("c")
+    try:
+        logits = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                logits.append(net(x))
+    finally:
+        torch.set_num_threads(before)
+    assert logits[0].std() > 0.01
+    assert all(torch.equal(each, logits[0]) for each in logits[1:])
+
+
+@pytest.mark.c_kernels
+def test_autocast_in_c_leaves_the_stream_in_float32() -> None:
+    net, x = network(width=16).eval(), images("cpu")
+    net.set_backend("c")
+    seen = []
+    net.stages[1][0].lif2.register_forward_hook(lambda _, inputs, spikes: seen.extend([inputs[0].dtype, spikes.dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = train_step(net.train(), x)
+    assert seen == [torch.float32] * 2
+    assert logits.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
 def test_spikes_normalised_values_and_membranes_are_kept_once(device: str) -> None:
     net = network(width=16).to(device, memory_format=torch.channels_last)
 

@@ -40,6 +40,7 @@ CASES = {
     "many pixels": (40, 2, 16, 16, 3, 3, 1, 1),
 }
 DEFAULT_DENSITY, DEFAULT_PAYS = event_conv.MAX_DENSITY, event_conv._pays
+DEFAULT_GRADIENT_DENSITY = event_conv.MAX_GRADIENT_DENSITY
 LAYOUTS = ("contiguous", "channels_last", "weight_channels_last", "strided")
 
 
@@ -50,6 +51,7 @@ def by_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not c_kernels.status().ok:
         pytest.skip(c_kernels.status().reason)
     monkeypatch.setattr(event_conv, "MAX_DENSITY", 1e6)
+    monkeypatch.setattr(event_conv, "MAX_GRADIENT_DENSITY", 1e6)
     monkeypatch.setattr(event_conv, "_pays", lambda *_: True)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
@@ -318,8 +320,9 @@ def test_zero_times_infinity_is_not_lost(value: float) -> None:
     [
         (0.05, 64, 3, 1, "contiguous_format", True),
         (0.05, 64, 1, 2, "channels_last", True),
-        (0.5, 64, 3, 1, "contiguous_format", False),
-        (0.5, 64, 1, 2, "channels_last", False),
+        (0.45, 64, 3, 1, "channels_last", True),
+        (0.6, 64, 3, 1, "contiguous_format", False),
+        (0.6, 64, 1, 2, "channels_last", False),
         (0.05, 63, 3, 1, "channels_last", False),
         (0.05, 64, 1, 2, "contiguous_format", False),
     ],
@@ -342,6 +345,17 @@ def test_events_are_used_where_they_are_faster(
     spikes = (torch.rand(2, channels, 8, 8) < density).float().to(memory_format=getattr(torch, layout))
     event_conv2d(spikes, torch.randn(64, channels, kernel, kernel), stride)
     assert len(dense) == (0 if by_events else 1)
+
+
+def test_with_many_spikes_only_the_weight_gradient_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    spikes, weight, *sizes = make("two of each", density=0.45)
+    by_events = run(event_conv2d, spikes, weight, *sizes)
+    monkeypatch.setattr(event_conv, "MAX_GRADIENT_DENSITY", DEFAULT_GRADIENT_DENSITY)
+    monkeypatch.setattr(event_conv, "_weight_gradient", lambda *_: pytest.fail("the weight gradient was by events"))
+    monkeypatch.setattr(event_conv, "reference", lambda *_: pytest.fail("the convolution was dense"))
+    found = run(event_conv2d, spikes, weight, *sizes)
+    assert torch.equal(found[0], by_events[0])
+    torch.testing.assert_close(found[2], by_events[2], rtol=1e-4, atol=1e-4)
 
 
 def test_the_dense_weight_gradient_of_a_shortcut_is_in_the_order_that_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,12 +383,21 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(event_conv2d(spikes, weight, *sizes), event_conv.reference(spikes, weight, *sizes))
 
 
-@pytest.mark.usefixtures("dense_only")
-def test_autocast() -> None:
+def test_under_autocast_what_is_dense_has_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     spikes, weight, *sizes = make("stride 2")
+    exact = run(event_conv2d, spikes, weight, *sizes)
     with torch.autocast("cpu", torch.bfloat16):
-        out = event_conv2d(spikes, weight, *sizes)
-    assert out.dtype == torch.bfloat16
+        out, grad_spikes, grad_weight = run(event_conv2d, spikes, weight, *sizes)
+        dense = event_conv.reference(spikes, weight, *sizes)
+        monkeypatch.setattr(event_conv, "_pays", lambda *_: False)
+        out_of_dense = event_conv2d(spikes, weight, *sizes)
+    assert torch.equal(out, exact[0])
+    assert torch.equal(grad_weight, exact[2])
+    # Rounded to eight bits of a float32 number's 24.
+    assert grad_spikes.dtype == torch.float32
+    assert 1e-4 < (grad_spikes - exact[1]).norm() / exact[1].norm() < 1e-2
+    assert dense.dtype == torch.bfloat16
+    assert torch.equal(out_of_dense, dense.float())
 
 
 @pytest.mark.usefixtures("dense_only")
@@ -551,6 +574,7 @@ def test_without_torchs_openmp_one_thread_does_it(monkeypatch: pytest.MonkeyPatc
 
 def test_one_thread_of_many_has_to_have_less_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_conv, "MAX_DENSITY", 0.4)
+    monkeypatch.setattr(event_conv, "MAX_GRADIENT_DENSITY", 0.4)
     monkeypatch.setattr(openmp, "parallel_function", lambda: None)
     spikes, weight = (torch.rand(2, 64, 8, 8) < 0.15).float(), torch.ones(8, 64, 1, 1)
     monkeypatch.setattr(event_conv.os, "cpu_count", lambda: 2)
