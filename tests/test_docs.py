@@ -1,4 +1,4 @@
-"""What docs/analysis.md and docs/energy.md show runs as it is written."""
+"""What docs/analysis.md, docs/energy.md and docs/weights.md show runs as it is written."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gac.checkpoint import write_checkpoint
+from gac.checkpoint import find_released, list_pretrained, write_checkpoint
 from gac.config import Config, ModelConfig
 from gac.models import create_model
 
@@ -40,6 +40,28 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (measuring, _neurobench) = python_blocks("energy.md")
     exec(measuring, names)
     assert "'stem.conv': False" in capsys.readouterr().out
+
+
+def test_the_examples_about_weights_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"images": torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)}
+    logits = []
+    for block in python_blocks("weights.md"):
+        exec(block, names)
+        logits.append(names["logits"])
+    assert torch.equal(*logits)
+    assert names["tuned"].num_classes == 3
+
+
+def test_the_table_of_weights_is_the_registry() -> None:
+    rows = re.findall(
+        r"^\| `(\S+)` \| `(\S+)`.*?\| (\d+) \| ([\d.]+) %", (DOCS / "weights.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == list_pretrained()
+    for name, network, T, top1 in rows:
+        card = find_released(name).card
+        assert (network, int(T)) == (card["config"]["model"]["name"], card["config"]["model"]["T"])
+        assert top1 == f"{card['scores']['float16']['top1']:.2f}"
 
 
 @pytest.mark.parametrize("name", ["analysis.md", "energy.md"])

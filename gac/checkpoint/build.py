@@ -121,7 +121,7 @@ def build_network(
     asked = {"coding": coding, "neuron": neuron, **constants, "T": T}
     asked = {name: value for name, value in asked.items() if value is not None}
     if is_ours(payload):
-        state, arguments = _our_parts(payload)
+        state, arguments = trained_parts(payload)
         if arguments["coding"] in ("latency", "phase") and asked.get("T", arguments["T"]) != arguments["T"]:
             raise FixedT(T, f"{arguments['coding']} coding", arguments["T"])
         for name in asked.keys() - {"T"}:
@@ -185,8 +185,11 @@ def _bare_state(payload: dict) -> dict[str, Tensor]:
     return state if "stem.conv.weight" in state else authors.convert(state)
 
 
-def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state dict and the arguments of create_model that a checkpoint of our format holds."""
+def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict and the arguments of create_model that a checkpoint's content in our format holds.
+
+    Raises InputError if one of them is missing or damaged, or they contradict each other.
+    """
     for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is missing or damaged")
