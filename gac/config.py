@@ -173,9 +173,10 @@ class ModelConfig:
     """Gated attention: both attentions, as published, or for ablations only one of them, temporal or spatial_channel,
     with 1 in place of the other."""
     backend: Backend = "auto"
-    """What runs the neurons: cupy (CUDA kernels of this package), torch (on a CUDA device SpikingJelly's execution, or
-    the reference loop where it has no fused one; on the CPU a loop in place) or auto (cupy on a CUDA device where CuPy
-    works, else torch)."""
+    """What runs the network: cupy (CUDA kernels of this package), c (their C versions on the CPU, and convolutions by
+    events), torch (on a CUDA device SpikingJelly's execution of the neurons, or the reference loop where it has no
+    fused one; on the CPU a loop in place) or auto (the kernels where they work: with CuPy on a CUDA device, with a C
+    compiler on the CPU; else torch)."""
     tau: float | None = None
     """LIF: membrane time constant in time steps as SpikingJelly has it, greater than 1: the potential keeps 1 - 1/tau
     of itself in each step; the input is divided by it in maxresnet18_cifar's own neurons only. This is not the decay of

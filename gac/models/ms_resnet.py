@@ -85,10 +85,11 @@ class MSResNet(nn.Module, base.StepModule):
         reduction: Gated attention: bottleneck factor of the temporal branch.
         temporal_init: Gated attention: initialisation of the temporal branch.
         gate: Gated attention: "both" attentions, or for ablations "temporal" or "spatial_channel" alone.
-        backend: What runs the network: "cupy" (this package's CUDA kernels), "torch" (the modules one by one) or
-            "auto" (cupy on a CUDA device where CuPy works, else torch). With the kernels, sequences of up to 16
-            steps run fused: a neuron together with the BatchNorm, residual sum, gate or pooling next to it. Its
-            module is then not called and its membrane potential not kept; a hook on it (a monitor's, for example)
+        backend: What runs the network: "cupy" (this package's CUDA kernels), "c" (their C versions on the CPU, and
+            convolutions over spikes by events), "torch" (the modules one by one) or "auto" (the kernels where they
+            work: with CuPy on a CUDA device, with a C compiler on the CPU; else torch). With the kernels, sequences of
+            up to 16 steps run fused: a neuron together with the BatchNorm, residual sum, gate or pooling next to it.
+            Its module is then not called and its membrane potential not kept; a hook on it (a monitor's, for example)
             makes that layer run unfused, and one on a block or a BatchNorm the whole network.
 
     Raises:
@@ -196,7 +197,7 @@ class MSResNet(nn.Module, base.StepModule):
         return ("s", "m") if self.coding_name == "direct" else ("m",)
 
     def set_backend(self, backend: Backend) -> None:
-        """Choose what runs the network: "auto", "cupy" or "torch" (see the argument ``backend``)."""
+        """Choose what runs the network: "auto", "cupy", "c" or "torch" (see the argument ``backend``)."""
         for module in self.modules():
             if isinstance(module, LIFNode):
                 module.backend = backend
