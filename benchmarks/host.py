@@ -1,7 +1,8 @@
 """Show what a step costs the host beside torch's own work: python -m benchmarks.host (--help lists all options).
 
 The kernels are replaced by a function that does nothing, so what a step takes is torch's work and what this package's
-Python does around it. Torch's is measured on its own: the same convolutions, attention, head and loss without anything between them. Times are the thread's own CPU time, in one thread, of small tensors; results mean nothing.
+Python does around it. Torch's is measured on its own: the same convolutions, attention, head and loss without anything
+between them. Times are the thread's own CPU time, in one thread, of small tensors; the networks' outputs mean nothing.
 """
 
 import gc

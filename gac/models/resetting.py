@@ -35,7 +35,7 @@ def collect(net: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def reset(modules: Iterable[nn.Module]) -> None:
-    """Reset the modules, as ``functional.reset_collected_modules`` does, but for those that are in that state already."""
+    """Reset the modules, as ``functional.reset_collected_modules`` does, but for those that are reset already."""
     if not torch.compiler.is_compiling():
         modules = tuple(module for module in modules if not _is_reset(module))
     functional.reset_collected_modules(modules)

@@ -128,7 +128,12 @@ def test_every_thread_has_a_context_of_each_device(driver: StandInDriver) -> Non
     thread.join()
     here = threading.get_ident()
     assert len(driver.launched) == 6
-    assert [(thread == here, index) for thread, index in driver.contexts] == [(True, 0), (True, 1), (False, 0), (False, 1)]
+    assert [(thread == here, index) for thread, index in driver.contexts] == [
+        (True, 0),
+        (True, 1),
+        (False, 0),
+        (False, 1),
+    ]
 
 
 def test_a_kernel_that_is_not_there(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ _SCALARS = {"float": "f", "int": "i", "long long": "q"}
 Argument = Tensor | float | None | tuple["Argument", ...]
 """What a kernel is launched with; a tuple is a struct."""
 Packed = ctypes.Array
-"""Memory that begins with the addresses of the parameters in it, the array that CUDA's driver and the C kernels take."""
+"""Memory that begins with the addresses of the parameters in it: the array that CUDA's driver and C kernels take."""
 
 # Called with kernel, grid, block and packed arguments for tensors on the CPU in place of the C kernels.
 # Only tests and benchmarks.host set it: CUDA kernels' source compiled for the CPU, and nothing.

@@ -30,7 +30,13 @@ def test_arguments_are_exactly_typed(launched: list) -> None:
     ((kernel, grid, block, packed),) = launched
     assert (kernel, grid, block) == (KERNEL, (2,), (32,))
     values = zip(("P", "P", "f", "i", "q"), parameters(kernel, packed), strict=True)
-    assert [struct.unpack_from(code, value)[0] for code, value in values] == [x.data_ptr(), 0, np.float32(0.1), 7, 2**40]
+    assert [struct.unpack_from(code, value)[0] for code, value in values] == [
+        x.data_ptr(),
+        0,
+        np.float32(0.1),
+        7,
+        2**40,
+    ]
 
 
 def test_every_number_arrives_as_it_is(launched: list) -> None:
