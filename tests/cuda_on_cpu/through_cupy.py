@@ -74,7 +74,9 @@ def test_every_kernel(driver: StandInDriver) -> None:
     kernels = [kernel for kernel, _ in driver.launched]
     assert {kernel.instance.split("<")[0] for kernel in kernels} == names_of_kernels()
     # Nullable pointers are passed as null and as not null, and there are numbers of every type and structs.
-    passed = [pair for kernel, packed in driver.launched for pair in zip(kernel.parameters, parameters(kernel, packed))]
+    passed = []
+    for kernel, packed in driver.launched:
+        passed += zip(kernel.parameters, parameters(kernel, packed), strict=True)
     assert {any(value) for declared, value in passed if declared.endswith("?")} == {False, True}
     assert {"float", "int", "long long", "LIF", "Norm", "Norm?"} <= {declared for declared, _ in passed}
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 from spikingjelly.activation_based import surrogate
 
-from gac.ops import lif_pool
+from gac.ops import lif_pool, operators
 from ops.fused import CIFAR, DEFAULT, activations
 
 
@@ -77,3 +78,55 @@ def test_the_backward_pass_has_the_surrogate_of_the_forward_pass(device: str) ->
         gradients.append(torch.autograd.grad(y.sum(), x)[0])
     assert gradients[0].abs().max() > 0
     assert torch.equal(*gradients)
+
+
+class _Wrapped(torch.Tensor):
+    """A tensor without memory of its own around another, of which every operation is recorded."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> "_Wrapped":
+        options = {"dtype": inner.dtype, "device": inner.device, "strides": inner.stride()}
+        wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, **options)
+        wrapped.inner = inner
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        cls.seen.append(str(function))
+        return function(*(each.inner if isinstance(each, cls) else each for each in arguments), **(options or {}))
+
+
+def test_a_negation_that_waits_is_not_overlooked(device: str) -> None:
+    x = torch.randn(3, 2, 8, 4, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).to(device)
+    negated = x.conj().imag
+    assert negated.is_neg()
+    with torch.no_grad():
+        found = rates(negated)
+        assert torch.equal(found, rates(negated.clone()))
+        assert not torch.equal(found, rates(x.imag))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_subclasses_profilers_and_tensors_without_memory_get_the_operator(grad: bool, device: str) -> None:
+    x = torch.randn(3, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.set_grad_enabled(grad):
+        expected = rates(x)
+        _Wrapped.seen.clear()
+        assert torch.equal(rates(_Wrapped(x)), expected)
+        assert "gac.lif_pool.default" in _Wrapped.seen
+        assert rates(x.to("meta")).shape == expected.shape
+        with torch.profiler.profile() as profiler:
+            rates(x)
+        assert "gac::lif_pool" in {event.name for event in profiler.events()}
+
+
+@torch.no_grad()
+def test_a_subclass_in_any_place_gets_the_operator(device: str) -> None:
+    x = torch.randn(3, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    gradient = torch.ones(3, 2, 8, device=device)
+    expected = operators.call("gac::lif_pool_backward", gradient, x, CIFAR)
+    _Wrapped.seen.clear()
+    assert torch.equal(operators.call("gac::lif_pool_backward", gradient, _Wrapped(x), CIFAR), expected)
+    assert _Wrapped.seen == ["gac.lif_pool_backward.default"]

@@ -44,7 +44,10 @@ def test_every_number_arrives_as_it_is(launched: list) -> None:
         launch.launch(KERNEL, (1,), (32,), (torch.zeros(3), None, number, -7, -(2**40)))
         packed = parameters(KERNEL, launched.pop()[3])
         assert packed[2] == struct.pack("f", number)
-        assert [struct.unpack_from(code, value)[0] for code, value in zip("iq", packed[3:])] == [-7, -(2**40)]
+        assert [struct.unpack_from(code, value)[0] for code, value in zip("iq", packed[3:], strict=True)] == [
+            -7,
+            -(2**40),
+        ]
 
 
 def test_launches_share_no_memory(launched: list) -> None:
