@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, monitor, neuron
+from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -509,3 +509,74 @@ def test_a_single_value_per_channel_is_refused_in_training(device: str) -> None:
     net = network(T=1).to(device)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         net(images(device, batch=1, side=4))
+
+
+def _one_backend(net: MSResNet) -> None:
+    net.stages[1][0].lif2.backend = "torch"
+
+
+def _one_alpha(net: MSResNet) -> None:
+    net.stages[2][0].lif1.surrogate_function.alpha = -1.0
+
+
+def _one_surrogate(net: MSResNet) -> None:
+    net.stages[2][0].lif1.surrogate_function = surrogate.Erf()
+
+
+def _one_that_does_not_spike(net: MSResNet) -> None:
+    net.stages[0][0].lif2.surrogate_function.set_spiking_mode(False)
+
+
+def _half_a_norm(net: MSResNet) -> None:
+    net.stages[0][0].conv2.norm.half()
+
+
+def _no_running_statistics(net: MSResNet) -> None:
+    net.stages[0][0].conv2.norm.running_mean = None
+
+
+def _hook_on_a_norm(net: MSResNet) -> None:
+    net.stages[0][0].conv1.norm.register_forward_hook(lambda *_: None)
+
+
+def _backward_hook_on_a_block(net: MSResNet) -> None:
+    net.stages[2][0].register_full_backward_hook(lambda *_: None)
+
+
+def _more_steps(net: MSResNet) -> None:
+    net.T = 17
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_one_backend, _one_alpha, _one_surrogate, _one_that_does_not_spike, _half_a_norm, _no_running_statistics),
+        *(_hook_on_a_norm, _backward_hook_on_a_block, _more_steps),
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_what_changes_between_two_calls_counts_at_the_next(change: Callable, device: str) -> None:
+    net = network(coding="direct").to(device)
+    x = images(device, batch=2, side=8)
+    before = copy.deepcopy(net)
+    for mode in (True, False):
+        net.train(mode)
+        net(x)
+        assert fused.possible(net, x)
+    change(net)
+    assert not fused.possible(net, x)
+    assert fused.possible(before, x)
+
+
+def test_constants_that_change_between_two_calls_count_at_the_next(device: str) -> None:
+    net = network(width=4).to(device).eval()
+    x = images(device, batch=2, side=8)
+    with torch.no_grad():
+        first = net(x)
+        for neuron_ in (module for module in net.modules() if isinstance(module, LIFNode)):
+            neuron_.v_threshold = 0.25
+        second = net(x)
+        plain = copy.deepcopy(net)
+        plain.set_backend("torch")
+        assert not torch.equal(first, second)
+        torch.testing.assert_close(second, plain(x), rtol=0, atol=1e-6)
