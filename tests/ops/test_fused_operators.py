@@ -1,5 +1,6 @@
 """What holds for all fused operators together: chained, compiled, in several processes, on large tensors."""
 
+import ctypes
 import mmap
 import os
 import re
@@ -115,20 +116,22 @@ class LastBlockOnly:
         self._kernels = KernelsOnCpu(folder, kernel_folder=folder)
         self.launched: list[str] = []
 
-    def __call__(self, kernel: Kernel, grid: tuple, block: tuple, values: list[np.generic]) -> None:
+    def __call__(self, kernel: Kernel, grid: tuple, block: tuple, packed: launch.Packed) -> None:
         self.launched.append(kernel.instance.split("<")[0])
         blocks = grid[0]
         if "total" in kernel.instance:
-            count = values[-2]
+            first, *_, count, channels = (ctypes.c_void_p * len(kernel.parameters)).from_buffer(packed)
+            partials = ctypes.c_uint64.from_address(first)
+            count, channels = ctypes.c_int.from_address(count), ctypes.c_int.from_address(channels)
             quantities = 3 if kernel.instance == "batch_moments_total" else grid[1]
-            values = [values[0] + np.uint64(4 * (int(count) - 1) * quantities * int(values[-1])), *values[1:]]
-            values[-2] = np.int32(1)
-            self._kernels(kernel, grid, block, values)
+            partials.value += 4 * (count.value - 1) * quantities * channels.value
+            count.value = 1
+            self._kernels(kernel, grid, block, packed)
             return
         file = f"last_block_{blocks}_{kernel.file}"
         (self._folder / file).write_text(_LAST_BLOCK.format(file=kernel.file, blocks=blocks))
         last = Kernel(file, f"LastBlock<{kernel.instance}>::run", kernel.parameters)
-        self._kernels(last, (1, *grid[1:]), block, values)
+        self._kernels(last, (1, *grid[1:]), block, packed)
 
 
 PIXELS = 128  # of an image: with 8 channels for a thread, what a block takes at a time
