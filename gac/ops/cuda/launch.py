@@ -24,7 +24,7 @@ Argument = Tensor | float | None | tuple["Argument", ...]
 Packed = np.generic | np.ndarray
 
 # Called with kernel, grid, block and typed arguments for tensors on the CPU in place of the C kernels.
-# Only tests set it: they run the CUDA kernels' source compiled for the CPU.
+# Tests set it, to run the CUDA kernels' source compiled for the CPU, and benchmarks.sass, to see what is launched.
 CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], list[Packed]], None]
 _cpu_launcher: CpuLauncher | None = None
 
