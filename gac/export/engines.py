@@ -42,7 +42,7 @@ def _onnxruntime(model: bytes, precision: Precision) -> tuple[str, Run]:
     )
 
 
-# OpenVINO's models put a signal stack of their own in place, and free its memory when they go in another order than they
+# OpenVINO's models put a signal stack of their own in place and free its memory when they go in another order than they
 # came: the next signal, of a child process that ends or of Ctrl-C, would be a segmentation fault (2026.4.1).
 _KEPT: list[object] = []
 
