@@ -21,7 +21,7 @@ from gac.command_line import Parser, at_least, finish, new_file
 from gac.execution.device import ask, select_device
 from gac.execution.environment import describe_environment
 from gac.files import atomic_write, writing
-from gac.models.ms_resnet import Family
+from gac.models.ms_resnet import CIFAR, IMAGENET, Family
 from gac.models.registry import family_of, list_models
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,8 @@ class MeasurementError(Exception):
 # The type of the activations in each precision.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS.values()}
-NETWORKS = [name for name in list_models() if name.startswith("gac_")]
+# The networks that benchmarks/peers.py has too.
+NETWORKS = [name for name in list_models() if name.startswith("gac_") and family_of(name) in (CIFAR, IMAGENET)]
 # Side of the images in pixels and number of classes of the published networks of each family.
 PUBLISHED_SIZES = {"cifar": (32, 100), "imagenet": (224, 1000)}
 

@@ -8,23 +8,25 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from gac.analysis.energy import IMAGES, format_energy
+from gac.analysis.energy import IMAGES, Energy, format_energy
 from gac.analysis.report import check_replaceable, energy_of, write_report, write_saliency
 from gac.analysis.running import find_layer
-from gac.checkpoint import build_network, read_checkpoint
+from gac.checkpoint import build_network, read_checkpoint, read_config
+from gac.checkpoint.weights_file import card_of, write_weights
 from gac.config import Config
 from gac.errors import InputError
-from gac.evaluation.report import evaluate_checkpoint, format_report
+from gac.evaluation.report import Report, evaluate_checkpoint, format_report
 from gac.execution.distributed import Ranks, is_lost_connection, process_group
 from gac.execution.resources import explain
 from gac.files import ResultsNotWritten, atomic_write, writing
@@ -97,10 +99,21 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
         if parsed.report:
             ranks.on_main(lambda: check_replaceable(folder))
         train(parsed.config, parsed.output, parsed.resume, ranks=ranks)
+        if parsed.export_weights is not None:
+            command = shlex.join(["train.py", *arguments])
+            ranks.on_main(lambda: _export(parsed.output / "best.pt", parsed.export_weights, command))
         if parsed.report:
             # By one process, which sees all images.
             ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder))
     return 0
+
+
+def _export(checkpoint: Path, output: Path, command: str) -> None:
+    """Write a run's best network as safetensors."""
+    payload = read_checkpoint(checkpoint)
+    card = card_of(payload) | {"command": command, "seed": read_config(payload).train.seed}
+    _write(output, lambda file: write_weights(file, payload["model"], card))
+    logger.info("its weights: %s", output)
 
 
 def _report(config: Config, checkpoint: Path, folder: Path) -> None:
@@ -108,7 +121,12 @@ def _report(config: Config, checkpoint: Path, folder: Path) -> None:
     digest = hashlib.sha256()
     payload = read_checkpoint(checkpoint, digest)
     report = evaluate_checkpoint(checkpoint, payload, config, sample=IMAGES)
-    write_report(report, digest.hexdigest(), energy_of(report), folder, may_replace=True)
+    _write_page(report, digest.hexdigest(), energy_of(report), folder, may_replace=True)
+
+
+def _write_page(report: Report, sha256: str, energy: Energy, folder: Path, **options: Any) -> None:
+    """Write a page about a network and say where it is."""
+    write_report(report, sha256, energy, folder, **options)
     logger.info("a page about it: %s", folder / "index.html")
 
 
@@ -148,7 +166,7 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
         if parsed.predictions is not None:
             last_first.callback(_write, parsed.predictions, report.write_predictions)
         if parsed.report is not None:
-            last_first.callback(write_report, report, parsed.sha256, energy, parsed.report, parsed.layer)
+            last_first.callback(_write_page, report, parsed.sha256, energy, parsed.report, layer=parsed.layer)
         if parsed.saliency is not None:
             last_first.callback(_write, parsed.saliency, lambda file: write_saliency(report, file, parsed.layer))
     return 0

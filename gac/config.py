@@ -22,9 +22,9 @@ from pydantic.dataclasses import dataclass
 from gac.coding import Coding
 from gac.coding.gated import Gate, TemporalInit
 from gac.errors import InputError, did_you_mean, quoted
-from gac.models.registry import family_of
+from gac.models.registry import family_of, neuron_constants
 from gac.models.relu import Activation
-from gac.neuron import SURROGATE_SPELLINGS, Backend, Surrogate, preset_constants
+from gac.neuron import SURROGATE_SPELLINGS, Backend, Surrogate
 
 PositiveInt = Annotated[int, Field(ge=1)]
 # The time left to the end of a run has to be a time that can be written.
@@ -160,7 +160,8 @@ class ModelConfig:
     """Blocks in each stage. Default: the network's own, for example [3, 3, 2] for gac_msresnet18_cifar."""
     neuron: Literal["cifar", "imagenet"] | None = None
     """LIF preset: cifar (decay 0.5, threshold 1, triangle) or imagenet (decay 0.25, threshold 0.5, rectangle,
-    detached reset). Default: the one the authors use with this network."""
+    detached reset). Default: the one the authors use with this network; maxresnet18_cifar has neurons that are neither
+    (decay 0.5, the input halved, threshold 1, sigmoid, detached reset)."""
     kernel_size: Annotated[int, Field(ge=1, le=1024)] = 4
     """Gated attention: side of the spatial-channel convolutions in pixels."""
     reduction: PositiveInt = 2
@@ -172,13 +173,15 @@ class ModelConfig:
     """Gated attention: both attentions, as published, or for ablations only one of them, temporal or spatial_channel,
     with 1 in place of the other."""
     backend: Backend = "auto"
-    """What runs the neurons: cupy (CUDA kernels of this package), torch (on a CUDA device SpikingJelly's execution, or
-    the reference loop where it has no fused one; on the CPU a loop in place) or auto (cupy on a CUDA device where CuPy
-    works, else torch)."""
+    """What runs the network: cupy (CUDA kernels of this package), c (their C versions on the CPU, and convolutions by
+    events), torch (on a CUDA device SpikingJelly's execution of the neurons, or the reference loop where it has no
+    fused one; on the CPU a loop in place) or auto (the kernels where they work: with CuPy on a CUDA device, with a C
+    compiler on the CPU; else torch)."""
     tau: float | None = None
     """LIF: membrane time constant in time steps as SpikingJelly has it, greater than 1: the potential keeps 1 - 1/tau
-    of itself in each step, and the input is not divided by it. This is not the decay of the authors' code: a decay d is
-    tau = 1 / (1 - d). Default: the preset's, 2 for cifar (decay 0.5) and 4/3 for imagenet (decay 0.25)."""
+    of itself in each step; the input is divided by it in maxresnet18_cifar's own neurons only. This is not the decay of
+    the authors' code: a decay d is tau = 1 / (1 - d). Default: the preset's, 2 for cifar (decay 0.5) and 4/3 for
+    imagenet (decay 0.25)."""
     v_threshold: PositiveFloat | None = None
     """LIF: the neuron spikes where its potential is above this. Default: the preset's, 1 for cifar and 0.5 for
     imagenet."""
@@ -360,16 +363,18 @@ class Config:
         return cls(**{**known, **sections})
 
     def with_neuron(self) -> "Config":
-        """Return the same with the neuron's preset and its constants in place of None, if there are neurons.
+        """Return the same with the neuron's preset, if the network has one, and its constants in place of None.
 
         Raises InputError for an unknown network.
         """
         if self.model.activation == "relu":
             return self
         preset = self.model.neuron or family_of(self.model.name).neuron
-        constants = preset_constants(preset)
+        constants = neuron_constants(self.model.name, self.model.neuron)
         given = {name: getattr(self.model, name) for name in constants if getattr(self.model, name) is not None}
-        return replace(self, model=replace(self.model, neuron=preset, **(constants | given)))
+        # Neurons that are no preset's are the network's own.
+        named = preset if isinstance(preset, str) else None
+        return replace(self, model=replace(self.model, neuron=named, **(constants | given)))
 
     def flat(self) -> dict[str, Any]:
         """Return every value under its full name, such as "train.epochs"."""

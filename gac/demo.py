@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from gac.analysis.report import SHOWN, check_replaceable, energy_of, write_report
-from gac.checkpoint import read_config
-from gac.checkpoint.weights import FOLDER, SUFFIX, read_weights
+from gac.checkpoint import find_released, read_checkpoint, read_config
 from gac.command_line import Parser, finish
 from gac.evaluation.report import evaluate_checkpoint, format_report
 from gac.evaluation.sample import undecided
@@ -35,8 +34,8 @@ def demo(output: Path) -> None:
     check_replaceable(output)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    file = FOLDER / f"{NETWORK}{SUFFIX}"
-    payload = read_weights(file)
+    file, digest = find_released(NETWORK).file(), hashlib.sha256()
+    payload = read_checkpoint(file, digest)
     # On a GPU the kernels would be compiled first, which takes longer than all of this.
     config = replace(read_config(payload), device="cpu")
     report = evaluate_checkpoint(file, payload, config, sample=_SAMPLE)
@@ -54,7 +53,7 @@ def demo(output: Path) -> None:
     ):
         answers = " ".join(report.class_names[k] for k in classes)
         print(f"test image  {place}: label {report.class_names[label]}, taken for {answers} after 1..t steps")
-    write_report(report, hashlib.sha256(file.read_bytes()).hexdigest(), energy, output, may_replace=True)
+    write_report(report, digest.hexdigest(), energy, output, may_replace=True)
     print(f"pictures    {output / 'figures'}: gates, spikes, firing rates, energy, saliency and others")
     print(f"all of it   {output / 'index.html'}")
 

@@ -4,7 +4,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import product
@@ -12,8 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from gac.command_line import Parser
-from gac.errors import InputError
+from gac.command_line import Parser, finish
 from gac.execution.device import describe_device
 from gac.execution.environment import describe_environment
 from gac.neuron import PRESETS
@@ -192,15 +191,12 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print all checks; return 0 if what is there works (no GPU is fine), 1 if not, 2 for bad arguments."""
-    parser = Parser("gac.doctor", __doc__)
-    parser.epilog = "Exit status 0: what is installed works (no GPU is fine); 1: something installed is broken."
-    try:
-        parser.parse_args(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+class Broken(Exception):
+    """Something that is installed does not work; the message is one line."""
+
+
+def examine() -> None:
+    """Print all checks. Raises Broken if something installed does not work; no GPU is fine."""
     healthy = True
     for title, section in SECTIONS.items():
         print(title)
@@ -211,9 +207,22 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:  # a check that raises has failed; the other sections still have to run
             healthy = False
             print(f"  FAIL {type(error).__name__}: {error}")
-    print("All that is installed works." if healthy else "Something installed is broken: see FAIL above.")
-    return 0 if healthy else 1
+    if not healthy:
+        raise Broken("something installed is broken: see FAIL above")
+    print("All that is installed works.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print all checks; return 0 if what is there works (no GPU is fine), 1 if not, 2 for bad arguments."""
+    parser = Parser("gac.doctor", __doc__)
+    parser.epilog = "Exit status 0: what is installed works (no GPU is fine); 1: something installed is broken."
+
+    def run() -> None:
+        parser.parse_args(arguments)
+        examine()
+
+    return finish(run, Broken)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cuda_on_cpu.launcher import KernelsOnCpu
+from devices import KERNELS
 from gac.ops import backend
 from gac.ops.cuda import launch
 
@@ -68,10 +69,6 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-KERNELS = ("cpu", pytest.param("c", marks=pytest.mark.c_kernels), pytest.param("cuda", marks=pytest.mark.gpu))
-"""The CUDA kernels' source compiled for the CPU, their C versions, and the kernels on the GPU."""
 
 
 @pytest.fixture(params=KERNELS)

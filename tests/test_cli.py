@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from gac import cli, options
+from gac import cli
 from gac.cli import eval_main, train_main
 from gac.config import FIELDS, SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
 from gac.models import list_models
-from gac.options import parse_eval, parse_train
+from gac.options import evaluation, parse_eval, parse_train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -296,7 +296,7 @@ sys.exit(train_main(["--config", {path!r}, "--output", {str(tmp_path / "run")!r}
 def test_a_report_that_cannot_be_written_fails_before_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "read_checkpoint", lambda path, digest: {"stem": torch.zeros(1)})
+    monkeypatch.setattr(evaluation, "read_checkpoint", lambda path, digest: {"stem": torch.zeros(1)})
     arguments = ["--checkpoint", "x.pt", "--data.name", "digits", "--json"]
     assert parse_eval([*arguments, str(tmp_path / "report.json")]).json == tmp_path / "report.json"
     assert list(tmp_path.iterdir()) == []

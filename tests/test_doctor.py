@@ -35,7 +35,9 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
 
 def run_sections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *names: str) -> tuple[int, str]:
     monkeypatch.setattr(doctor, "SECTIONS", {name: doctor.SECTIONS[name] for name in names})
-    return doctor.main([]), capsys.readouterr().out
+    code, (output, errors) = doctor.main([]), capsys.readouterr()
+    assert errors == ("error: something installed is broken: see FAIL above\n" if code else "")
+    return code, output
 
 
 def test_missing_cupy_is_not_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -284,7 +284,7 @@ def test_fewer_images_are_kept_where_the_memory_is_small(
 
 
 def test_a_report_and_saliency_are_of_the_file_that_was_scored(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "page"
     folder.mkdir()
@@ -292,6 +292,7 @@ def test_a_report_and_saliency_are_of_the_file_that_was_scored(
     # Files of results may go into it. NumPy has no bfloat16, which everything drawn must have left.
     assert eval_main([*command, "--train.amp=bf16", "--json", str(folder / "scores.json")]) == 0
     assert "energy" not in capsys.readouterr().out
+    assert f"a page about it: {folder / 'index.html'}" in caplog.messages
     digest = hashlib.sha256((run / "best.pt").read_bytes()).hexdigest()
     assert digest in (folder / "index.html").read_text()
     report, scores = (json.loads((folder / name).read_text()) for name in ("report.json", "scores.json"))

@@ -1,5 +1,6 @@
 """The scripts in examples/ run as their first line says."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -59,3 +60,30 @@ def test_a_missing_neurobench_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["neurobench_eval.py"])
     with pytest.raises(SystemExit, match=r"this example needs NeuroBench: pip install neurobench \(it brings tonic"):
         runpy.run_path(str(ROOT / "examples" / "neurobench_eval.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("host", "operations"),
+    [
+        # The multiply-accumulates that the coding adds at T = 4: two convolutions of 4 x 4 and the host's next one.
+        ("sew_resnet", 4 * (2 * 16**2 * 64 * 64 * 16 + 8**2 * 64 * 64 * 9)),
+        ("spiking_vgg", 4 * (2 * 32**2 * 64 * 64 * 16 + 16**2 * 128 * 64 * 9)),
+        ("spikformer", 4 * 16**2 * (2 * 16 * 16 * 16 + 32 * 16 * 9)),
+    ],
+)
+def test_a_host_trains_with_the_coding(
+    host: str, operations: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ROOT / "examples" / f"gac_in_{host}.py"
+    assert len(file.read_text().splitlines()) < 40
+    monkeypatch.setattr(sys, "argv", [file.name, "4"])
+    runpy.run_path(str(file), run_name="__main__")
+    printed = capsys.readouterr().out
+    macs = []
+    for name in ("as it is", "with GAC"):
+        losses = [float(loss) for loss in re.findall(rf"^{name}, step \d: loss (.+)", printed, flags=re.MULTILINE)]
+        assert len(losses) == 4
+        assert losses[-1] < losses[0] - 0.01
+        macs.append(float(re.search(rf"^{name}: (.+) M MAC", printed, flags=re.MULTILINE)[1]))
+    # Printed to 0.01 M; the temporal attention has 32.
+    assert macs[1] - macs[0] == pytest.approx(operations / 1e6, abs=0.02)

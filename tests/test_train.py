@@ -424,6 +424,42 @@ def test_bad_input_is_status_2_and_one_line(config_file: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_the_exported_weights_are_a_checkpoint_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, epochs = replace(CONFIG.data, synthetic_images=40), replace(CONFIG.train, epochs=1)
+    path, run = tmp_path / "small.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(replace(CONFIG, data=data, train=epochs).to_dict()))
+    # In the run's folder, which is not there yet.
+    command = ["--config", str(path), "--output", str(run), "--export-weights", str(run / "w.safetensors")]
+    assert train_main(command) == 0
+    best, exported = read_checkpoint(run / "best.pt"), read_checkpoint(run / "w.safetensors")
+    assert exported["model"].keys() == best["model"].keys()
+    assert all(torch.equal(exported["model"][name], tensor) for name, tensor in best["model"].items())
+    assert exported["command"] == f"train.py {' '.join(command)}"
+    assert exported["metrics"] == best["metrics"]
+    reports = []
+    for name in ("best.pt", "w.safetensors"):
+        assert eval_main(["--checkpoint", str(run / name), "--json", str(tmp_path / "s.json"), "--device=cpu"]) == 0
+        reports.append(json.loads((tmp_path / "s.json").read_text()))
+        del reports[-1]["checkpoint"], reports[-1]["scores"]["images_per_second"]
+    assert reports[0] == reports[1]
+    caplog.clear()
+    options = ["--config", str(path), "--output", str(tmp_path / "two"), "--init", str(run / "w.safetensors")]
+    assert train_main(options) == 0
+    assert f"began with the weights of {run / 'w.safetensors'}" in caplog.messages
+    capsys.readouterr()
+    for more, message in (
+        (["--resume", str(run / "w.safetensors")], "without the state to resume from; use the run's last.pt"),
+        (["--export-weights", str(run / "w.pt")], "expected a file *.safetensors"),
+        (["--export-weights", str(tmp_path / "no/w.safetensors")], "expected a file in a folder that exists"),
+        (["--export-weights", str(tmp_path / "w.safetensors"), "--dry-run"], "leave out --dry-run"),
+    ):
+        assert train_main([*command[:4], *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_report_of_the_best_network_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, epochs = replace(CONFIG.data, synthetic_images=40), replace(CONFIG.train, epochs=1)
     path = tmp_path / "small.yaml"

@@ -163,7 +163,7 @@ def write_files(files: Mapping[str, bytes], folder: Path, may_replace: bool) -> 
     with writing(folder), atomic_folder(folder, is_report if may_replace else lambda path: False) as made:
         for name, content in files.items():
             path = made / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
 

@@ -121,7 +121,7 @@ def build_network(
     asked = {"coding": coding, "neuron": neuron, **constants, "T": T}
     asked = {name: value for name, value in asked.items() if value is not None}
     if is_ours(payload):
-        state, arguments = _our_parts(payload)
+        state, arguments = trained_parts(payload)
         if arguments["coding"] in ("latency", "phase") and asked.get("T", arguments["T"]) != arguments["T"]:
             raise FixedT(T, f"{arguments['coding']} coding", arguments["T"])
         for name in asked.keys() - {"T"}:
@@ -185,8 +185,11 @@ def _bare_state(payload: dict) -> dict[str, Tensor]:
     return state if "stem.conv.weight" in state else authors.convert(state)
 
 
-def _our_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state dict and the arguments of create_model that a checkpoint of our format holds."""
+def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict and the arguments of create_model that a checkpoint's content in our format holds.
+
+    Raises InputError if one of them is missing or damaged, or they contradict each other.
+    """
     for key, kind in (("model", dict), ("num_classes", int), ("in_channels", int)):
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is missing or damaged")
@@ -229,7 +232,7 @@ def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor]
     if in_our_names and "neuron" not in asked and not constants <= asked.keys():
         raise InputError(
             "its weights do not show its neurons: say which preset they have with neuron= (eval.py: --model.neuron),"
-            f" {' or '.join(PRESETS)}"
+            f" {' or '.join(PRESETS)}, or give tau, v_threshold, surrogate and detach_reset"
         )
     if (gated or not in_our_names) and asked.get("coding", known["coding"]) != known["coding"]:
         raise InputError(f"coding={asked['coding']} was asked for, but its weights are those of {known['coding']}")
@@ -287,11 +290,17 @@ def _infer_arguments(state: dict[str, Tensor]) -> dict[str, Any]:
     blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
     stages = sorted({int(stage) for stage, _ in blocks})
     depth = [sum(int(s) == stage for s, _ in blocks) for stage in stages]
-    names = {(3, 3): "msresnet18_cifar", (7, 4): "msresnet34" if depth == [3, 4, 6, 3] else "msresnet18"}
+    # Max-ResNet's sizes are those of MS-ResNet, with pooling behind a block's first convolution.
+    pooled = any(re.match(r"stages\.\d+\.0\.conv1\.0\.", key) for key in state)
+    names = {
+        (3, 3): "maxresnet18_cifar" if pooled else "msresnet18_cifar",
+        (7, 4): "msresnet34" if depth == [3, 4, 6, 3] else "msresnet18",
+        (3, 4): "msresnet104",
+    }
     if (kernel, len(depth)) not in names:
         raise InputError(
             f"not a checkpoint of these networks: the stem has a {kernel}x{kernel} kernel and there are {len(depth)}"
-            " stages, expected 3x3 and 3 (CIFAR) or 7x7 and 4 (ImageNet)"
+            " stages, expected 3x3 and 3 (CIFAR), 7x7 and 4 (ImageNet) or 3x3 and 4 (MS-ResNet-104)"
         )
     arguments = {
         "name": names[kernel, len(depth)],

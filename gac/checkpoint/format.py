@@ -1,4 +1,7 @@
-"""The checkpoint file: written whole or not at all, compared with its checksums when read, unable to run code."""
+"""The checkpoint file: written whole or not at all, compared with its checksums when read, unable to run code.
+
+It is PyTorch's format, which can also hold what a run is resumed from, or safetensors (:mod:`weights_file`).
+"""
 
 import hashlib
 import os
@@ -11,6 +14,7 @@ from typing import BinaryIO
 
 import torch
 
+from gac.checkpoint.weights_file import DamagedWeights, decode_weights, is_safetensors
 from gac.errors import InputError, quoted
 from gac.files import atomic_write
 
@@ -35,8 +39,10 @@ def write_checkpoint(path: str | os.PathLike, payload: dict, before_replace: Cal
 def read_checkpoint(path: str | os.PathLike | BinaryIO, digest: "hashlib._Hash | None" = None) -> dict:
     """Return what a checkpoint file, named by its path or open for reading bytes, holds, on the CPU.
 
-    Only tensors and plain containers are read (``weights_only=True``): a file that would run code is refused. Every
-    byte is compared with the checksums in the file. ``digest`` is updated with the bytes of a file named by its path.
+    Of PyTorch's files only tensors and plain containers are read (``weights_only=True``): one that would run code is
+    refused. A safetensors file of this package holds what a checkpoint holds, one of another program is a bare state
+    dict. Every byte is compared with the checksums in the file, if it has any. ``digest`` is updated with the bytes of
+    a file named by its path.
 
     Raises:
         DamagedCheckpoint: For a file that is cut short or has changed since it was written.
@@ -66,6 +72,10 @@ def name_of(path: str | os.PathLike | BinaryIO) -> str:
 
 def _read(file: BinaryIO, name: str) -> dict:
     start = file.tell()
+    beginning = file.read(9)
+    file.seek(start)
+    if is_safetensors(beginning):
+        return _read_weights(file, name)
     try:
         _check_bytes(file)
         payload = torch.load(file, map_location="cpu", weights_only=True)
@@ -77,11 +87,12 @@ def _read(file: BinaryIO, name: str) -> dict:
                 " loaded; save model.state_dict() instead"
             ) from error
         raise DamagedCheckpoint(
-            f"checkpoint {name}: damaged or not a PyTorch file, or an old one with Python objects other than tensors"
+            f"checkpoint {name}: damaged or not a PyTorch or safetensors file, or an old one with Python objects other"
+            " than tensors"
         ) from error
     except Exception as error:
         # torch.load's unpickler raises nearly every kind of exception on damaged bytes.
-        raise DamagedCheckpoint(f"checkpoint {name}: damaged or not a PyTorch file") from error
+        raise DamagedCheckpoint(f"checkpoint {name}: damaged or not a PyTorch or safetensors file") from error
     if not isinstance(payload, dict):
         raise InputError(f"checkpoint {name}: holds a {type(payload).__name__}, expected a dict")
     if payload.get("format", FORMAT) != FORMAT:
@@ -90,6 +101,16 @@ def _read(file: BinaryIO, name: str) -> dict:
             f" which reads {FORMAT!r}"
         )
     return payload
+
+
+def _read_weights(file: BinaryIO, name: str) -> dict:
+    try:
+        tensors, card = decode_weights(file.read())
+    except DamagedWeights as error:
+        raise DamagedCheckpoint(f"checkpoint {name}: {error}") from error
+    except InputError as error:
+        raise InputError(f"checkpoint {name}: {error}") from error
+    return tensors if card is None else {**card, "format": FORMAT, "model": tensors}
 
 
 def _check_bytes(file: BinaryIO) -> None:

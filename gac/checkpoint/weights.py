@@ -1,34 +1,92 @@
-"""Weights that travel in the package: safetensors files that say how they were made, and are checked when read."""
+"""Released weights: trained networks by name, which travel in the package or are downloaded, and are checked when read.
 
-import hashlib
+The registry is the folder ``gac/weights``. NAME.json there has the fields of :class:`Released`, NAME.jsonl the log of
+the training run; weights that travel in the package are NAME.safetensors. ``python -m gac.release`` makes all of them.
+"""
+
 import json
-import os
+import logging
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-
-from gac.checkpoint.build import build_network
-from gac.checkpoint.format import FORMAT as CHECKPOINT_FORMAT
+from gac import models
+from gac.checkpoint.build import build_network, initialise, trained_parts
+from gac.checkpoint.download import cache_folder, download, matches
+from gac.checkpoint.format import read_checkpoint
+from gac.checkpoint.weights_file import SUFFIX, card_of
 from gac.errors import InputError, did_you_mean, quoted
 from gac.models.ms_resnet import MSResNet
 
 if TYPE_CHECKING:
     from gac.data.normalization import Normalization
 
-FORMAT = "gac-weights-1"
+logger = logging.getLogger("gac")
+
 FOLDER = Path(__file__).parents[1] / "weights"
-SUFFIX = ".safetensors"
+# What a preset of the neurons decides.
+_CONSTANTS = ("tau", "v_threshold", "surrogate", "detach_reset")
+
+
+@dataclass(frozen=True)
+class Released:
+    """An entry of the registry.
+
+    Attributes:
+        name: What :func:`load_pretrained` and :func:`create_model` take.
+        sha256: Digest of the file.
+        size: Of the file, in bytes.
+        license: Of the weights, by its SPDX identifier.
+        urls: Where the file is, in the order in which they are tried; none for a file that travels in the package.
+        card: How the weights were made and what they score, as the file itself says it: "config", "data" (mean, std
+            and classes among others), "command", "scores", "versions" and others.
+    """
+
+    name: str
+    sha256: str
+    size: int
+    license: str
+    urls: tuple[str, ...]
+    card: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "urls", tuple(self.urls))
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """The metrics of each epoch of the training run, its metrics.jsonl."""
+        return [json.loads(line) for line in (FOLDER / f"{self.name}.jsonl").read_text().splitlines()]
+
+    def file(self) -> Path:
+        """Return the file, downloaded if it neither travels in the package nor has been downloaded before.
+
+        Raises:
+            InputError: For a file of the package that is not, byte for byte, the one that was released, and for one
+                that cannot be downloaded.
+        """
+        if not self.urls:
+            path = FOLDER / f"{self.name}{SUFFIX}"
+            if not matches(path, self.sha256):
+                raise InputError(f"weights {path}: not the file that was released: install the package again")
+            return path
+        path = cache_folder() / f"{self.name}-{self.sha256[:8]}{SUFFIX}"
+        if path.exists() and not matches(path, self.sha256):
+            logger.warning("%s is damaged: downloading it again", path)
+        # Does nothing for a file that is there.
+        download(self.urls, path, self.sha256, self.size)
+        return path
+
+    def to_json(self) -> str:
+        """Return the entry as the registry has it."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 class Pretrained(NamedTuple):
     """A trained network, in evaluation mode on the CPU, and what it needs to see images.
 
     ``transform`` turns bytes, uint8 [..., C, H, W], into what the network takes, float32 of the same shape. ``card``
-    says how the weights were made and what they score: the entries that :func:`write_weights` lists.
+    says how the weights were made and what they score: that of :class:`Released`.
     """
 
     network: MSResNet
@@ -38,68 +96,80 @@ class Pretrained(NamedTuple):
 
 def list_pretrained() -> list[str]:
     """Return the names that :func:`load_pretrained` takes."""
-    return sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}"))
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def find_released(name: str) -> Released:
+    """Return an entry of the registry. Raises InputError for an unknown name."""
+    names = list_pretrained()
+    if name not in names:
+        close = did_you_mean(name, {each: each for each in names})
+        raise InputError(f"no trained network is called {quoted(name)}{close}; there are: {', '.join(names)}")
+    return Released(**json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def load_pretrained(name: str) -> Pretrained:
-    """Return a trained network that travels in this package, with the normalisation of its images.
+    """Return a trained network with the normalisation of its images; it is downloaded where it has to be, once.
 
     Raises:
-        InputError: For an unknown name, and for a file that is not, byte for byte, the one that was released.
+        InputError: For an unknown name, for a file that is not, byte for byte, the one that was released, and for one
+            that cannot be downloaded.
+    """
+    return pretrained(read_checkpoint(find_released(name).file()))
+
+
+def pretrained(payload: dict[str, Any]) -> Pretrained:
+    """Return the network and the normalisation of a checkpoint's content in our format.
+
+    Raises InputError if something is missing or damaged.
     """
     # Opening data sets needs scikit-learn and torchvision, whose import takes longer than this package's.
     from gac.data.interface import DataInfo
     from gac.data.normalization import Normalization
 
-    names = list_pretrained()
-    if name not in names:
-        close = did_you_mean(name, {each: each for each in names})
-        raise InputError(f"no trained network is called {quoted(name)}{close}; there are: {', '.join(names)}")
-    payload = read_weights(FOLDER / f"{name}{SUFFIX}")
     network = build_network(payload).eval()
-    info = DataInfo.from_dict(payload["data"])
-    card = {key: value for key, value in payload.items() if key not in ("model", "format")}
-    return Pretrained(network, Normalization(info.mean, info.std, "cpu"), card)
+    info = DataInfo.from_dict(payload.get("data"))
+    return Pretrained(network, Normalization(info.mean, info.std, "cpu"), card_of(payload))
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the content of a file of :func:`write_weights` as ``build_network`` and ``evaluate_checkpoint`` take it.
+def create_model(
+    name: str, num_classes: int | None = None, T: int | None = None, *, weights: str | None = None, **options: Any
+) -> MSResNet:
+    """Return a new network, with freshly initialised or with released weights, in training mode.
+
+    Args:
+        name: One of :func:`gac.list_models`.
+        num_classes: Number of classes K; may be left out with ``weights``.
+        T: Number of time steps, by default 6.
+        weights: One of :func:`gac.list_pretrained`. What the other arguments leave out is then as in training. For
+            other classes the head begins anew, for another T the temporal attention, which is logged; everything else
+            has to fit.
+        **options: Those of :func:`gac.models.registry.create_model`.
 
     Raises:
-        InputError: For a file that is missing, that is not in this format, or whose content is not what its digest was
-            taken of.
+        InputError: As that function does; for weights that do not fit, and as :func:`load_pretrained` does.
     """
+    asked = options | {key: value for key, value in (("num_classes", num_classes), ("T", T)) if value is not None}
+    if weights is None:
+        if num_classes is None:
+            raise InputError("num_classes is missing: give the number of classes, or weights that say it")
+        return models.create_model(name, **asked)
+    released = find_released(weights)
+    if (trained_as := released.card["config"]["model"]["name"]) != name:
+        raise InputError(f"weights {weights} are of {trained_as}, not of {name}")
+    payload = read_checkpoint(released.file())
+    _, trained = trained_parts(payload)
+    kept = trained.keys() - (_CONSTANTS if "neuron" in asked else ())
+    network = models.create_model(**{key: trained[key] for key in kept} | {"backend": "auto"} | asked)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        card = {key: json.loads(value) for key, value in metadata.items()}
-    except OSError as error:
-        raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"weights {path}: damaged or no safetensors file of this package: {error}") from error
-    if (found := card.pop("format", None)) != FORMAT:
-        raise InputError(f"weights {path}: format {quoted(found)} is not known to this version, which reads {FORMAT!r}")
-    if card.pop("sha256", None) != _digest(tensors, card):
-        raise InputError(f"weights {path}: differ from their own sha256: install the package again")
-    return {"format": CHECKPOINT_FORMAT, "model": tensors, **card}
-
-
-def write_weights(file: BinaryIO, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Write tensors and how they were made as a safetensors file, whose metadata are the card's entries as JSON.
-
-    ``card`` holds plain values: "config", "data", "num_classes", "in_channels", as checkpoints do, "command", "seed",
-    "data_sha256", "scores" (by precision) and "versions". Added is "sha256", the digest of names, shapes, numbers and
-    card.
-    """
-    card = json.loads(json.dumps(card))
-    entries = {"format": FORMAT, **card, "sha256": _digest(tensors, card)}
-    file.write(save(tensors, {key: json.dumps(value) for key, value in entries.items()}))
-
-
-def _digest(tensors: dict[str, Tensor], card: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        anew = initialise(network, payload)
+    except InputError as error:
+        raise InputError(f"weights {weights} do not fit what was asked for: {error}") from error
+    if anew:
+        logger.info("began with the weights %s; new: %s", weights, " and ".join(anew))
+    others = [
+        key for key in ("coding", "activation", "neuron", *_CONSTANTS) if asked.get(key, trained[key]) != trained[key]
+    ]
+    if others:
+        logger.warning("weights %s were trained with %s", weights, ", ".join(f"{key} {trained[key]}" for key in others))
+    return network

@@ -32,13 +32,15 @@ def output_values(network: MSResNet, info: DataInfo) -> list[int]:
 
 
 def feature_maps(network: MSResNet, info: DataInfo) -> Iterator[tuple[int, int, int]]:
-    """Yield channels, height and width of the output of the stem and of both convolutions of each block."""
+    """Yield channels, height and width of the output of the stem and of both convolutions of each block, pooled."""
     height, width = info.height, info.width
-    # The padded convolutions divide the sides by their strides and round up.
-    for layer in (network.stem, *(conv for stage in network.stages for b in stage for conv in (b.conv1, b.conv2))):
-        stride, _ = layer.conv.stride
-        height, width = -(-height // stride), -(-width // stride)
-        yield layer.conv.out_channels, height, width
+    # What is padded, and pooling in place of a convolution's stride, divides the sides and rounds up.
+    stride, _ = network.stem.conv.stride
+    height, width = -(-height // stride), -(-width // stride)
+    yield network.stem.conv.out_channels, height, width
+    for block in (block for stage in network.stages for block in stage):
+        height, width = -(-height // block.stride), -(-width // block.stride)
+        yield from [(block.conv2.conv.out_channels, height, width)] * 2
 
 
 def repeats_an_image(network: MSResNet, info: DataInfo) -> bool:

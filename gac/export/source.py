@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac.checkpoint import build_network, is_ours, list_pretrained, read_checkpoint, read_config
-from gac.checkpoint.weights import FOLDER, SUFFIX, read_weights
+from gac.checkpoint import build_network, find_released, is_ours, list_pretrained, read_checkpoint, read_config
 from gac.config import Config
 from gac.data import DataInfo, build_data
 from gac.data.interface import TestLoader
@@ -131,13 +130,10 @@ def open_source(checkpoint: str, images: int, root: str | None = None) -> Source
         InputError: For a file that cannot be used or does not say what its network was trained on, and for a data set
             that cannot be opened or has other classes.
     """
-    path = FOLDER / f"{checkpoint}{SUFFIX}" if checkpoint in list_pretrained() else user_path(checkpoint, "checkpoint")
+    is_name = checkpoint in list_pretrained()
+    path = find_released(checkpoint).file() if is_name else user_path(checkpoint, "checkpoint")
     digest = hashlib.sha256()
-    if path.suffix == SUFFIX:
-        payload = read_weights(path)
-        digest.update(path.read_bytes())
-    else:
-        payload = read_checkpoint(path, digest)
+    payload = read_checkpoint(path, digest)
     if not is_ours(payload) or "data" not in payload:
         raise InputError(
             f"checkpoint {path}: does not say the classes and the normalisation of its images, which the exported file"

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from spikingjelly.activation_based import base, functional
+from spikingjelly.activation_based import base, functional, layer, surrogate
 from torch import Tensor, nn
 
 from gac.coding import Coding
@@ -14,7 +14,7 @@ from gac.coding.baselines import BaselineCoding
 from gac.coding.gated import Gate, GatedAttentionCoding, TemporalInit
 from gac.errors import InputError
 from gac.models import fused
-from gac.models.blocks import ConvNorm, MSBlock
+from gac.models.blocks import ConvNorm, DeepStem, Downsampling, MSBlock
 from gac.neuron import Backend, LIFNode, make_parameters
 from gac.ops.neuron import LIFParameters
 from gac.ops.watchers import refuse_symbolic
@@ -22,18 +22,40 @@ from gac.ops.watchers import refuse_symbolic
 
 @dataclass(frozen=True)
 class Family:
-    """How the authors' CIFAR and ImageNet networks differ."""
+    """How the networks differ: those of GAC's authors on CIFAR and on ImageNet, and others with membrane shortcuts."""
 
     stem_kernel: int
     stem_stride: int
     widths: tuple[int, ...]
     """Channels of the stages as multiples of the stem's."""
     strides: tuple[int, ...]
-    neuron: Literal["cifar", "imagenet"]
+    neuron: Literal["cifar", "imagenet"] | LIFParameters
+    initialisation: Literal["torch", "imagenet", "threshold"] = "torch"
+    """PyTorch's own; that of GAC's ImageNet code; or PyTorch's with the BatchNorm weights of that code."""
+    stem: type[ConvNorm] = ConvNorm
+    downsampling: Downsampling = "stride"
+    dropout: float = 0.0
+    """Share of the head's inputs that training leaves out, the same ones at all time steps."""
 
 
 CIFAR = Family(3, 1, widths=(2, 4, 8), strides=(1, 2, 2), neuron="cifar")
-IMAGENET = Family(7, 2, widths=(1, 2, 4, 8), strides=(2, 2, 2, 2), neuron="imagenet")
+IMAGENET = Family(7, 2, (1, 2, 4, 8), (2, 2, 2, 2), neuron="imagenet", initialisation="imagenet")
+MAX_CIFAR = Family(
+    *(3, 1, (2, 4, 8), (1, 2, 2)),
+    # h_t = 0.5 v_{t-1} + 0.5 x_t; s_t = [h_t > 1]; v_t = (1 - s_t) h_t, reset detached; ds/dh that of a sigmoid
+    neuron=LIFParameters(2.0, True, 1.0, 0.0, detach_reset=True, surrogate=surrogate.Sigmoid(alpha=4.0)),
+    downsampling="max_pool",
+)
+"""Max-ResNet on CIFAR (Fang et al., NeurIPS 2025), as SpikingJelly's ``model.max_resnet18``."""
+IMAGENET_104 = Family(
+    *(3, 2, (1, 2, 4, 8), (2, 2, 2, 2)),
+    neuron="imagenet",
+    initialisation="threshold",
+    stem=DeepStem,
+    downsampling="average_pool",
+    dropout=0.2,
+)
+"""MS-ResNet-104 as its authors' code has it (Hu et al., 2024); their 18 and 34 are those of ``IMAGENET``."""
 
 
 class MSResNet(nn.Module, base.StepModule):
@@ -51,22 +73,23 @@ class MSResNet(nn.Module, base.StepModule):
     :class:`~gac.coding.baselines.BaselineCoding`).
 
     Args:
-        family: CIFAR or IMAGENET.
+        family: CIFAR, IMAGENET, MAX_CIFAR or IMAGENET_104.
         num_classes: Number of classes K.
         T: Number of time steps.
         in_channels: Channels C of the images.
         coding: How an image becomes spikes.
         width: Channels of the stem.
         depth: Blocks in each stage.
-        neuron: Name of the LIF preset, by default the family's, or all constants of the neurons.
+        neuron: Name of the LIF preset, or all constants of the neurons; by default the family's.
         kernel_size: Gated attention: side of the spatial-channel convolutions in pixels.
         reduction: Gated attention: bottleneck factor of the temporal branch.
         temporal_init: Gated attention: initialisation of the temporal branch.
         gate: Gated attention: "both" attentions, or for ablations "temporal" or "spatial_channel" alone.
-        backend: What runs the network: "cupy" (this package's CUDA kernels), "torch" (the modules one by one) or
-            "auto" (cupy on a CUDA device where CuPy works, else torch). With the kernels, sequences of up to 16
-            steps run fused: a neuron together with the BatchNorm, residual sum, gate or pooling next to it. Its
-            module is then not called and its membrane potential not kept; a hook on it (a monitor's, for example)
+        backend: What runs the network: "cupy" (this package's CUDA kernels), "c" (their C versions on the CPU, and
+            convolutions over spikes by events), "torch" (the modules one by one) or "auto" (the kernels where they
+            work: with CuPy on a CUDA device, with a C compiler on the CPU; else torch). With the kernels, sequences of
+            up to 16 steps run fused: a neuron together with the BatchNorm, residual sum, gate or pooling next to it.
+            Its module is then not called and its membrane potential not kept; a hook on it (a monitor's, for example)
             makes that layer run unfused, and one on a block or a BatchNorm the whole network.
 
     Raises:
@@ -109,7 +132,7 @@ class MSResNet(nn.Module, base.StepModule):
         self.coding_name = coding
         self._step_mode = "m"
 
-        self.stem = ConvNorm(in_channels, width, family.stem_kernel, family.stem_stride)
+        self.stem = family.stem(in_channels, width, family.stem_kernel, family.stem_stride)
         if coding == "gac":
             self.coding = GatedAttentionCoding(
                 T,
@@ -128,21 +151,26 @@ class MSResNet(nn.Module, base.StepModule):
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *(
-                    MSBlock(entry if i == 0 else exit, exit, stride if i == 0 else 1, neuron, backend)
+                    MSBlock(
+                        *(entry if i == 0 else exit, exit, stride if i == 0 else 1),
+                        *(neuron, backend, family.downsampling),
+                    )
                     for i in range(blocks)
                 )
             )
             for (entry, exit), blocks, stride in zip(pairwise(widths), depth, family.strides, strict=True)
         )
         self.lif = LIFNode.from_parameters(neuron, backend, keeps_state=False)
+        self.dropout = layer.Dropout(family.dropout, step_mode="m") if family.dropout else nn.Identity()
         self.head = nn.Linear(widths[-1], num_classes)
-        if family is IMAGENET:
-            self._initialise_as_imagenet()
+        if family.initialisation != "torch":
+            self._initialise(convolutions=family.initialisation == "imagenet")
 
-    def _initialise_as_imagenet(self) -> None:
-        # The authors' ImageNet code; their CIFAR code keeps PyTorch's defaults.
+    def _initialise(self, convolutions: bool) -> None:
+        # The authors' ImageNet code; their CIFAR code keeps PyTorch's defaults. MS-ResNet-104's keeps them for
+        # convolutions.
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and convolutions:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.constant_(module.weight, 0.5)
@@ -169,7 +197,7 @@ class MSResNet(nn.Module, base.StepModule):
         return ("s", "m") if self.coding_name == "direct" else ("m",)
 
     def set_backend(self, backend: Backend) -> None:
-        """Choose what runs the network: "auto", "cupy" or "torch" (see the argument ``backend``)."""
+        """Choose what runs the network: "auto", "cupy", "c" or "torch" (see the argument ``backend``)."""
         for module in self.modules():
             if isinstance(module, LIFNode):
                 module.backend = backend
@@ -199,7 +227,7 @@ class MSResNet(nn.Module, base.StepModule):
         x = self.encode(x)
         for stage in self.stages:
             x = stage(x)
-        return self.head(self.lif(x).mean((-2, -1)))
+        return self.head(self.dropout(self.lif(x).mean((-2, -1))))
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the first block's input [T, B, C, H, W] (in step mode "s" [B, C, H, W]) for images or a sequence."""

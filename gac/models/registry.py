@@ -6,15 +6,18 @@ from typing import Literal, get_args
 from gac.coding import Coding
 from gac.coding.gated import GatedAttentionCoding, TemporalAttention
 from gac.errors import InputError
-from gac.models.ms_resnet import CIFAR, IMAGENET, Family, MSResNet
+from gac.models.ms_resnet import CIFAR, IMAGENET, IMAGENET_104, MAX_CIFAR, Family, MSResNet
 from gac.models.relu import Activation, replace_neurons_by_relu
 from gac.neuron import Surrogate, make_parameters
-from gac.ops.neuron import LIFParameters
+from gac.ops.neuron import SURROGATES, LIFParameters
 
 _NETWORKS: dict[str, tuple[Family, tuple[int, ...]]] = {
     "msresnet18_cifar": (CIFAR, (3, 3, 2)),
     "msresnet18": (IMAGENET, (2, 2, 2, 2)),
     "msresnet34": (IMAGENET, (3, 4, 6, 3)),
+    # Not in GAC's paper:
+    "msresnet104": (IMAGENET_104, (3, 8, 32, 8)),
+    "maxresnet18_cifar": (MAX_CIFAR, (3, 3, 2)),
 }
 _GAC_PREFIX = "gac_"
 
@@ -56,9 +59,9 @@ def create_model(
         T: Number of time steps.
         coding: gac, direct, rate, latency or phase; by default gac for names that begin with gac_, else direct.
         depth: Blocks in each stage; by default the published network's.
-        neuron: LIF preset cifar or imagenet, by default the one the authors use with this network; or all constants.
+        neuron: LIF preset cifar or imagenet, or all constants; by default those that the authors use with this network.
         tau: Of the neurons, in place of the preset's: membrane time constant in time steps as SpikingJelly's, > 1. The
-            potential keeps 1 - 1/tau of itself in each step; the input is not divided by it.
+            potential keeps 1 - 1/tau of itself in each step. Only Max-ResNet's own neurons divide the input by it too.
         v_threshold: The same for the threshold of the membrane potential, > 0.
         surrogate: The same for the surrogate gradient: one of ``gac.neuron.SURROGATES``, with SpikingJelly's default
             alpha.
@@ -96,6 +99,21 @@ def create_model(
 def family_of(name: str) -> Family:
     """Return how a network's CIFAR or ImageNet code differs. Raises InputError for an unknown name."""
     return _lookup(name)[0]
+
+
+def neuron_constants(name: str, neuron: str | None = None) -> dict[str, float | bool | str]:
+    """Return what :func:`create_model` takes for tau, v_threshold, surrogate and detach_reset if they are not given.
+
+    Raises InputError for an unknown network or preset.
+    """
+    family = family_of(name)
+    parameters = make_parameters(family.neuron if neuron is None else neuron)
+    return {
+        "tau": parameters.tau,
+        "v_threshold": parameters.v_threshold,
+        "surrogate": next(name for name, kind in SURROGATES.items() if type(parameters.surrogate) is kind),
+        "detach_reset": parameters.detach_reset,
+    }
 
 
 def describe(net: MSResNet) -> list[str]:

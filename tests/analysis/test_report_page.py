@@ -14,8 +14,8 @@ from PIL import Image
 from browser import Browser, headless_chromium
 from gac.analysis.firing import measure_firing
 from gac.analysis.report import energy_of, report_files, write_files
-from gac.checkpoint import read_config
-from gac.checkpoint.weights import FOLDER, read_weights
+from gac.checkpoint import read_checkpoint, read_config
+from gac.checkpoint.weights import FOLDER
 from gac.evaluation.published import PublishedResult
 from gac.evaluation.report import Report, Unscored, evaluate_checkpoint
 from gac.files import ResultsNotWritten
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def scored(one_thread: None) -> Report:
     """The trained digits network, a class of which has a name that HTML and matplotlib could misread."""
     file = FOLDER / "digits.safetensors"
-    payload = read_weights(file)
+    payload = read_checkpoint(file)
     report = evaluate_checkpoint(file, payload, replace(read_config(payload), device="cpu"), sample=40)
     names = [*report.class_names[:3], "<b>$x_$</b>", *report.class_names[4:]]
     classes = [replace(each, name=name) for each, name in zip(report.classes, names, strict=True)]

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import gac
@@ -45,11 +46,14 @@ def test_content(kind: str, seconds: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, LONG])
-@pytest.mark.parametrize("kind", ["archive", "pickle with its checksum", "without checksums"])
+@pytest.mark.parametrize("kind", ["archive", "pickle with its checksum", "without checksums", "safetensors"])
 def test_bytes(kind: str, seconds: float, tmp_path: Path) -> None:
     path, _ = our_file(tmp_path)
     content = path.read_bytes()
-    if kind == "archive":
+    if kind == "safetensors":
+        weights = torch.load(path, weights_only=True)["model"]
+        fuzz(load, damaged(safetensors.torch.save(weights)), examples=80, seconds=seconds)
+    elif kind == "archive":
         fuzz(load, damaged(content), examples=80, seconds=seconds)
     elif kind == "without checksums":
         older = saved(torch.load(path, weights_only=True), _use_new_zipfile_serialization=False)
@@ -70,7 +74,7 @@ def test_records_that_overlap_are_refused_at_once() -> None:
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 10_000, 10_000, 10_000 * len(listed), len(record), 0)
     file = record + 10_000 * listed + end
     assert len(zipfile.ZipFile(io.BytesIO(file)).infolist()) == 10_000
-    with pytest.raises(InputError, match="damaged or not a PyTorch file"):
+    with pytest.raises(InputError, match="damaged or not a PyTorch or safetensors file"):
         gac.load_checkpoint(io.BytesIO(file))
 
 
@@ -106,6 +110,6 @@ def test_what_contains_itself_too_often_is_refused_at_once(archive: bool) -> Non
         return saved({"a": value}, _use_new_zipfile_serialization=archive)
 
     assert torch.load(io.BytesIO(nested(5)), weights_only=True)
-    with pytest.raises(InputError, match="damaged or not a PyTorch file") as refused:
+    with pytest.raises(InputError, match="damaged or not a PyTorch or safetensors file") as refused:
         gac.load_checkpoint(io.BytesIO(nested(64)))
     assert "more often than a checkpoint can" in str(refused.value.__cause__)

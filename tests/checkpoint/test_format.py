@@ -46,7 +46,7 @@ class Malicious:
 def test_a_file_with_code_does_not_run(tmp_path, save):
     victim, path = tmp_path / "ran", tmp_path / "evil.pt"
     save({"model": Malicious(str(victim))}, path)
-    with pytest.raises(ValueError, match=r"evil\.pt: .*(could run code|damaged or not a PyTorch file)"):
+    with pytest.raises(ValueError, match=r"evil\.pt: .*(could run code|damaged or not a PyTorch or safetensors file)"):
         gac.load_checkpoint(path)
     assert not victim.exists()
     torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
@@ -62,7 +62,7 @@ def test_foreign_content_is_one_clear_line(tmp_path):
     expected = {
         "absent.pt": "no such file",
         ".": "is a folder",
-        "image.png": "damaged or not a PyTorch file",
+        "image.png": "damaged or not a PyTorch or safetensors file",
         "tensor.pt": "holds a Tensor, expected a dict",
         "empty.pt": "holds nothing",
         "other.pt": "got other entries: epoch",
@@ -78,7 +78,7 @@ def test_a_truncated_file_is_one_clear_line(tmp_path, kept):
     path, _ = our_file(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    with pytest.raises(ValueError, match=r"best\.pt: damaged or not a PyTorch file") as raised:
+    with pytest.raises(ValueError, match=r"best\.pt: damaged or not a PyTorch or safetensors file") as raised:
         gac.load_checkpoint(path)
     assert "\n" not in str(raised.value)
 

@@ -129,6 +129,9 @@ def test_replayed_batches_count_as_they_are(device: str, amp: str) -> None:
     device = torch.device(device)
     capture = CaptureByRecording() if device == CPU else CaptureOnDevice(device)
     network = spiking(device)
+    if device == CPU:
+        # The recorder sees the modules' operations in any case; in bfloat16 they round more than the C kernels.
+        network.set_backend("torch")
     plain, replayed = EvaluationStep(network, device, amp), EvaluationStep(network, device, amp, capture=capture)
     test_set = [(images.to(device), labels.to(device)) for images, labels in batches(4, 4, 3)]
     found = []

@@ -178,7 +178,8 @@ def firing_rates(folder: Path) -> dict[str, list[float]]:
 
 
 def test_a_replayed_run_is_the_run(capture: CaptureByRecording, tmp_path: Path) -> None:
-    config = replace(RUN, train=replace(RUN.train, amp="bf16"))
+    # What records operations sees those of the modules, which in bfloat16 round more than the C kernels.
+    config = replace(RUN, train=replace(RUN.train, amp="bf16"), model=replace(RUN.model, backend="torch"))
     train(config, tmp_path / "plain")
     assert capture.captured == 0
     train(replaying(config), tmp_path / "replayed")
@@ -194,7 +195,7 @@ def test_a_replayed_run_is_the_run(capture: CaptureByRecording, tmp_path: Path) 
 
 
 def test_a_replayed_run_that_was_stopped_ends_as_the_run(capture: CaptureByRecording, tmp_path: Path) -> None:
-    config = replace(RUN, train=EVERYTHING)
+    config = replace(RUN, train=EVERYTHING, model=replace(RUN.model, backend="torch"))
     train(config, tmp_path / "plain")
     replays = []
     with pytest.raises(Interrupted):

@@ -71,7 +71,7 @@ def fused(request: pytest.FixtureRequest) -> tuple[Path, tuple[torch.Tensor, lis
     if shutil.which("g++") is None:
         return None
     folder = request.getfixturevalue("compiled_kernels")._folder
-    return folder, several_ranks.fused_step(folder, slice(0, 4), synchronized=False)
+    return folder, several_ranks.fused_step(several_ranks.kernels_on_cpu(folder), slice(0, 4), synchronized=False)
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +224,17 @@ def test_synchronised_batch_norm(launched, case: str) -> None:
 def test_synchronised_batch_norm_in_the_fused_network(launched, fused) -> None:
     if fused is None:
         pytest.skip("g++ is not installed; it compiles the CUDA kernels for the CPU")
-    logits, gradients, statistics = fused[1]
-    parts = [results["fused"] for results in launched[1]]
+    assert_parts_are_the_whole([results["fused"] for results in launched[1]], fused[1])
+
+
+def test_synchronised_batch_norm_in_c(launched) -> None:
+    whole = several_ranks.fused_step(several_ranks.kernels_in_c(), slice(0, 4), synchronized=False)
+    assert_parts_are_the_whole([results["fused in c"] for results in launched[1]], whole)
+
+
+def assert_parts_are_the_whole(parts: list[tuple], whole: tuple[torch.Tensor, list, list]) -> None:
+    """Compare the fused steps of two ranks, each with its own images, with that of one process."""
+    logits, gradients, statistics = whole
     torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), logits, rtol=0, atol=1e-6)
     for expected, mine, other in zip(gradients, parts[0][1], parts[1][1], strict=True):
         torch.testing.assert_close(mine + other, expected, rtol=0, atol=5e-5 * expected.abs().max().item())
@@ -553,4 +562,4 @@ def test_the_commands_of_the_guide_parse(monkeypatch: pytest.MonkeyPatch, single
             # The guide's run was trained on folders of images.
             kind = ["--data.name", "imagefolder"] if "--data.root" in options else []
             parse_eval(["--checkpoint", str(single / "best.pt"), *kind, *options[2:]])
-    assert sorted(scripts) == [*["eval.py"] * 3, *["train.py"] * 10]
+    assert sorted(scripts) == [*["eval.py"] * 3, *["train.py"] * 12]

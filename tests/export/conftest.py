@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gac.checkpoint import write_checkpoint
-from gac.checkpoint.weights import FOLDER, read_weights
+from gac.checkpoint import read_checkpoint, write_checkpoint
+from gac.checkpoint.weights import FOLDER
 from gac.export import onnx, program
 from gac.export.source import Source, open_source
 
@@ -33,7 +33,7 @@ def direct_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     It still gets two digits in three right, and neurons fire in all layers.
     """
-    carried = read_weights(FOLDER / "digits.safetensors")
+    carried = read_checkpoint(FOLDER / "digits.safetensors")
     config = carried["config"] | {
         "model": carried["config"]["model"] | {"name": "msresnet18_cifar", "coding": "direct"}
     }

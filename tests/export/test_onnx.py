@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from gac.checkpoint import write_checkpoint
-from gac.checkpoint.weights import FOLDER, read_weights
+from gac.checkpoint import read_checkpoint, write_checkpoint
+from gac.checkpoint.weights import FOLDER
 from gac.errors import InputError
 from gac.export.onnx import build_model, measure
 from gac.export.source import open_source
@@ -79,7 +79,7 @@ def test_the_step_form_carries_the_membrane_potentials(direct):
 
 @pytest.mark.parametrize("coding", ["rate", "latency", "phase"])
 def test_codings_whose_file_would_be_another_network_are_refused(coding, tmp_path):
-    payload = read_weights(FOLDER / "digits.safetensors")
+    payload = read_checkpoint(FOLDER / "digits.safetensors")
     payload["config"]["model"] |= {"coding": coding}
     payload["model"] = {name: each for name, each in payload["model"].items() if not name.startswith("coding.")}
     write_checkpoint(tmp_path / "best.pt", payload)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gac.checkpoint import write_checkpoint
-from gac.checkpoint.weights import FOLDER, read_weights
+from gac.checkpoint import read_checkpoint, write_checkpoint
+from gac.checkpoint.weights import FOLDER
 from gac.errors import InputError
 from gac.export.program import METADATA, build_program, measure
 from gac.export.source import open_source
@@ -73,7 +73,7 @@ def test_a_sequence_of_event_frames(digits):
 
 
 def with_coding(coding, folder):
-    payload = read_weights(FOLDER / "digits.safetensors")
+    payload = read_checkpoint(FOLDER / "digits.safetensors")
     payload["config"]["model"] |= {"coding": coding}
     payload["model"] = {name: each for name, each in payload["model"].items() if not name.startswith("coding.")}
     write_checkpoint(folder / "best.pt", payload)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gac.checkpoint import write_checkpoint
-from gac.checkpoint.weights import FOLDER, read_weights
+from gac.checkpoint import read_checkpoint, write_checkpoint
+from gac.checkpoint.weights import FOLDER
 from gac.data.digits import load_digits
 from gac.errors import InputError
 from gac.export.source import open_source
@@ -49,7 +49,7 @@ def test_calibration_images_are_those_of_training(digits):
 
 
 def test_without_images_the_data_set_is_not_opened(tmp_path):
-    payload = read_weights(DIGITS)
+    payload = read_checkpoint(DIGITS)
     payload["config"]["data"] |= {"name": "cifar10", "root": str(tmp_path / "nowhere")}
     write_checkpoint(tmp_path / "best.pt", payload)
     assert open_source(str(tmp_path / "best.pt"), 0).metadata()["classes"] == list("0123456789")
@@ -60,7 +60,7 @@ def test_without_images_the_data_set_is_not_opened(tmp_path):
 
 
 def test_coding_of_intensities_takes_images_that_are_not_standardised(tmp_path):
-    payload = read_weights(DIGITS)
+    payload = read_checkpoint(DIGITS)
     payload["config"]["model"] |= {"coding": "latency"}
     payload["model"] = {name: each for name, each in payload["model"].items() if not name.startswith("coding.")}
     write_checkpoint(tmp_path / "best.pt", payload)

@@ -11,8 +11,8 @@ from spikingjelly.activation_based import functional, monitor, neuron
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from conftest import KERNELS
 from cuda_on_cpu.launcher import KernelsOnCpu
+from devices import KERNELS
 from gac.models import create_model, fused
 from gac.models.ms_resnet import MSBlock, MSResNet
 from gac.neuron import LIFNode

@@ -14,9 +14,13 @@ def test_the_names():
         "gac_msresnet18_cifar",
         "gac_msresnet18",
         "gac_msresnet34",
+        "gac_msresnet104",
+        "gac_maxresnet18_cifar",
         "msresnet18_cifar",
         "msresnet18",
         "msresnet34",
+        "msresnet104",
+        "maxresnet18_cifar",
     ]
 
 

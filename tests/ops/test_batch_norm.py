@@ -58,7 +58,7 @@ def test_moments(shape: tuple[int, ...], dtype: str, layout: str, device: str) -
 def test_moments_of_more_blocks_than_the_second_stage_has_threads(
     kernels_on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_CPU_BLOCKS", 70)
+    monkeypatch.setattr(launch, "_BLOCKS_IN_TESTS", 70)
     assert_moments_equal_reference(fused.normal((6, 2, 48, 8, 8), 0, 1.0, 2.0))
 
 

@@ -58,7 +58,7 @@ def test_fitting_width() -> None:
 def test_grid_covers_channels_and_gives_every_block_a_row(
     rows: int, C: int, resident: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_CPU_BLOCKS", resident)
+    monkeypatch.setattr(launch, "resident_blocks", lambda *_: resident)
     width = 4 if C % 4 == 0 else 1
     blocks, columns = channels.grid(KERNEL, rows, C, width, torch.device("cpu"))
     lanes = min(C // width, channels.THREADS)

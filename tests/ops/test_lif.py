@@ -409,11 +409,6 @@ def test_unsupported_surrogate() -> None:
         lif.lif(torch.ones(4, 2), 0.0, replace(CIFAR, surrogate=surrogate.Erf()))
 
 
-def test_no_kernels_on_the_cpu_in_production() -> None:
-    with pytest.raises(NotImplementedError, match="CPU"):
-        lif.lif(torch.ones(4, 2), 0.0, CIFAR)
-
-
 # --- Compilation for GPUs, and sanitizers
 
 

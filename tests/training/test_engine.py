@@ -86,7 +86,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
             "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate",
             "skipped_steps", "skipped_images", "test_skipped_images", "backend",
         }  # fmt: skip
-        assert line["backend"] == "torch"
+        assert line["backend"] == "c"
         assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
     last = read_checkpoint(finished / "last.pt")
     assert (last["epoch"], last["step"], last["num_classes"], last["in_channels"]) == (3, 9, 3, 3)
@@ -151,9 +151,16 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     with pytest.raises(Interrupted):
         train(config, tmp_path / "parts", after_step=stop_at(stop_after))
     assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_after
-    # What runs the neurons may change when a run resumes.
-    train(replace(config, model=replace(config.model, backend="torch")), tmp_path / "parts", resume="auto")
+    train(config, tmp_path / "parts", resume="auto")
     assert_same(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
+
+
+def test_what_runs_the_network_may_change_when_a_run_resumes(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(TINY, tmp_path, after_step=stop_at(BATCHES + 1))
+    train(replace(TINY, model=replace(TINY.model, backend="torch")), tmp_path, resume="auto")
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["backend"] for line in metrics] == ["c", "torch", "torch"]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def test_auto_takes_the_one_before_a_damaged_one_and_a_path_does_not(used: RunFo
 
 def test_a_damaged_file_elsewhere_is_not_blamed_on_this_run(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"damaged or not a PyTorch file, or an old one with Python objects [a-z ]+$"):
+    with pytest.raises(
+        InputError, match=r"damaged or not a PyTorch or safetensors file, or an old one with Python objects [a-z ]+$"
+    ):
         RunFolder(tmp_path / "new").checkpoint_to_resume(str(tmp_path / "last.pt"))
 
 
