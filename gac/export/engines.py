@@ -42,6 +42,11 @@ def _onnxruntime(model: bytes, precision: Precision) -> tuple[str, Run]:
     )
 
 
+# OpenVINO's models put a signal stack of their own in place and free its memory when they go in another order than they
+# came: the next signal, of a child process that ends or of Ctrl-C, would be a segmentation fault (2026.4.1).
+_KEPT: list[object] = []
+
+
 def _openvino(model: bytes, precision: Precision) -> tuple[str, Run]:
     (openvino,) = require("deploy", "openvino")
     core = openvino.Core()
@@ -51,6 +56,7 @@ def _openvino(model: bytes, precision: Precision) -> tuple[str, Run]:
     hint = "bf16" if precision == "bf16" else "f32"
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = core.compile_model(core.read_model(model), "CPU", options)
+    _KEPT.append(compiled)
     request = compiled.create_infer_request()
 
     def run(*inputs: np.ndarray) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ Packed = ctypes.Array
 """Memory that begins with the addresses of the parameters in it: the array that CUDA's driver and C kernels take."""
 
 # Called with kernel, grid, block and packed arguments for tensors on the CPU in place of the C kernels.
-# Only tests and benchmarks.host set it: CUDA kernels' source compiled for the CPU, and nothing.
+# Tests set it, to run the CUDA kernels' source compiled for the CPU, and benchmarks.sass and benchmarks.host.
 CpuLauncher = Callable[[Kernel, tuple[int, ...], tuple[int, ...], Packed], None]
 _cpu_launcher: CpuLauncher | None = None
 

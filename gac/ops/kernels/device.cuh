@@ -15,6 +15,16 @@ __device__ __forceinline__ unsigned short half_bits_from_float(float value) {
     return bits;
 }
 
+// Since sm_80 GPUs have an instruction for it; element.cuh has it for the others.
+#if __CUDA_ARCH__ >= 800
+#define CONVERTS_TO_BFLOAT16
+__device__ __forceinline__ unsigned short bfloat16_bits_from_float(float value) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+#endif
+
 // One access of 4 kWords bytes. Before sm_100 the compiler splits an assignment into stores of single elements where it
 // cannot prove the address's alignment. The address must be a multiple of 4 kWords.
 template <int kWords>

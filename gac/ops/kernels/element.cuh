@@ -36,10 +36,14 @@ __device__ __forceinline__ Float16 from_float<Float16>(float value) {
 
 template <>
 __device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
+#ifdef CONVERTS_TO_BFLOAT16
+    return BFloat16{bfloat16_bits_from_float(value)};
+#else
     const unsigned int bits = __float_as_uint(value);
     // Rounding would carry a NaN whose low bits are all ones into infinity or zero.
     if (value != value) return BFloat16{static_cast<unsigned short>((bits >> 16) | 0x40u)};
     // To nearest, ties to even: just under half, plus one where the kept part is odd.
     const unsigned int rounding = 0x7fffu + ((bits >> 16) & 1u);
     return BFloat16{static_cast<unsigned short>((bits + rounding) >> 16)};
+#endif
 }

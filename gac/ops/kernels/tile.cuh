@@ -61,13 +61,11 @@ __device__ __forceinline__ void for_rows(const Tile<kWidth>& tile, long long row
 // write(i, sum) for the channels channel + i of each lane in its first row. All threads of the block must call it.
 template <int kWidth, typename Write>
 __device__ __forceinline__ void sum_over_rows(const Tile<kWidth>& tile, const float (&values)[kWidth], Write write) {
-    __shared__ float shared[kThreads * kWidth];
-    const int columns = tile.lanes * kWidth;
+    // Neighbouring threads, which differ in row or lane, are neighbours in each part: no two meet in a bank.
+    __shared__ float shared[kWidth * kThreads];
     __syncthreads();
-    if (tile.row_in_block < tile.rows_per_block)
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i)
-            shared[tile.row_in_block * columns + tile.lane * kWidth + i] = tile.active ? values[i] : 0.0f;
+    for (int i = 0; i < kWidth; ++i) shared[i * kThreads + threadIdx.x] = tile.active ? values[i] : 0.0f;
     __syncthreads();
     if (tile.active && tile.row_in_block == 0)
 #pragma unroll
@@ -75,7 +73,7 @@ __device__ __forceinline__ void sum_over_rows(const Tile<kWidth>& tile, const fl
             float sum = 0.0f;
             // Called once for each time step: unrolled further it only makes the compiler slow.
 #pragma unroll 2
-            for (int row = 0; row < tile.rows_per_block; ++row) sum += shared[row * columns + tile.lane * kWidth + i];
+            for (int row = 0; row < tile.rows_per_block; ++row) sum += shared[i * kThreads + row * tile.lanes + tile.lane];
             write(i, sum);
         }
 }
