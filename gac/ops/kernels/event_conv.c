@@ -203,8 +203,11 @@ static void pack_tiles(void* argument) {
         for (int64_t first = 0; first < BLOCK; first += LINE) {
             const int64_t output = block * BLOCK + first, lines = least(LINE, s->outputs - output);
             if (lines <= 0 && job->unpacks) break;
-            for (int64_t c = 0; c < channels; c++) {
-                for (int64_t tap = 0; tap < taps(s); tap++) {
+            // The inner loop is over what is contiguous in the weight.
+            const int taps_inside = job->tap_stride == 1;
+            for (int64_t outer = 0; outer < (taps_inside ? channels : taps(s)); outer++) {
+                for (int64_t inner = 0; inner < (taps_inside ? taps(s) : channels); inner++) {
+                    const int64_t c = taps_inside ? outer : inner, tap = taps_inside ? inner : outer;
                     float* tile = tiles + (tap * CHUNK + c) * BLOCK + first;
                     const int64_t offset = (chunk * CHUNK + c) * job->channel_stride + tap * job->tap_stride;
                     for (int64_t k = 0; k < lines; k++) {
