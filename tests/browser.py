@@ -5,6 +5,8 @@ import contextlib
 import json
 import shutil
 import subprocess
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +57,16 @@ class Browser:
 
     def screenshot(self, file: Path) -> None:
         """Write a picture of the whole page as PNG."""
-        shot = self.devtools("Page.captureScreenshot", captureBeyondViewport=True)
+        give_up = time.monotonic() + 30
+        while True:
+            try:
+                shot = self.devtools("Page.captureScreenshot", captureBeyondViewport=True)
+                break
+            except urllib.error.HTTPError as error:
+                # On a busy machine the page may not be drawn yet.
+                if time.monotonic() > give_up:
+                    raise AssertionError(f"no picture within 30 s: {error.read().decode()}") from error
+                time.sleep(0.5)
         file.write_bytes(base64.b64decode(shot["data"]))
 
 
