@@ -128,8 +128,9 @@ def figure(rows: list[dict[str, Any]], environment: dict[str, str]) -> Figure:
             axes.axvline(used, color="#888888", linewidth=0.8, linestyle=":")
             axes.set_title(what)
             axes.set_xlabel("density: inputs that spike (dotted: used up to here)")
-            axes.set_ylim(bottom=0)
             axes.grid(axis="y")
+        # After both panels, which share the axis: fixing one end stops its scaling.
+        grid[0].set_ylim(bottom=0)
         grid[0].set_ylabel("times as fast as the dense convolution")
         drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return drawn
