@@ -62,17 +62,6 @@ SURROGATE_SPELLINGS = {name: name for name in SURROGATES} | {kind.__name__: name
 """The names, and SpikingJelly's own for them, to suggest one for what was written."""
 
 
-def preset_constants(preset: str) -> dict[str, float | bool | str]:
-    """Return the constants of one of ``PRESETS`` that may be chosen, as :func:`make_parameters` takes them."""
-    neuron = PRESETS[preset]
-    return {
-        "tau": neuron.tau,
-        "v_threshold": neuron.v_threshold,
-        "surrogate": next(name for name, kind in SURROGATES.items() if type(neuron.surrogate) is kind),
-        "detach_reset": neuron.detach_reset,
-    }
-
-
 def make_parameters(
     neuron: str | LIFParameters,
     *,

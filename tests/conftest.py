@@ -10,7 +10,7 @@ import torch
 
 from cuda_on_cpu.launcher import KernelsOnCpu
 from devices import KERNELS
-from gac.ops import backend
+from gac.ops import backend, c_compiler
 from gac.ops.cuda import launch
 
 
@@ -45,7 +45,15 @@ def kernels_on_cpu(compiled_kernels: KernelsOnCpu, uninitialised_memory_is_nan: 
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked gpu without a CUDA device or CuPy; with both, a kernel that does not run fails them."""
+    """Skip tests marked gpu without a CUDA device or CuPy; with both, a kernel that does not run fails them.
+
+    Likewise those marked c_compiler or c_kernels without a compiler; a source that does not compile fails them.
+    """
+    if item.get_closest_marker("c_compiler") is not None or item.get_closest_marker("c_kernels") is not None:
+        try:
+            c_compiler.find_compiler()
+        except c_compiler.NotCompiled as error:
+            pytest.skip(str(error))
     if item.get_closest_marker("gpu") is not None:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")

@@ -61,9 +61,8 @@ def test_unusable_cupy_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 IN_C = "C kernels on the CPU"
 
 
+@pytest.mark.c_compiler
 def test_c_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    if not c_kernels.status().ok:
-        pytest.skip(c_kernels.status().reason)
     code, output = run_sections(monkeypatch, capsys, IN_C)
     assert code == 0
     assert "code by " in output

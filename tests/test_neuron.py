@@ -10,7 +10,8 @@ from torch import nn
 import gac.neuron
 import parity
 from gac.errors import InputError
-from gac.neuron import PRESETS, LIFNode, Surrogate, make_parameters, preset_constants
+from gac.models.registry import neuron_constants
+from gac.neuron import PRESETS, LIFNode, Surrogate, make_parameters
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LIF_CASES = [case["case"] for case in parity.CASES["lif"]]
@@ -219,7 +220,7 @@ def test_a_surrogate_that_the_kernels_lack(neurons_on_kernels, caplog):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_constants_of_a_preset_make_the_preset(preset: str) -> None:
-    made, expected = make_parameters(preset, **preset_constants(preset)), PRESETS[preset]
+    made, expected = make_parameters(preset, **neuron_constants("msresnet18_cifar", preset)), PRESETS[preset]
     assert made.flatten() == expected.flatten()
     assert make_parameters(preset) is not expected
     assert make_parameters(preset).flatten() == expected.flatten()

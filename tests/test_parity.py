@@ -156,6 +156,7 @@ def test_the_fused_network_equals_the_original(case, neurons_on_kernels, monkeyp
     assert len(runs) == 2
 
 
+@pytest.mark.c_compiler
 @pytest.mark.parametrize("case", QUIET, ids=name)
 def test_c_kernels_and_events_equal_the_original(case, monkeypatch):
     runs, events = [], []

@@ -6,19 +6,26 @@ fifth of the operations and strict by itself.
 """
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 from torch.export import Dim
 
+from gac.command_line import Parser
 from gac.errors import InputError
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import LIFNode
 from gac.ops.neuron import LIFParameters
 
 Form = Literal["mean", "sequence", "step"]
+
+
+def add_form(parser: Parser) -> None:
+    """Add the option that chooses a form."""
+    help = "the mean over time, the whole sequence, or one time step"
+    parser.add("--form", help, choices=get_args(Form), default="mean")
 
 
 class PlainNeuron(nn.Module):

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections import defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gac.command_line import Parser, new_file
 from gac.errors import InputError
 from gac.export.engines import Engine, Precision, Run, open_model
 from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
-from gac.export.forms import Form, PlainNeuron, Step, prepared
+from gac.export.forms import Form, PlainNeuron, Step, add_form, prepared
 from gac.export.packages import require
 from gac.export.source import Source, open_source
 
@@ -107,9 +107,7 @@ def measure(
 def add_options(parser: Parser) -> None:
     """Add the options of this subcommand."""
     parser.add("output", "the file to write", type=new_file(".onnx"))
-    parser.add(
-        "--form", "the mean over time, the whole sequence, or one time step", choices=get_args(Form), default="mean"
-    )
+    add_form(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import argparse
 import io
 import json
 from collections import defaultdict
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from gac.command_line import Parser, new_file
 from gac.errors import InputError
 from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
-from gac.export.forms import Form, PlainNeuron, Step, prepared
+from gac.export.forms import Form, PlainNeuron, Step, add_form, prepared
 from gac.export.source import Source, open_source
 
 METADATA = "gac.json"
@@ -75,9 +75,7 @@ def measure(source: Source, content: bytes, form: Form = "mean") -> Fidelity:
 def add_options(parser: Parser) -> None:
     """Add the options of this subcommand."""
     parser.add("output", "the file to write", type=new_file(".pt2"))
-    parser.add(
-        "--form", "the mean over time, the whole sequence, or one time step", choices=get_args(Form), default="mean"
-    )
+    add_form(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -133,7 +133,7 @@ def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
     if not uniform:
         return functional.seq_to_ann_forward(spikes, conv).to(spikes.dtype)
     y = event_conv2d(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
-    return y.unflatten(0, spikes.shape[:2])
+    return y.unflatten(0, spikes.shape[:2]).to(spikes.dtype)
 
 
 def _convolve_shortcut(membrane: Tensor, conv: nn.Module) -> Tensor:

@@ -59,8 +59,20 @@ def load_library(file: str) -> Library:
     return library
 
 
+def find_compiler() -> list[str]:
+    """Return the command of the C compiler: that of $CC, or the first there is. Raises NotCompiled if there is none."""
+    if chosen := shlex.split(os.environ.get("CC", "")):
+        if shutil.which(chosen[0]) is None:
+            raise NotCompiled(f"CC names {chosen[0]}, which is not there: {_REMEDY}")
+        return chosen
+    for name in _NAMES:
+        if (path := shutil.which(name)) is not None:
+            return [path]
+    raise NotCompiled(f"there is no C compiler ({', '.join(_NAMES)}): {_REMEDY}")
+
+
 def _make_library(file: str) -> Library:
-    command = _find_compiler()
+    command = find_compiler()
     # The macros that a compiler defines for these flags are its version and, by -march=native, the CPU's features.
     macros = _run([*command, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
     key = kernel_cache.key_of(source_text(file, (KERNEL_FOLDER,)), *FLAGS, *command, macros.decode())
@@ -92,17 +104,6 @@ def _load(binary: bytes) -> ctypes.CDLL:
         path = Path(folder) / "library.so"
         path.write_bytes(binary)
         return ctypes.CDLL(str(path))
-
-
-def _find_compiler() -> list[str]:
-    if chosen := shlex.split(os.environ.get("CC", "")):
-        if shutil.which(chosen[0]) is None:
-            raise NotCompiled(f"CC names {chosen[0]}, which is not there: {_REMEDY}")
-        return chosen
-    for name in _NAMES:
-        if (path := shutil.which(name)) is not None:
-            return [path]
-    raise NotCompiled(f"there is no C compiler ({', '.join(_NAMES)}): {_REMEDY}")
 
 
 def _run(command: list[str]) -> bytes:

@@ -9,7 +9,7 @@ from gac.ops import c_kernels, event_conv
 
 SMALL = ["--device", "cpu", "--frames", "1", "--rounds", "1", "--repeats", "2", "--densities", "0.05", "0.4"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.c_compiler]
 
 
 @pytest.fixture(autouse=True)

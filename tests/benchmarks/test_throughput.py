@@ -35,6 +35,7 @@ def proven_kernels(monkeypatch):
     return ran
 
 
+@pytest.mark.c_compiler
 def test_measures_and_reports(tmp_path, capsys, proven_kernels):
     files = {"json": tmp_path / "result.json", "png": tmp_path / "result.png"}
     status = throughput.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])])

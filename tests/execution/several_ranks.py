@@ -28,7 +28,7 @@ from gac.evaluation.report import evaluate_checkpoint
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, process_group
 from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
-from gac.ops import backend
+from gac.ops import backend, c_kernels
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import Kernel
 from gac.training import checkpoints, engine
@@ -303,7 +303,8 @@ def main(folder: Path, kernels: Path | None, ranks: Ranks) -> dict[str, object]:
     torch.set_num_threads(1)
     results: dict[str, object] = {"batch_norm": batch_norms(ranks)}
     images = slice(0, 3) if ranks.is_main else slice(3, 4)
-    results["fused in c"] = fused_step(kernels_in_c(), images, synchronized=True)
+    if c_kernels.status().ok:
+        results["fused in c"] = fused_step(kernels_in_c(), images, synchronized=True)
     if kernels is not None:
         results["fused"] = fused_step(kernels_on_cpu(kernels), images, synchronized=True)
     results["exact"] = {case: exact_steps(exact_config(case), ranks) for case in EXACT_CASES}

@@ -227,6 +227,7 @@ def test_synchronised_batch_norm_in_the_fused_network(launched, fused) -> None:
     assert_parts_are_the_whole([results["fused"] for results in launched[1]], fused[1])
 
 
+@pytest.mark.c_compiler
 def test_synchronised_batch_norm_in_c(launched) -> None:
     whole = several_ranks.fused_step(several_ranks.kernels_in_c(), slice(0, 4), synchronized=False)
     assert_parts_are_the_whole([results["fused in c"] for results in launched[1]], whole)

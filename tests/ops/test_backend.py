@@ -140,6 +140,7 @@ def test_the_probe_runs_where_kernels_do(kernels_on_cpu: object, monkeypatch: py
 
 @pytest.mark.usefixtures("fresh_status")
 class TestChoice:
+    @pytest.mark.c_compiler
     def test_on_the_cpu(self) -> None:
         x = torch.zeros(3)
         assert backend.choose_backend("auto", x) == "c"
@@ -174,6 +175,7 @@ class TestChoice:
         with pytest.raises(InputError, match=r"the tensor is torch\.float64; use backend='auto' or 'torch'"):
             backend.choose_backend("cupy", double)
 
+    @pytest.mark.c_compiler
     def test_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, "gac"):
             for _ in range(3):

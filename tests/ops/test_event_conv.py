@@ -19,7 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from cuda_on_cpu.launcher import run_under_sanitizers
 from gac.ops import c_compiler, c_kernels, event_conv, openmp
 from gac.ops.event_conv import event_conv2d
-from ops.c_libraries import SANITIZERS, TARGETS, forget_kernels, sanitize_if_asked, use_target
+from ops.c_libraries import (
+    SANITIZERS,
+    TARGETS,
+    forget_kernels,
+    run_under_thread_sanitizer,
+    sanitize_if_asked,
+    use_target,
+)
 
 # What -march=native is replaced by: the same source for other CPUs, of which this one can run what it has.
 # N, C, H, W, K, kernel, stride, padding
@@ -44,12 +51,14 @@ DEFAULT_GRADIENT_DENSITY = event_conv.MAX_GRADIENT_DENSITY
 LAYOUTS = ("contiguous", "channels_last", "weight_channels_last", "strided")
 
 
+pytestmark = pytest.mark.c_compiler
+
+
 @pytest.fixture(autouse=True)
 def by_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let events be used at any size and density, in memory that is poisoned before it is written."""
     sanitize_if_asked(monkeypatch)
-    if not c_kernels.status().ok:
-        pytest.skip(c_kernels.status().reason)
+    assert c_kernels.status().ok, c_kernels.status().reason
     monkeypatch.setattr(event_conv, "MAX_DENSITY", 1e6)
     monkeypatch.setattr(event_conv, "MAX_GRADIENT_DENSITY", 1e6)
     monkeypatch.setattr(event_conv, "_pays", lambda *_: True)
@@ -214,7 +223,7 @@ int main(void) {{
     list_events(&shape, &team, calloc(16, sizeof(float)), malloc(16), malloc(3));
 }}
 """)
-    command = [*c_compiler._find_compiler(), *SANITIZERS, "-std=gnu11", "-o", str(tmp_path / "program"), str(program)]
+    command = [*c_compiler.find_compiler(), *SANITIZERS, "-std=gnu11", "-o", str(tmp_path / "program"), str(program)]
     subprocess.run(command, check=True)
     result = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
     assert result.returncode != 0
@@ -223,17 +232,6 @@ int main(void) {{
 
 
 RACES = """
-#include <pthread.h>
-#include <stdlib.h>
-static void (*work)(void*);
-static void* thread(void* job) { work(job); return 0; }
-static void parallel(void (*function)(void*), void* job, unsigned threads, unsigned flags) {
-    pthread_t others[3];
-    work = function;
-    for (unsigned i = 0; i < threads - 1; i++) pthread_create(&others[i], 0, thread, job);
-    function(job);
-    for (unsigned i = 0; i < threads - 1; i++) pthread_join(others[i], 0);
-}
 int main(void) {
     const Shape shape = {6, 150, 12, 12, 70, 3, 3, 1, 1, 12, 12};
     const Team team = {parallel, 4};
@@ -251,15 +249,7 @@ int main(void) {
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    program = tmp_path / "program.c"
-    program.write_text(f'#include "{c_compiler.KERNEL_FOLDER / "event_conv.c"}"\n{RACES}')
-    flags = ["-O1", "-g", "-fsanitize=thread", "-pthread", "-std=gnu11", "-o", str(tmp_path / "program"), str(program)]
-    subprocess.run([*c_compiler._find_compiler(), *flags], check=True)
-    result = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
-    if "unexpected memory mapping" in result.stderr:
-        pytest.skip("this compiler's thread sanitizer does not run on this kernel")
-    assert result.returncode == 0, result.stderr
-    assert "data race" not in result.stderr
+    assert "data race" not in run_under_thread_sanitizer(tmp_path, "event_conv.c", RACES)
 
 
 # --- Where the dense convolution has to run

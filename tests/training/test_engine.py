@@ -21,6 +21,7 @@ from gac.errors import InputError
 from gac.execution.cuda_graph import CaptureOnDevice
 from gac.models import create_model
 from gac.models.ms_resnet import MSResNet
+from gac.ops import c_kernels
 from gac.training import checkpoints, engine, step
 from gac.training.checkpoints import Checkpoints
 from gac.training.engine import Trainer, train
@@ -86,7 +87,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
             "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate",
             "skipped_steps", "skipped_images", "test_skipped_images", "backend",
         }  # fmt: skip
-        assert line["backend"] == "c"
+        assert line["backend"] == ("c" if c_kernels.status().ok else "torch")
         assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
     last = read_checkpoint(finished / "last.pt")
     assert (last["epoch"], last["step"], last["num_classes"], last["in_channels"]) == (3, 9, 3, 3)
@@ -155,6 +156,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert_same(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
 
 
+@pytest.mark.c_compiler
 def test_what_runs_the_network_may_change_when_a_run_resumes(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(TINY, tmp_path, after_step=stop_at(BATCHES + 1))
