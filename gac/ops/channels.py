@@ -43,6 +43,11 @@ def empty_channels_last(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.empty_strided(shape, _channels_last_strides(shape), dtype=like.dtype, device=like.device)
 
 
+def gradient_or_zeros(grad: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return a gradient with channels innermost; zeros, of the dtype and device of ``like``, where there is none."""
+    return empty_channels_last(shape, like).zero_() if grad is None else channels_last(grad)
+
+
 def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
     if len(shape) == 5:
         _, B, C, H, W = shape

@@ -190,12 +190,13 @@ def _backward_sums(
     shortcut_inverse_std: Tensor | None,
     neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
-    sequences = _channels_last(grad_membrane, grad_spikes, membrane, y)
-    (shortcut,) = _channels_last(shortcut)
+    grad_membrane = channels.gradient_or_zeros(grad_membrane, y.shape, y)
+    grad_spikes, membrane, y, shortcut = _channels_last(grad_spikes, membrane, y, shortcut)
+    sequences = (grad_membrane, grad_spikes, membrane, y)
     grad, _ = _gradient_and_sums(None, None, membrane, y, mean, inverse_std, shortcut)
     T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, *sequences, mean, shortcut, shortcut_mean, backward=True)
-    template = (T, width, neuron.backward_template, shortcut is not None)
+    template = (T, width, neuron.backward_template, shortcut is not None, grad_spikes is not None)
     kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2 if shortcut is None else 3, C, dtype=torch.float32)

@@ -519,13 +519,9 @@ KERNEL(residual_lif_backward_sums) {
                 const float *restrict y_k = y + here, *restrict shortcut_k = shortcut + here;
                 float* restrict grad_k = grad + here;
                 if (grad_spikes) back(&lif, n, h + k * TILE, grad_spikes + here, grad_v, grad_h);
-                if (grad_membrane) {
-                    const float* restrict direct = grad_membrane + here;
-                    for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i] + direct[i];
-                } else {
-                    for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i];
-                }
+                const float* restrict direct = grad_membrane + here;
                 for (int64_t i = 0; i < n; i++) {
+                    grad_k[i] = lif.gain * grad_h[i] + direct[i];
                     sums[0][i] += grad_k[i];
                     sums[1][i] += grad_k[i] * (y_k[i] - mean[i]);
                 }
@@ -693,13 +689,11 @@ KERNEL(gate_lif_backward) {
         const int64_t n = least(TILE, span.end - first), at = span.image * image_size + first;
         const float* restrict spatial_here = spatial + at;
         encode(job->launch, &lif, n, x + at, h);
-        if (grad_spikes) {
-            for (int64_t k = 0; k < steps_of_net; k++) {
-                gated(&lif, temporal[k * images + span.image], n, h + k * TILE, spatial_here, membrane + k * TILE);
-            }
-            fill(v, lif.v_reset, n);
-            steps(job->launch, &lif, steps_of_net, n, membrane, TILE, v, inner, 0);
+        for (int64_t k = 0; k < steps_of_net; k++) {
+            gated(&lif, temporal[k * images + span.image], n, h + k * TILE, spatial_here, membrane + k * TILE);
         }
+        fill(v, lif.v_reset, n);
+        steps(job->launch, &lif, steps_of_net, n, membrane, TILE, v, inner, 0);
         fill(grad_v, 0.0f, n);
         fill(grad_inner_v, 0.0f, n);
         fill(grad_x + at, 0.0f, n);
@@ -707,12 +701,9 @@ KERNEL(gate_lif_backward) {
         for (int64_t k = steps_of_net - 1; k >= 0; k--) {
             const float a = temporal[k * images + span.image];
             const float* h_k = h + k * TILE;
-            fill(grad, 0.0f, n);
-            if (grad_spikes) {
-                back(&lif, n, inner + k * TILE, grad_spikes + k * frame + at, grad_inner_v, grad);
-                for (int64_t i = 0; i < n; i++) grad[i] *= lif.gain;
-            }
-            for (int64_t i = 0; grad_membrane && i < n; i++) grad[i] += grad_membrane[k * frame + at + i];
+            const float* restrict direct = grad_membrane + k * frame + at;
+            back(&lif, n, inner + k * TILE, grad_spikes + k * frame + at, grad_inner_v, grad);
+            for (int64_t i = 0; i < n; i++) grad[i] = lif.gain * grad[i] + direct[i];
             float with_scores[TILE];
             for (int64_t i = 0; i < n; i++) {
                 const float gate = sigmoid(a * spatial_here[i]);

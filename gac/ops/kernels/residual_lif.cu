@@ -10,7 +10,7 @@
 #include "time_steps.cuh"
 
 // kSpikes: with a LIF layer; otherwise only the membrane, and `spikes` is not touched.
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kNormShortcut, bool kSpikes>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kNormShortcut, bool kSpikes>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
     const Element* __restrict__ y, Norm norm_of,
     const Element* __restrict__ shortcut, Norm NULLABLE shortcut_norm_of, LIF lif,
@@ -38,18 +38,20 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
             store_vector(membrane + k * frame_size + neuron, y_seq[k]);
         }
         if (kSpikes)
-            run_through_time<kSteps, kWidth, kReset>(
+            run_through_time<kSteps, kWidth, kReset, kPlain>(
                 lif, lif.v_reset, [&](int k, int i) { return to_float(y_seq[k][i]); },
                 [&](int k, const float(&h)[kWidth]) { store_spikes(lif, h, spikes + k * frame_size, neuron); });
     }
 }
 
-// Pass 1: `grad`, the whole gradient of the membrane: what comes from it directly (grad_membrane, null for none) and
-// through the spikes (grad_spikes, null for none). Partials [gridDim.x, 2 or 3, channels] of its sums over all rows
+// Pass 1: `grad`, the whole gradient of the membrane: what comes from it directly (grad_membrane) and, with kSpikes,
+// through the spikes (grad_spikes; otherwise it and the membrane are not read). Partials [gridDim.x, 2 or 3, channels] of its sums over all rows
 // and time steps, of its products with (y - mean) and, with kNormShortcut, with (shortcut - its mean).
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate, bool kNormShortcut>
+template <
+    typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate,
+    bool kNormShortcut, bool kSpikes>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
-    const Element* __restrict__ NULLABLE grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
+    const Element* __restrict__ grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
     const Element* __restrict__ membrane, const Element* __restrict__ y, const float* __restrict__ mean_of,
     const Element* __restrict__ NULLABLE shortcut, const float* __restrict__ NULLABLE shortcut_mean_of,
     LIF lif,
@@ -68,12 +70,12 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
             Vector<Element, kWidth> y_seq[kSteps], shortcut_seq[kSteps], direct_seq[kSteps];
             load_sequence(y, frame_size, neuron, y_seq);
             if (kNormShortcut) load_sequence(shortcut, frame_size, neuron, shortcut_seq);
-            if (grad_membrane) load_sequence(grad_membrane, frame_size, neuron, direct_seq);
+            load_sequence(grad_membrane, frame_size, neuron, direct_seq);
             const auto take = [&](int k, const float(&through_spikes)[kWidth]) {
                 float grad_k[kWidth];
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
-                    grad_k[i] = through_spikes[i] + (grad_membrane ? to_float(direct_seq[k][i]) : 0.0f);
+                    grad_k[i] = through_spikes[i] + to_float(direct_seq[k][i]);
                     sum[i] += grad_k[i];
                     sum_with_y[i] += grad_k[i] * (to_float(y_seq[k][i]) - mean[i]);
                     if (kNormShortcut)
@@ -81,11 +83,11 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
                 }
                 store_floats(grad + k * frame_size, neuron, grad_k);
             };
-            if (grad_spikes) {
+            if (kSpikes) {
                 Vector<Element, kWidth> membrane_seq[kSteps], grad_seq[kSteps];
                 load_sequence(membrane, frame_size, neuron, membrane_seq);
                 load_sequence(grad_spikes, frame_size, neuron, grad_seq);
-                run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
+                run_back_through_time<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
                     lif, lif.v_reset,
                     [&](int k, int i) { return to_float(membrane_seq[k][i]); },
                     [&](int k, int i) { return to_float(grad_seq[k][i]); }, take);
