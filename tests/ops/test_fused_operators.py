@@ -126,7 +126,7 @@ class LastBlockOnly:
             first, *_, count, channels = (ctypes.c_void_p * len(kernel.parameters)).from_buffer(packed)
             partials = ctypes.c_uint64.from_address(first)
             count, channels = ctypes.c_int.from_address(count), ctypes.c_int.from_address(channels)
-            quantities = 3 if kernel.instance == "batch_moments_total" else grid[1]
+            quantities = 3 if kernel.instance.startswith("batch_") else grid[1]
             partials.value += 4 * (count.value - 1) * quantities * channels.value
             count.value = 1
             self._kernels(kernel, grid, block, packed)

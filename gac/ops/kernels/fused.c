@@ -295,26 +295,50 @@ KERNEL(batch_moments_partials) {
     }
 }
 
+typedef struct {
+    double mean, variance, unbiased_variance;
+} Moments;
+
+INLINE Moments moments_of(const float* partials, int64_t blocks, int64_t channel, int64_t channels) {
+    double count = 0.0, sum = 0.0, sum_of_squares = 0.0;
+    for (int64_t block = 0; block < blocks; block++) {
+        const float* partial = partials + block * 3 * channels + channel;
+        const double n = partial[0], mean = partial[channels], squared_deviations = partial[2 * channels];
+        count += n;
+        sum += n * mean;
+        sum_of_squares += squared_deviations + n * mean * mean;
+    }
+    const double mean = sum / count;
+    double squared_deviations = sum_of_squares - count * mean * mean;
+    if (squared_deviations < 0.0) squared_deviations = 0.0;  // rounding; NaN stays
+    return (Moments){mean, squared_deviations / count, squared_deviations / (count - 1.0)};
+}
+
 void batch_moments_total(const Launch* launch, void** arguments) {
     const Job given = {launch, arguments, 0}, *job = &given;
-    const float* partials = POINTER(0);
     float* moments = POINTER(1);
-    const int64_t blocks = INT(2), channels = INT(3);
+    const int64_t channels = INT(3);
     for (int64_t c = 0; c < channels; c++) {
-        double count = 0.0, sum = 0.0, sum_of_squares = 0.0;
-        for (int64_t block = 0; block < blocks; block++) {
-            const float* partial = partials + block * 3 * channels + c;
-            const double n = partial[0], mean = partial[channels], squared_deviations = partial[2 * channels];
-            count += n;
-            sum += n * mean;
-            sum_of_squares += squared_deviations + n * mean * mean;
-        }
-        const double mean = sum / count;
-        double squared_deviations = sum_of_squares - count * mean * mean;
-        if (squared_deviations < 0.0) squared_deviations = 0.0;  // rounding; NaN stays
-        moments[c] = (float)mean;
-        moments[channels + c] = (float)(squared_deviations / count);
-        moments[2 * channels + c] = (float)(squared_deviations / (count - 1.0));
+        const Moments of_channel = moments_of(POINTER(0), INT(2), c, channels);
+        moments[c] = (float)of_channel.mean;
+        moments[channels + c] = (float)of_channel.variance;
+        moments[2 * channels + c] = (float)of_channel.unbiased_variance;
+    }
+}
+
+void batch_statistics_total(const Launch* launch, void** arguments) {
+    const Job given = {launch, arguments, 0}, *job = &given;
+    float *mean = POINTER(1), *inverse_std = POINTER(2), *running_mean = POINTER(3), *running_var = POINTER(4);
+    int64_t* batches = *(int64_t* const*)arguments[5];
+    const float eps = FLOAT(6), momentum = FLOAT(7);
+    const int64_t channels = INT(9);
+    if (batches) *batches += 1;
+    for (int64_t c = 0; c < channels; c++) {
+        const Moments of_channel = moments_of(POINTER(0), INT(8), c, channels);
+        mean[c] = (float)of_channel.mean;
+        inverse_std[c] = 1.0f / sqrtf((float)of_channel.variance + eps);
+        if (running_mean) running_mean[c] += momentum * (mean[c] - running_mean[c]);
+        if (running_var) running_var[c] += momentum * ((float)of_channel.unbiased_variance - running_var[c]);
     }
 }
 
@@ -330,19 +354,6 @@ void total_of_partials(const Launch* launch, void** arguments) {
             for (int64_t block = 0; block < blocks; block++) sum += partials[(block * quantities + quantity) * channels + c];
             totals[quantity * channels + c] = (float)(sum * (factors ? factors[c] : 1.0));
         }
-    }
-}
-
-void batch_statistics(const Launch* launch, void** arguments) {
-    const Job given = {launch, arguments, 0}, *job = &given;
-    const float* moments = POINTER(0);
-    float *running_mean = POINTER(1), *running_var = POINTER(2), *inverse_std = POINTER(3);
-    const float eps = FLOAT(4), momentum = FLOAT(5);
-    const int64_t channels = INT(6);
-    for (int64_t c = 0; c < channels; c++) {
-        inverse_std[c] = 1.0f / sqrtf(moments[channels + c] + eps);
-        if (running_mean) running_mean[c] += momentum * (moments[c] - running_mean[c]);
-        if (running_var) running_var[c] += momentum * (moments[2 * channels + c] - running_var[c]);
     }
 }
 
