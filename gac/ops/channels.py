@@ -79,9 +79,15 @@ def vector_width(dtype: torch.dtype, T: int, backward: bool = False) -> int:
 
 def fitting_width(T: int, length: int, *tensors: Tensor | None, backward: bool = False) -> int:
     """Return the vector width for ``length`` values in a row; the first tensor decides the dtype."""
-    width = vector_width(tensors[0].dtype, T, backward)
-    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    return width if aligned and length % width == 0 else 1
+    return narrowed_width(vector_width(tensors[0].dtype, T, backward), length, *tensors)
+
+
+def narrowed_width(width: int, length: int, *tensors: Tensor | None) -> int:
+    """Return the vector width up to ``width`` that divides ``length`` and that the tensors' addresses allow."""
+    addresses = [(tensor.data_ptr(), tensor.itemsize) for tensor in tensors if tensor is not None]
+    while width > 1 and (length % width or any(start % min(16, width * size) for start, size in addresses)):
+        width //= 2
+    return width
 
 
 def grid(

@@ -153,8 +153,8 @@ def test_every_length_dtype_and_layout(T: int, dtype: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 6, 17])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_odd_sizes_take_the_scalar_path(T: int, dtype: str, layout: str, device: str) -> None:
-    for shape in [(T, 1, 3, 5, 7), (T, 3, 1, 7, 11)]:
+def test_odd_sizes_take_narrower_vectors(T: int, dtype: str, layout: str, device: str) -> None:
+    for shape in [(T, 1, 3, 5, 7), (T, 3, 1, 7, 11), (T, 1, 3, 2, 5), (T, 1, 3, 2, 2)]:
         x = make_input(shape, DTYPES[dtype], layout, device)
         v = make_input(shape, torch.float32, layout, device, seed=2)[0]
         assert_kernels_equal_reference(x, v, CIFAR)
