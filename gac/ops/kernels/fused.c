@@ -559,7 +559,7 @@ KERNEL(residual_lif_backward_inputs) {
     const float *shortcut = POINTER(5), *shortcut_weight = POINTER(6), *shortcut_mean = POINTER(7);
     const float *shortcut_inverse_std = POINTER(8), *sums = POINTER(9), inverse_count = FLOAT(10);
     float *grad_y = POINTER(11), *grad_shortcut = POINTER(12);
-    const int64_t count = LONG(13), channels = INT(14);
+    const int64_t count = LONG(13) * job->launch->steps, channels = INT(14);
     const Rows rows = rows_of_block(job->launch, block, count, channels);
     FOR_CHANNELS(channels) {
         NormalizationGradient norm, shortcut_norm;

@@ -89,8 +89,9 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_input(
         norm_of.weight, norm_of.mean, norm_of.inverse_std, sums, sums + channels, inverse_count, tile.channel);
     const long long frame_size = rows * channels;
 
-    for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
-        const long long neuron = row * channels + tile.channel;
+    // Begins with the rows that pass 1 ended with, as some of them are still in the L2 cache.
+    for (long long done = tile.first_row(); done < rows; done += tile.row_step()) {
+        const long long neuron = (rows - 1 - done) * channels + tile.channel;
         norm_lif_row<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
             grad_spikes, y, norm, lif, frame_size, neuron,
             [&](int k, const Vector<Element, kWidth>& y_k, const float(&grad)[kWidth]) {
