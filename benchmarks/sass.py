@@ -56,7 +56,7 @@ class Stated(NamedTuple):
 
 STATED = {
     ("lif", "lif_forward"): Stated(96, {16}, 9, spikes=True),
-    ("lif", "lif_backward"): Stated(160, {16}, 3, spikes=True),
+    ("lif", "lif_backward"): Stated(144, {16}, 3, spikes=True),
     ("batch_statistics", "batch_moments_partials"): Stated(128, {16}, 4, spikes=False),
     ("batch_statistics", "batch_moments_total"): Stated(48, {4}, 1, spikes=False),
     ("norm_lif", "batch_statistics_total"): Stated(48, {4}, 1, spikes=False),
@@ -65,17 +65,17 @@ STATED = {
     ("norm_lif", "total_of_partials"): Stated(16, {4}, 1, spikes=False),
     ("norm_lif", "norm_lif_backward_input"): Stated(40, {8}, 4, spikes=True),
     ("residual_lif", "residual_lif_forward"): Stated(96, {16}, 4, spikes=True),
-    ("residual_lif", "residual_lif_backward_sums"): Stated(128, {8}, 3, spikes=True),
+    ("residual_lif", "residual_lif_backward_sums"): Stated(56, {8}, 4, spikes=True),
     ("residual_lif", "residual_lif_backward_inputs"): Stated(128, {16}, 4, spikes=False),
     ("residual_norm_lif", "residual_lif_forward"): Stated(80, {16}, 4, spikes=True),
-    ("residual_norm_lif", "residual_lif_backward_sums"): Stated(160, {8}, 3, spikes=True),
-    ("residual_norm_lif", "residual_lif_backward_inputs"): Stated(192, {16}, 3, spikes=False),
+    ("residual_norm_lif", "residual_lif_backward_sums"): Stated(72, {8}, 3, spikes=True),
+    ("residual_norm_lif", "residual_lif_backward_inputs"): Stated(128, {16}, 3, spikes=False),
     ("residual", "residual_lif_forward"): Stated(128, {16}, 4, spikes=False),
-    ("residual", "residual_lif_backward_sums"): Stated(96, {8}, 3, spikes=False),
+    ("residual", "residual_lif_backward_sums"): Stated(64, {8}, 7, spikes=False),
     ("gate_lif", "gate_lif_forward"): Stated(16, {16}, 4, spikes=True),
-    ("gate_lif", "gate_lif_backward"): Stated(48, {8}, 3, spikes=True),
+    ("gate_lif", "gate_lif_backward"): Stated(40, {8}, 3, spikes=True),
     ("lif_pool", "lif_pool_forward"): Stated(64, {16}, 3, spikes=True),
-    ("lif_pool", "lif_pool_backward"): Stated(32, {8}, 6, spikes=True),
+    ("lif_pool", "lif_pool_backward"): Stated(40, {8}, 6, spikes=True),
 }
 """By operation of the catalogue and kernel; a kernel of several operations stands with the first."""
 
