@@ -32,6 +32,11 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
         check_capturable(config.model)
     if config.train.cuda_graph and ranks.size > 1:
         raise InputError(f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: leave it off")
+    if config.train.overlap_weight_gradients and ranks.size > 1:
+        raise InputError(
+            "train.overlap_weight_gradients keeps gradients from the exchange between processes, and there are"
+            f" {ranks.size}: leave it off"
+        )
     return device
 
 
