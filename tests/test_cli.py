@@ -85,8 +85,8 @@ def test_every_field_means_the_same_in_a_file_and_on_the_command_line(yaml_file)
             mixup_alpha=0.5, mix_off_epochs=2, ema_decay=0.9, amp="bf16", accumulate_steps=2, sync_batch_norm=True,
             cuda_graph=True, overlap_weight_gradients=True, channels_last=False, checkpoint_activations=True, seed=0,
             eval_batch_size=9, checkpoint_minutes=0.5, checkpoint_steps=4, keep_checkpoints=1, init="a b.pt",
-            freeze="stem.*, head.*", freeze_batch_norm=True, self_distillation=0.5, teacher="c d.pt", teacher_weight=0.25,
-            distillation_temperature=4.0,
+            freeze="stem.*, head.*", freeze_batch_norm=True, self_distillation=0.5, teacher="c d.pt",
+            teacher_weight=0.25, distillation_temperature=4.0,
         ),
         device="cuda:1",
     )  # fmt: skip

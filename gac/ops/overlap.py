@@ -106,7 +106,7 @@ class Pass:
     def deliver(self) -> None:
         """Do with the gradients as autograd does: each becomes its weight's, or is added to what that has."""
         weights, gradients = [weight for weight, _ in self._found], [gradient for _, gradient in self._found]
-        if any((g.dtype, g.stride()) != (w.dtype, w.stride()) for w, g in self._found):
+        if not all(_alike(gradient, weight) for weight, gradient in self._found):
             copies = [torch.empty_like(weight, requires_grad=False) for weight in weights]
             torch._foreach_copy_(copies, gradients)
             gradients = copies
@@ -207,6 +207,12 @@ class _Convolution(torch.autograd.Function):
             # Behind the input gradient, with which it would compete, beside the kernels that follow.
             ctx.begun.submit(ctx.weight, lambda: gradients(False, True)[1])
         return grad_x, None, None, None, None, None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors of one shape have one dtype and one order in memory, as fused optimisers need."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.dtype == b.dtype and all(size == 1 or of_a == of_b for size, of_a, of_b in strides)
 
 
 def _takes(weight: nn.Parameter) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deferred import Deferred
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.execution.cuda_graph import CaptureOnDevice, Replayed
-from gac.models import create_model
+from gac.models import create_model, fused
 from gac.models.recompute import recomputed
 from gac.ops import overlap
 from gac.ops.overlap import SecondStream, conv2d, is_overlapped, overlapped, select_executor
@@ -90,9 +90,9 @@ def test_gradients_are_those_of_autograd(order: torch.memory_format, amp: bool) 
     found = gradients(net, executor, x, amp)
     assert executor.joins == [2 + net.uses]
     assert equal([*found, x.grad], [*expected, of_x])
-    # What fused optimisers need.
-    for weight in net.parameters():
-        assert (weight.grad.dtype, weight.grad.stride()) == (weight.dtype, weight.stride())
+    # Refused unless gradients have the dtype and the order in memory of their weights.
+    torch.optim.SGD(net.parameters(), lr=0.1, fused=True).step()
+    assert all(weight.grad.is_contiguous(memory_format=order) for weight in net.parameters())
 
 
 def test_gradients_are_added_to_those_that_are_there() -> None:
@@ -231,6 +231,20 @@ def test_replays_of_a_captured_step_are_the_steps(amp: bool) -> None:
         finals.append([*net.parameters()])
     assert capture.replays > 3
     assert equal(*finals)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_shortcut_on_a_device_overlaps_too(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On the CPU it is computed from the pixels that the stride leaves. Tensors without values have no autocast.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    conv = nn.Conv2d(4, 6, 1, stride, bias=False, device="meta")
+    membrane, executor = torch.empty(2, 3, 4, 6, 8, device="meta", requires_grad=True), Deferred()
+    with overlapped(conv.parameters(), executor):
+        y = fused._convolve_shortcut(membrane, conv)
+        assert y.shape == (2, 3, 6, 6 // stride, 8 // stride)
+        y.sum().backward()
+    assert executor.joins == [1]
+    assert (membrane.grad.shape, conv.weight.grad.shape) == (membrane.shape, conv.weight.shape)
 
 
 # --- Planted faults, which the comparisons above must see
