@@ -141,8 +141,8 @@ def overlapped(weights: Iterable[nn.Parameter], executor: Executor) -> Iterator[
     """Let an executor compute what a backward pass finds of the gradients of convolutions' weights.
 
     Forward and backward pass are within the context. The gradients are there when it ends, as those of autograd. They
-    are of :func:`conv2d` with those of ``weights`` that are float32, need a gradient and have no hooks, which autograd
-    would call.
+    are of :func:`conv2d` with those of ``weights`` that are float32 and have no hooks, which autograd would call.
+    Every backward pass in the context leaves them, also one that ``torch.autograd.grad`` runs for another tensor.
     """
     begun = Pass(weights, executor)
     try:
@@ -217,4 +217,4 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _takes(weight: nn.Parameter) -> bool:
     hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    return weight.requires_grad and weight.dtype == torch.float32 and not hooked
+    return weight.dtype == torch.float32 and not hooked
