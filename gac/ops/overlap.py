@@ -6,7 +6,7 @@ idle while they wait for memory.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -53,8 +53,10 @@ class SecondStream:
         self._running.append((self._stream.record_event(), work))
 
     def join(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        self._running.clear()
+        try:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        finally:
+            self._running.clear()
 
 
 def select_executor(wanted: bool, device: torch.device) -> Executor | None:
@@ -148,8 +150,12 @@ def overlapped(weights: Iterable[nn.Parameter], executor: Executor) -> Iterator[
     try:
         with within(begun):
             yield begun
-    finally:
-        begun.close()
+    except BaseException:
+        # The streams of a capture that failed take nothing more; what failed first is to be known.
+        with suppress(RuntimeError):
+            begun.close()
+        raise
+    begun.close()
     begun.deliver()
 
 

@@ -164,6 +164,17 @@ def test_after_an_error_the_streams_are_joined_and_no_gradient_is_half_there() -
     assert [weight.grad for weight in net.parameters()] == [None] * 3
 
 
+def test_of_two_errors_the_first_is_raised() -> None:
+    def join() -> None:
+        raise RuntimeError("the stream's capture has failed")
+
+    executor = SimpleNamespace(submit=lambda work: work(), join=join)
+    with pytest.raises(ZeroDivisionError), overlapped([], executor):
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="capture has failed"), overlapped([], executor):
+        pass
+
+
 @pytest.mark.parametrize("thread", [False, True], ids=["same thread", "autograd's thread"])
 def test_recomputation_belongs_to_the_pass(thread: bool) -> None:
     # On a CUDA device autograd computes again in a thread of its own.
@@ -314,7 +325,7 @@ class _FakeStreams:
 
 class _FakeStream:
     def __init__(self, streams: _FakeStreams) -> None:
-        self.streams, self.behind = streams, set()
+        self.streams, self.behind, self.usable = streams, set(), True
 
     def record_event(self) -> frozenset:
         return frozenset(self.behind)
@@ -323,6 +334,8 @@ class _FakeStream:
         self.behind |= event
 
     def wait_stream(self, other: "_FakeStream") -> None:
+        if not self.usable:
+            raise RuntimeError("the capture has failed")
         self.behind |= other.behind
 
 
@@ -351,6 +364,23 @@ def test_the_second_stream_waits_and_keeps_what_it_reads(monkeypatch: pytest.Mon
     executor.join()
     assert {f"work {number}" for number in range(10)} <= streams.main.behind
     assert all(reference() is None for reference in alive.values())
+
+
+def test_after_a_join_that_failed_the_second_stream_waits_for_nothing_of_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams = _FakeStreams(monkeypatch)
+    executor = SecondStream(CPU)
+    executor.submit(lambda: streams.second.behind.add("captured"))
+    streams.main.usable = False
+    with pytest.raises(RuntimeError, match="capture has failed"):
+        executor.join()
+    streams.main.usable = True
+    streams.second.behind.clear()
+    for _ in range(2 * SecondStream.AHEAD):
+        executor.submit(lambda: None)
+    executor.join()
+    assert streams.main.behind == set()
 
 
 def test_only_a_gpu_that_is_asked_to_has_a_second_stream(monkeypatch: pytest.MonkeyPatch) -> None:
