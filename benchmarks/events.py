@@ -144,7 +144,6 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
     if not all(0 <= density <= 1 for density in options.densities):
         raise InputError(f"--densities: expected numbers from 0 to 1, got {' '.join(map(str, options.densities))}")
     report.begin()
-    report.line("kernels", status.reason)
     print()
     TABLE.header()
     # At every density, whatever the package would choose.
