@@ -36,6 +36,8 @@ from gac.neuron import PRESETS, LIFNode
 from gac.ops.catalogue import EPS, OPERATIONS, Layer
 
 GATE_BATCH, GATE_LIMIT = 2, 1e-2
+PARTS = ("lif", "batch_statistics")
+"""Operations that a training step has only as parts of the others."""
 # A replay is long against what its launch and its events cost.
 REPLAY_SECONDS, MOST_CALLS = 2e-3, 256
 # Successive calls get other tensors until this many times the second-level cache has gone by.
