@@ -117,6 +117,12 @@ class Table:
         print("  ".join((first.ljust(self._widths[0]), *aligned)).rstrip(), flush=True)
 
 
+def markdown(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 class Report:
     """The results of a run: a header that says what was measured where, and a JSON file."""
 

@@ -138,13 +138,12 @@ def figure(rows: list[dict[str, Any]], environment: dict[str, str]) -> Figure:
 
 def _measure_and_report(options: Namespace, report: Report) -> None:
     if report.device.type != "cpu":
-        raise InputError("convolutions by events run on the CPU: use --device cpu")
+        raise InputError(f"convolutions by events run on the CPU, not on {report.device}: leave out --device")
     if not (status := c_kernels.status()).ok:
         raise InputError(f"the C kernels cannot run: {status.reason}")
     if not all(0 <= density <= 1 for density in options.densities):
         raise InputError(f"--densities: expected numbers from 0 to 1, got {' '.join(map(str, options.densities))}")
     report.begin()
-    report.line("kernels", status.reason)
     print()
     TABLE.header()
     # At every density, whatever the package would choose.
@@ -160,12 +159,17 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
     ).items():
         found = crossover(rows)
         title = f"{channels} channels, {side} x {side}, {what}, {order}"
-        report.line("crossover", f"{title}: " + ("not passed" if found is None else f"density {found:.2f}"))
+        if found is None:
+            slowest, fastest = (pick(row["speed_up"] for row in rows) for pick in (min, max))
+            report.line("crossover", f"{title}: not passed, {slowest:.2f} to {fastest:.2f} times as fast")
+        else:
+            report.line("crossover", f"{title}: density {found:.2f}")
     if options.plot is not None:
         plot.write(figure(report.data["rows"], report.environment), options.plot)
 
 
 PARSER = common.make_parser("benchmarks.events", __doc__, "all measurements", "the speed-up over the density")
+PARSER.set_defaults(device="cpu")
 help = "the parts of the inputs that spike"
 PARSER.add("--densities", help, type=float, default=[0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], metavar="PART")
 PARSER.add("--frames", "frames T x B", type=at_least(1), default=24, metavar="N")

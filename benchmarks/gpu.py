@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.candidates import FLOOR
-from benchmarks.common import OUT_OF_MEMORY, ROOT, MeasurementError, Report, Table, grouped, program
+from benchmarks import tables
+from benchmarks.common import ROOT, MeasurementError, Report, Table, grouped, program
 from benchmarks.kernels import bandwidth_of_all_layers
+from benchmarks.tables import fastest
 from gac.command_line import Parser, at_least
 from gac.files import atomic_write, user_path
 
@@ -109,55 +110,23 @@ def run(part: Part, folder: Path, seconds: float) -> str:
 def goals(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield every goal for a GPU that the files in a folder tell about: what was wanted, what was measured."""
     if (folder / "throughput.json").exists():
-        cells = {cell["implementation"]: cell for cell in _read(folder / "throughput.json")["cells"]}
-        ours = ("ours-cupy", "ours-cupy-graph", "ours-cupy-overlap")
-        fastest = {what: _fastest(cells, what, *ours) for what in ("train", "evaluation")}
+        cells = tables.read(folder / "throughput.json")["cells"]
+        implementations = ("ours-cupy", "ours-cupy-graph", "ours-cupy-overlap")
         for peer, what, wanted in SPEED_UPS:
-            theirs = _fastest(cells, what, peer)
-            if fastest[what] and theirs:
-                yield _goal(f"{what}: times as fast as {peer}", wanted, theirs / fastest[what], at_least=True)
-        ours, theirs = (cells.get(name, {}).get("peak_bytes") for name in ("ours-cupy", "spikingjelly"))
+            ours, theirs = (fastest(cells, what, *names) for names in (implementations, (peer,)))
+            if ours and theirs:
+                yield _goal(f"{what}: times as fast as {peer}", wanted, theirs / ours, at_least=True)
+        peaks = {cell["implementation"]: cell["peak_bytes"] for cell in cells}
+        ours, theirs = peaks.get("ours-cupy"), peaks.get("spikingjelly")
         if ours and theirs:
             yield _goal("memory of a training step over spikingjelly's", 0.5, ours / theirs, at_least=False)
     if (folder / "kernels.json").exists():
-        content = _read(folder / "kernels.json")
+        content = tables.read(folder / "kernels.json")
         for (operation, dtype, direction), rows in grouped(content["rows"], "operation", "dtype", "pass").items():
             bandwidth = bandwidth_of_all_layers(rows)
             if bandwidth is not None:
                 share = bandwidth / content["copy_bytes_per_second"]
                 yield _goal(f"{operation} {direction}, {dtype}: share of a copy's rate", 0.8, share, at_least=True)
-
-
-def throughput_table(folder: Path) -> str:
-    """Return the table of docs/performance.md: each implementation of throughput.json, in Markdown."""
-    cells = {cell["implementation"]: cell for cell in _read(folder / "throughput.json")["cells"]}
-    floor = _fastest(cells, "train", FLOOR)
-    titles = ["Implementation", "Training step, ms [quartiles]", "x floor", "images/s", "Memory, GiB"]
-    titles.append("Evaluation, images/s [quartiles]")
-    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
-    for name, cell in cells.items():
-        train, evaluation, peak = cell["train"], cell["evaluation"], cell["peak_bytes"]
-        row = [name, OUT_OF_MEMORY, "-", "-", "-", OUT_OF_MEMORY]
-        if train != OUT_OF_MEMORY:
-            row[1] = "{:.2f} [{:.2f}, {:.2f}]".format(train["median_ms"], *train["quartiles_ms"])
-            row[2] = "-" if floor is None else f"{train['median_ms'] / floor:.2f}"
-            row[3] = f"{train['images_per_second']:,.0f}"
-            row[4] = "-" if peak is None else f"{peak / 2**30:.2f}"
-        if evaluation != OUT_OF_MEMORY:
-            low, high = (1000 * cell["batch"] / ms for ms in reversed(evaluation["quartiles_ms"]))
-            row[5] = f"{evaluation['images_per_second']:,.0f} [{low:,.0f}, {high:,.0f}]"
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
-
-
-def _fastest(cells: dict[str, dict[str, Any]], what: str, *names: str) -> float | None:
-    """Return the shortest median in milliseconds; None if none of the implementations was measured."""
-    timings = [cells[name][what] for name in names if name in cells]
-    return min((each["median_ms"] for each in timings if each != OUT_OF_MEMORY), default=None)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _goal(title: str, wanted: float, measured: float, at_least: bool) -> dict[str, Any]:
@@ -197,7 +166,7 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
                 file.write(f"{json.dumps(content, indent=2)}\n".encode())
     print()
     if (ROOT / folder / "throughput.json").exists():
-        print(f"{throughput_table(ROOT / folder)}\n")
+        print(f"{tables.throughput(tables.read(ROOT / folder / 'throughput.json'))}\n")
     if verdicts:
         GOALS.header()
     for goal in verdicts:

@@ -88,6 +88,10 @@ def thread_times(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _measure_and_report(options: Namespace, report: common.Report) -> None:
+    if report.device.type != "cpu":
+        raise InputError(
+            f"a step's time on the host is measured on the CPU, not on {report.device}: leave out --device"
+        )
     if not (status := c_kernels.status()).ok:
         raise InputError(f"the kernels cannot be replaced: {status.reason}")
     size, T = NetworkSize.from_options(options), options.time_steps
@@ -129,7 +133,7 @@ NetworkSize.add_options(PARSER, T=6, batch=2)
 PARSER.add("--warmup", "untimed steps before", type=at_least(1), default=5)
 PARSER.add("--rounds", "turns of each, one after the other", type=at_least(1), default=10)
 PARSER.add("--steps", "timed steps in a turn", type=at_least(1), default=10)
-PARSER.set_defaults(width=8, image_size=8)
+PARSER.set_defaults(device="cpu", width=8, image_size=8)
 main = common.program(PARSER, _measure_and_report)
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Each operation runs on noise of the sizes that it meets in the network. GB/s are the bytes that it has to move
 (formulas in gac/ops/catalogue.py) over the median time of a call, and their share of what torch's copy of a large
-tensor reaches. On a GPU a call's time is a CUDA graph's of many calls, through more tensors than its cache holds. The
-peer is SpikingJelly's neuron with torch's layers on the same tensors, in turns.
+tensor reaches. On a GPU a call's time is a CUDA graph's of many calls, through more tensors than its cache holds; on a
+CPU the C kernels, which have float32 only, are timed call by call. The peer is SpikingJelly's neuron with torch's
+layers on the same tensors, in turns.
 
 An operation is one entry of ``gac.ops.catalogue.OPERATIONS``, which states its bytes, and one of ``MEASURED``.
 """
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks import common, plot
 from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE
 from benchmarks.common import DTYPES, OUT_OF_MEMORY, NetworkSize, or_out_of_memory
-from benchmarks.equality import OPERATION_TESTS, compare, run_tests
+from benchmarks.equality import IN_C, ON_ONE_GPU, OPERATION_TESTS, compare, run_tests
 from gac.command_line import at_least
 from gac.errors import InputError
 from gac.models.batch_norm import BatchNorm2d
@@ -36,6 +37,8 @@ from gac.neuron import PRESETS, LIFNode
 from gac.ops.catalogue import EPS, OPERATIONS, Layer
 
 GATE_BATCH, GATE_LIMIT = 2, 1e-2
+PARTS = ("lif", "batch_statistics")
+"""Operations that a training step has only as parts of the others."""
 # A replay is long against what its launch and its events cost.
 REPLAY_SECONDS, MOST_CALLS = 2e-3, 256
 # Successive calls get other tensors until this many times the second-level cache has gone by.
@@ -251,16 +254,19 @@ def bandwidth_of_all_layers(rows: Sequence[dict[str, Any]]) -> float | None:
 
 def _measure_and_report(options: Namespace, report: common.Report) -> None:
     device, on_gpu = report.device, report.device.type == "cuda"
-    if on_gpu and (reason := IMPLEMENTATIONS["ours-cupy"].missing(device)):
-        raise InputError(f"the fused operations cannot run: {reason}; --device cpu times their references")
+    ours, marker = ("ours-cupy", ON_ONE_GPU) if on_gpu else ("ours-c", IN_C)
+    if reason := IMPLEMENTATIONS[ours].missing(device):
+        raise InputError(f"the fused operations cannot run: {reason}")
+    lacking = [name for name in options.dtype if not on_gpu and name != "float32"]
+    if len(lacking) == len(options.dtype):
+        raise InputError(f"--dtype: on a CPU there are C kernels for float32 only, not for {', '.join(lacking)}")
     size, T = NetworkSize.from_options(options), options.time_steps
-    names, dtypes = options.operations, [DTYPES[name] for name in options.dtype]
+    names, dtypes = options.operations, [DTYPES[name] for name in options.dtype if name not in lacking]
     report.begin(network=asdict(size))
     report.line("network", size)
-    if on_gpu:
-        run_tests(OPERATION_TESTS, report)
-    else:
-        report.line("ours", "on a CPU the operations' references in torch, timed call by call")
+    if lacking:
+        report.line("skipped", f"{', '.join(lacking)}: on a CPU there are C kernels for float32 only")
+    run_tests(OPERATION_TESTS, report, marker)
     with capturable_stream(device):
         torch.manual_seed(0)
         # In half precision membranes on the threshold are common; SpikingJelly fires there, the original does not.
@@ -268,7 +274,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
         agreement = []
         for name in names:
             for image in sites(name, size):
-                agreement += compare_with_peer(name, Layer((*small, *image), torch.float32, neuron, device, on_gpu))
+                agreement += compare_with_peer(name, Layer((*small, *image), torch.float32, neuron, device, True))
         report.line("equality", f"{len(agreement)} comparisons of peers within their limits")
         copied = copy_bandwidth(device, options.rounds, options.repeats)
         report.line("copy", f"{copied / 1e9:.4g} GB/s read and written\n")
@@ -276,7 +282,7 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
         TABLE.header()
         for name, dtype in product(names, dtypes):
             for image, count in sites(name, size).items():
-                layer = Layer((T, options.batch, *image), dtype, neuron, device, on_gpu)
+                layer = Layer((T, options.batch, *image), dtype, neuron, device, True)
                 rows = measure(name, layer, count, copied, options.rounds, options.repeats)
                 for row in rows:
                     print_row(row)

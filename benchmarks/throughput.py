@@ -32,7 +32,6 @@ from benchmarks.equality import begin
 from gac.command_line import at_least
 from gac.errors import InputError
 from gac.models.ms_resnet import MSResNet
-from gac.ops import c_kernels
 
 TABLE = Table(
     *(("implementation", 17), ("T", 2), ("batch", 5), ("precision", 9), ("layout", 6)),
@@ -177,7 +176,6 @@ def _measure_and_report(options: Namespace, report: common.Report) -> None:
     implementations, settings = begin(options, report)
     if device.type == "cpu":
         report.line("memory", "not measured on a CPU")
-        report.line("C kernels", c_kernels.status().reason)
     print()
     if options.largest_batch:
         LARGEST_BATCH_TABLE.header()

@@ -41,7 +41,7 @@ class Check:
 def versions() -> Iterator[Check]:
     """Yield the versions of what the package runs on."""
     for title, text in describe_environment(torch.device("cpu")).items():
-        if title != "device":
+        if title not in ("device", "backend"):
             yield Check(True, f"{title} {text}")
     yield Check(True, f"{platform.platform()}; torch is built for CUDA {torch.version.cuda or 'no version'}")
     for package in ("torchvision", "numpy"):

@@ -224,6 +224,12 @@ class LIFNode(neuron.LIFNode):
             return "torch"
         return backend.choose_backend(self.backend, x_seq, unsupported_reason(self.surrogate_function))
 
+    def explain_backend(self, x_seq: Tensor) -> tuple[Choice, str]:
+        """Return what :meth:`chosen_backend` does, and why, in a line; logs nothing."""
+        if self.backend == "auto" and watched(x_seq):
+            return "torch", "something watches or rewrites the operations"
+        return backend.explain_backend(self.backend, x_seq, unsupported_reason(self.surrogate_function))
+
     def runs_kernels(self, x_seq: Tensor) -> bool:
         """Return whether the kernels run this neuron on ``x_seq``; see :meth:`chosen_backend`."""
         return self.chosen_backend(x_seq) != "torch"

@@ -63,6 +63,9 @@ def test_the_scores_are_those_of_the_training_run(run: Path, tmp_path: Path) -> 
     assert f"{line['test_top1']:.2f} %" in rows["top-1"]
     assert process.stdout.count("t = 1..") == 2
     assert "published" not in rows
+    assert rows["backend"] == f"{scores['backend']} ({scores['backend_reason']})"
+    assert (scores["backend"], scores["trained_backend"]) == (line["backend"], line["backend"])
+    assert rows["checkpoint"].endswith(f"(after epoch 1, trained with backend {line['backend']!r})")
 
 
 def test_what_is_scored_is_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +76,8 @@ def test_what_is_scored_is_what_the_file_holds(tmp_path: Path, capsys: pytest.Ca
         write_checkpoint(tmp_path / f"{weights}.pt", payload | {"weights": weights, "model": state})
         arguments = ["--checkpoint", str(tmp_path / f"{weights}.pt"), "--json", str(tmp_path / "scores.json")]
         assert eval_main(arguments) == 0
-        assert f"(after epoch {payload['epoch']}{what})\n" in capsys.readouterr().out
+        printed = f"(after epoch {payload['epoch']}{what}, trained with backend {payload['backend']!r})\n"
+        assert printed in capsys.readouterr().out
         report = json.loads((tmp_path / "scores.json").read_text())
         assert report["weights"] == weights
         if weights == "ema":

@@ -194,7 +194,7 @@ def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is missing or damaged")
     # Not all files have these.
-    for key, kind in (("epoch", int | None), ("weights", str | None)):
+    for key, kind in (("epoch", int | None), ("weights", str | None), ("backend", str | None)):
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is damaged")
     model = read_config(payload).with_neuron().model

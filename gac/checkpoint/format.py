@@ -29,8 +29,9 @@ def write_checkpoint(path: str | os.PathLike, payload: dict, before_replace: Cal
     """Write a checkpoint of our format so that ``path`` always holds a complete one.
 
     ``payload`` needs "model" (state dict), "config" (resolved, as nested dicts), "num_classes" and "in_channels";
-    train.py adds epoch, step, metrics, versions and, to resume from, training. ``before_replace`` is
-    passed to :func:`gac.files.atomic_write`.
+    train.py adds weights, data, epoch, step, metrics, versions, what ran the neurons ("backend": cupy, c or torch) and
+    why ("backend_reason") and, to resume from, training. ``before_replace`` is passed to
+    :func:`gac.files.atomic_write`.
     """
     with atomic_write(path, before_replace) as file:
         torch.save({"format": FORMAT, **payload}, file)

@@ -15,7 +15,7 @@ from gac.checkpoint import FixedT, build_network, is_ours
 from gac.config import Config
 from gac.data import Data, DataInfo, build_data
 from gac.data.interface import check_readable, repeated_name
-from gac.errors import InputError
+from gac.errors import InputError, quoted
 from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.evaluation.predictions import ClassScore, Predictions, gather
 from gac.evaluation.published import PublishedResult, find_published
@@ -24,6 +24,7 @@ from gac.execution import random_state
 from gac.execution.cuda_graph import check_capturable, select_capture
 from gac.execution.device import check_precision, describe_precision, memory_format, select_device
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
+from gac.execution.environment import describe_backend
 from gac.execution.footprint import check_evaluation
 from gac.models.ms_resnet import MSResNet
 from gac.version import versions
@@ -54,6 +55,11 @@ class Report:
     data: str
     device: str
     precision: str
+    backend: str
+    """What ran the neurons: "cupy", "c" or "torch"."""
+    backend_reason: str
+    trained_backend: str | None
+    """The same in training; None for files that do not say."""
     scores: Evaluation | Unscored
     published: PublishedResult | None
     classes: list[ClassScore] | None
@@ -155,6 +161,8 @@ def evaluate_checkpoint(
         data=data.info.name,
         device=str(device) if ranks.size == 1 else f"{ranks.size} x {device.type}",
         precision=precision,
+        **describe_backend(network, device),
+        trained_backend=payload.get("backend") if ours else None,
         scores=scores if is_labelled else Unscored(scores.images, scores.images_per_second),
         published=published if is_labelled else None,
         classes=predictions.by_class(names) if is_labelled else None,
@@ -313,12 +321,14 @@ def format_report(report: Report) -> str:
             ("loss", f"{scores.loss:.4f}"),
         ]
     average = ", moving average of the weights" if report.weights == "ema" else ""
-    epoch = "" if report.epoch is None else f" (after epoch {report.epoch}{average})"
+    backend = "" if report.trained_backend is None else f", trained with backend {quoted(report.trained_backend)}"
+    epoch = "" if report.epoch is None else f" (after epoch {report.epoch}{average}{backend})"
     rows = [
         ("checkpoint", f"{report.checkpoint}{epoch}"),
         ("network", f"{report.parameters / 1e6:.3f} M parameters, {report.coding} coding, T={report.T}"),
         ("data", f"{report.data}, {what}, {report.num_classes} classes"),
         ("run", f"{report.precision} on {report.device}, {scores.images_per_second:.0f} images/s"),
+        ("backend", f"{report.backend} ({report.backend_reason})"),
         *accuracies,
     ]
     if report.published is not None:

@@ -107,21 +107,35 @@ def choose_backend(
     """Return what runs an operation on ``x``: the kernels ("cupy" on a CUDA device, "c" on the CPU) or torch.
 
     "auto" is the kernels where they work: for a float32, float16 or bfloat16 tensor on a CUDA device with CuPy, and for
-    a float32 tensor on the CPU with a C compiler, outside torch.compile. Each choice is logged once, as a
-    warning where a CUDA device runs without the kernels. ``unsupported`` says why the kernels do not have the operation
-    asked for, if so.
+    a float32 tensor on the CPU with a C compiler, outside torch.compile. Each choice is logged once, with its reason:
+    as a warning where a CUDA device runs without the kernels and nobody asked for that. ``unsupported`` says why the
+    kernels do not have the operation asked for, if so.
 
     Raises:
         InputError: For "cupy" and "c" where those kernels cannot run, and for an unknown name.
     """
-    if requested == "torch":
-        return "torch"
     return _choose_backend(requested, x.device, x.dtype, unsupported)
+
+
+def explain_backend(
+    requested: Literal["auto", "cupy", "c", "torch"], x: Tensor, unsupported: str | None = None
+) -> tuple[Choice, str]:
+    """Return what :func:`choose_backend` does, and why, in a line; logs nothing."""
+    choice, status = _decide(requested, x.device, x.dtype, unsupported)
+    return choice, status.reason + _remedy(status)
 
 
 # Under torch.compile the choice is a constant of the graph; Dynamo does not trace into imports and logging.
 @torch.compiler.assume_constant_result
 def _choose_backend(requested: str, device: torch.device, dtype: torch.dtype, unsupported: str | None) -> Choice:
+    choice, status = _decide(requested, device, dtype, unsupported)
+    _log_choice(device.type, choice, status)
+    return choice
+
+
+def _decide(requested: str, device: torch.device, dtype: torch.dtype, unsupported: str | None) -> tuple[Choice, Status]:
+    if requested == "torch":
+        return "torch", Status(True, "as asked for")
     if requested not in ("auto", "cupy", "c"):
         raise InputError(f"backend must be auto, cupy, c or torch, got {requested!r}")
     kind = requested
@@ -133,9 +147,7 @@ def _choose_backend(requested: str, device: torch.device, dtype: torch.dtype, un
     if requested != "auto" and not status.ok:
         remedy = f"{status.hint}, or use backend='torch'" if status.hint else "use backend='auto' or 'torch'"
         raise InputError(f"backend {requested!r} cannot run: {status.reason}; {remedy}")
-    choice = kind if status.ok else "torch"
-    _log_choice(device.type, choice, status)
-    return choice
+    return kind if status.ok else "torch", status
 
 
 def kernels_status(kind: Literal["cupy", "c"], device: torch.device) -> Status:
@@ -163,6 +175,9 @@ def _c_status(device: torch.device, dtype: torch.dtype) -> Status:
 
 @functools.cache
 def _log_choice(device_type: str, backend: str, status: Status) -> None:
-    remedy = f"; {status.hint}" if status.hint else ""
-    level = logging.WARNING if (device_type, backend) == ("cuda", "torch") else logging.INFO
-    _log.log(level, "LIF backend on %s: %s (%s)%s", device_type, backend, status.reason, remedy)
+    level = logging.WARNING if device_type == "cuda" and not status.ok else logging.INFO
+    _log.log(level, "LIF backend on %s: %s (%s)%s", device_type, backend, status.reason, _remedy(status))
+
+
+def _remedy(status: Status) -> str:
+    return f"; {status.hint}" if status.hint else ""

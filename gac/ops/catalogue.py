@@ -19,7 +19,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Layer(NamedTuple):
-    """Where an operation runs: activations [T, B, C, H, W] of some type; with ``kernels`` as CUDA kernels.
+    """Where an operation runs: activations [T, B, C, H, W] of some type; with ``kernels`` as a kernel.
 
     Without them its reference in plain torch runs. ``same_statistics`` gives it the kernels' statistics of a batch, so
     that spikes can be compared one by one.

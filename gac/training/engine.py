@@ -24,6 +24,7 @@ from gac.execution import random_state
 from gac.execution.cuda_graph import Replayed, select_capture
 from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
+from gac.execution.environment import describe_backend
 from gac.files import writing
 from gac.neuron import LIFNode
 from gac.ops.backend import Choice
@@ -345,6 +346,7 @@ class Trainer:
             "step": self.position.step,
             "metrics": self.history[-1] if self.history else {},
             "versions": versions(),
+            **describe_backend(self.network, self.device),
         }
 
     def _restore(self, checkpoint: Path, payload: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The benchmark of convolutions by events at the smallest sizes: it must measure, and must refuse to when it should."""
 
 import json
+import re
 
 import pytest
 
@@ -29,6 +30,9 @@ def test_measures_and_reports(tmp_path, capsys):
         assert len(row["events"]["samples_ms"]) == 2
     printed = capsys.readouterr().out
     assert printed.count("crossover     ") == 8
+    for line in printed.splitlines():
+        if line.startswith("crossover"):
+            assert re.search(r": (density 0\.\d\d|not passed, [\d.]+ to [\d.]+ times as fast)$", line)
     assert "64 channels, 8 x 8, weight gradient, NHWC" in printed
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert event_conv.MAX_DENSITY < 1
@@ -46,6 +50,10 @@ def test_events_that_would_be_dense_are_not_timed(capsys, monkeypatch):
     monkeypatch.setattr(event_conv, "_pays", lambda *_: False)
     assert events.main(SMALL) == 1
     assert "error: events are not used for 64 channels" in capsys.readouterr().err
+
+
+def test_where_there_is_a_gpu_it_runs_on_the_cpu_as_written_in_the_docs():
+    assert events.PARSER.parse_args([]).device == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.common import OUT_OF_MEMORY
 from benchmarks.gpu import ROOT, Part, goals, run
 from gac.options import parse_train
 
@@ -95,21 +94,3 @@ def test_the_verdicts_on_what_was_measured():
     assert not found["train: times as fast as step-loop"]
     assert found["norm_lif backward, float16: share of a copy's rate"]
     assert not found["gate_lif backward, float16: share of a copy's rate"]
-
-
-def test_what_had_no_memory_stands_in_the_table(tmp_path):
-    content = json.loads((ROOT / "benchmarks" / "results" / "h200" / "throughput.json").read_text())
-    for cell in content["cells"]:
-        if cell["implementation"] in ("step-loop", "convolution-floor"):
-            cell |= {"train": OUT_OF_MEMORY, "evaluation": OUT_OF_MEMORY, "peak_bytes": None}
-    (tmp_path / "throughput.json").write_text(json.dumps(content))
-    lines = gpu.throughput_table(tmp_path).splitlines()
-    assert "| step-loop | out of memory | - | - | - | out of memory |" in lines
-    assert lines[2].startswith("| ours-cupy | 43.25 [42.94, 43.72] | - | 5,920 | 10.92 | 19,320 ")
-    assert "memory of a training step over spikingjelly's" in {goal["goal"] for goal in goals(tmp_path)}
-
-
-def test_the_page_says_what_the_files_say():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    table = gpu.throughput_table(ROOT / "benchmarks" / "results" / "h200")
-    assert table in page

@@ -11,6 +11,10 @@ from gac.ops.cuda import launch
 SMALL = ["--time-steps", "2", "--width", "4", "--depth", "1", "1", "1", "--num-classes", "3", "--warmup", "1"]
 
 
+def test_where_there_is_a_gpu_it_runs_on_the_cpu_as_written_in_the_docs():
+    assert host.PARSER.parse_args([]).device == "cpu"
+
+
 @pytest.mark.c_kernels
 def test_measures_and_reports(tmp_path, capsys):
     file = tmp_path / "result.json"

@@ -21,6 +21,7 @@ from benchmarks.kernels import (
 )
 from cuda_on_cpu.launcher import KernelsOnCpu
 from gac.neuron import PRESETS
+from gac.ops import c_kernels
 from gac.ops.catalogue import OPERATIONS, Layer
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import Kernel
@@ -37,12 +38,33 @@ def small_copy(monkeypatch):
     monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 2**20)
 
 
-def test_measures_and_reports(tmp_path, capsys):
+@pytest.fixture(autouse=True)
+def proven_kernels(monkeypatch):
+    """Leave out the tests of the kernels, which have a run of their own."""
+    ran = []
+    monkeypatch.setattr(kernels, "run_tests", lambda paths, report, marker: ran.append((paths, marker)))
+    return ran
+
+
+@pytest.mark.c_compiler
+def test_measures_and_reports(tmp_path, capsys, proven_kernels, monkeypatch):
+    launched = set()
+
+    def record(kernel: Kernel, *others: object) -> None:
+        launched.add(kernel.instance.split("<")[0])
+        c_kernels.launch(kernel, *others)
+
+    monkeypatch.setattr(launch, "_cpu_launcher", record)
     files = {"json": tmp_path / "result.json", "png": tmp_path / "result.png"}
     status = kernels.main([*SMALL, "--json", str(files["json"]), "--plot", str(files["png"])])
     printed = capsys.readouterr()
     assert status == 0, printed.err
-    assert "on a CPU the operations' references in torch" in printed.out
+    assert proven_kernels == [(("tests/ops",), "c_kernels")]
+    assert "skipped" not in printed.out
+    for name in ("lif", "norm_lif", "residual_lif", "gate_lif", "lif_pool"):
+        assert any(each.startswith(f"{name}_forward") for each in launched)
+        assert any(each.startswith(f"{name}_backward") for each in launched)
+    assert "batch_moments_partials" in launched
     report = json.loads(files["json"].read_text())
     rows = report["rows"]
     assert {row["operation"] for row in rows} == set(MEASURED)
@@ -77,6 +99,29 @@ def test_sizes_are_those_of_the_network():
     }
 
 
+@pytest.mark.c_compiler
+def test_other_types_are_left_out_on_a_cpu(capsys, tmp_path):
+    file = tmp_path / "result.json"
+    few = ["--operations", "lif_pool", "--dtype", "float16", "float32", "--json", str(file)]
+    assert kernels.main([*SMALL, *few]) == 0
+    assert (
+        capsys.readouterr().out.count("\nskipped       float16: on a CPU there are C kernels for float32 only\n") == 1
+    )
+    assert {row["dtype"] for row in json.loads(file.read_text())["rows"]} == {"float32"}
+    assert kernels.main([*SMALL, "--dtype", "float16", "bfloat16"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    expected = "--dtype: on a CPU there are C kernels for float32 only, not for float16, bfloat16"
+    assert printed.err == f"error: {expected}\n"
+
+
+def test_without_kernels_nothing_is_timed(capsys, monkeypatch):
+    monkeypatch.setattr(c_kernels, "status", lambda: c_kernels.Status(False, "there is no C compiler: install gcc"))
+    assert kernels.main(SMALL) == 2
+    expected = "error: the fused operations cannot run: there is no C compiler: install gcc\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +139,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.c_compiler
 def test_nothing_is_timed_if_the_gate_fails(monkeypatch, capsys):
     fire = kernels._fire
     monkeypatch.setattr(kernels, "_fire", lambda layer, x: fire(layer, 1.03 * x))
@@ -233,9 +279,7 @@ def test_results_are_kept_for_a_while(keep):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.gpu
-def test_on_a_gpu(dtype, tmp_path, capsys, monkeypatch):
-    # They are part of the suite that this test is part of.
-    monkeypatch.setattr(kernels, "run_tests", lambda paths, report: None)
+def test_on_a_gpu(dtype, tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = ["--device", "cuda", "--batch", "8", "--dtype", dtype, "--rounds", "2", "--json", str(file)]
     assert kernels.main(arguments) == 0, capsys.readouterr().err

@@ -29,6 +29,9 @@ def test_what_was_measured_stands_in_header_and_text():
         "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
     ):
         assert row in text
+    assert "trained with" not in text
+    trained = parts(CARD | {"backend": "cupy", "backend_reason": "CuPy 14.2"})[1]
+    assert "| trained with | backend cupy (CuPy 14.2) |" in trained
     assert f"python {CARD['command']}" in text
     rows = [line for line in text.splitlines() if line.startswith("| float")]
     assert [row.count("%") for row in rows] == [4, 4]
@@ -48,7 +51,7 @@ def test_what_is_not_known_is_left_out():
     known = ("config", "data", "num_classes", "in_channels")
     header, text = parts({key: CARD[key] for key in known})
     assert "model-index" not in header
-    for word in ("Top-1", "seed", "epoch", "Training", "versions", "None", "Undefined"):
+    for word in ("Top-1", "seed", "epoch", "Training", "versions", "trained with", "None", "Undefined"):
         assert word not in text
 
 

@@ -207,6 +207,65 @@ class TestChoice:
         text = "LIF backend on cuda: torch (CuPy is not installed); pip install cupy-cuda13x"
         assert record.getMessage() == text
 
+    @pytest.mark.parametrize(
+        ("x", "unsupported", "reason"),
+        [
+            (SimpleNamespace(device=CUDA, dtype=torch.float64), None, "the CUDA kernels take torch.float32, "),
+            (SimpleNamespace(device=CUDA, dtype=torch.float32), "the LIF kernels need a surrogate", "the LIF kernels "),
+        ],
+        ids=["dtype", "surrogate"],
+    )
+    def test_what_the_kernels_do_not_have_is_a_warning_too(
+        self,
+        x: SimpleNamespace,
+        unsupported: str | None,
+        reason: str,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(backend, "cupy_status", lambda device: backend.Status(True, "CuPy works"))
+        with caplog.at_level(logging.INFO, "gac"):
+            for _ in range(3):
+                assert backend.choose_backend("auto", x, unsupported) == "torch"
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert record.getMessage().startswith(f"LIF backend on cuda: torch ({reason}")
+        assert backend.explain_backend("auto", x, unsupported)[1].startswith(reason)
+
+    def test_torch_on_a_gpu_is_no_warning_if_it_was_asked_for(self, caplog: pytest.LogCaptureFixture) -> None:
+        x = SimpleNamespace(device=CUDA, dtype=torch.float32)
+        with caplog.at_level(logging.INFO, "gac"):
+            assert backend.choose_backend("torch", x) == "torch"
+        assert [(each.levelno, each.getMessage()) for each in caplog.records] == [
+            (logging.INFO, "LIF backend on cuda: torch (as asked for)")
+        ]
+        assert backend.explain_backend("torch", x) == ("torch", "as asked for")
+
+    def test_an_explanation_has_the_remedy_and_is_not_logged(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pretend_cuda(monkeypatch)
+        monkeypatch.setattr(backend, "cupy_installed", lambda: False)
+        with caplog.at_level(logging.INFO, "gac"):
+            found = backend.explain_backend("auto", SimpleNamespace(device=CUDA, dtype=torch.float32))
+        assert found == ("torch", "CuPy is not installed; pip install cupy-cuda13x")
+        assert not caplog.records
+
+    def test_no_memory_is_raised_by_the_choice_and_tried_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(device: torch.device) -> None:
+            raise torch.OutOfMemoryError
+
+        x = SimpleNamespace(device=CUDA, dtype=torch.float32)
+        monkeypatch.setattr(backend, "toolchain_status", lambda: backend.Status(True, "CuPy works"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
+        monkeypatch.setattr(backend, "probe", fails)
+        for requested in ("auto", "cupy"):
+            with pytest.raises(torch.OutOfMemoryError):
+                backend.choose_backend(requested, x)
+        monkeypatch.setattr(backend, "probe", lambda device: None)
+        assert backend.choose_backend("auto", x) == "cupy"
+
     @pytest.mark.gpu
     def test_on_a_gpu(self) -> None:
         assert backend.choose_backend("auto", torch.zeros(3, device="cuda")) == "cupy"

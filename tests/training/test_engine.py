@@ -94,6 +94,10 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     assert last["metrics"] == metrics[-1]
     assert Config.from_dict(last["config"]) == TINY.with_neuron()
     assert last["versions"]["torch"] == torch.__version__
+    expected = ("c" if c_kernels.status().ok else "torch"), c_kernels.status().reason
+    for name in ("last.pt", "best.pt"):
+        payload = read_checkpoint(finished / name)
+        assert (payload["backend"], payload["backend_reason"]) == expected
     assert not list(finished.glob(".*"))
 
 
@@ -163,6 +167,8 @@ def test_what_runs_the_network_may_change_when_a_run_resumes(tmp_path: Path) -> 
     train(replace(TINY, model=replace(TINY.model, backend="torch")), tmp_path, resume="auto")
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["backend"] for line in metrics] == ["c", "torch", "torch"]
+    last = read_checkpoint(tmp_path / "last.pt")
+    assert (last["backend"], last["backend_reason"]) == ("torch", "as asked for")
 
 
 @pytest.mark.parametrize(
