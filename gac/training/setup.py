@@ -11,7 +11,7 @@ from gac.config import Config, ModelConfig, TrainConfig
 from gac.data import Data, DataInfo, build_data
 from gac.errors import InputError
 from gac.execution import footprint
-from gac.execution.cuda_graph import check_capturable
+from gac.execution.cuda_graph import Graphs, check_capturable, select_graphs
 from gac.execution.device import check_precision, select_device
 from gac.execution.distributed import Ranks
 from gac.memory import check_fits
@@ -28,11 +28,20 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
     """Return the device of this rank. Raises InputError if it cannot train with this configuration."""
     device = select_device(config.device, ranks)
     check_precision(device, config.train.amp)
-    if config.train.cuda_graph:
+    if config.train.cuda_graph is True:
         check_capturable(config.model)
-    if config.train.cuda_graph and ranks.size > 1:
-        raise InputError(f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: leave it off")
+        if ranks.size > 1:
+            raise InputError(
+                f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: set it to auto or"
+                " false"
+            )
     return device
+
+
+def choose_graphs(config: Config, device: torch.device, ranks: Ranks) -> Graphs | None:
+    """Return what replays the run's steps: where that is demanded, and with "auto" where it is possible, on CUDA."""
+    possible = ranks.size == 1 and config.model.takes_normalized_images
+    return select_graphs(possible if config.train.cuda_graph == "auto" else config.train.cuda_graph, device)
 
 
 def open_data(config: Config, device: torch.device, part: Callable[[Data], Data] | None, ranks: Ranks) -> Data:

@@ -85,9 +85,10 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     for line in metrics:
         assert set(line) == TIMES | {
             "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate",
-            "skipped_steps", "skipped_images", "test_skipped_images", "backend",
+            "skipped_steps", "skipped_images", "test_skipped_images", "backend", "cuda_graph",
         }  # fmt: skip
         assert line["backend"] == ("c" if c_kernels.status().ok else "torch")
+        assert line["cuda_graph"] is False
         assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
     last = read_checkpoint(finished / "last.pt")
     assert (last["epoch"], last["step"], last["num_classes"], last["in_channels"]) == (3, 9, 3, 3)
@@ -108,7 +109,7 @@ def test_best_is_the_first_epoch_with_the_highest_accuracy(finished: Path) -> No
 def test_tensorboard_shows_the_metrics(finished: Path) -> None:
     events = EventAccumulator(str(finished)).Reload()
     metrics = read_metrics(finished / "metrics.jsonl")
-    names = set(metrics[0]) - {"epoch", "backend"}
+    names = set(metrics[0]) - {"epoch", "backend", "cuda_graph"}
     for name in names:
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2, 3]

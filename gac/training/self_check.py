@@ -1,0 +1,192 @@
+"""Whether replays of a training step do what the step does: tried on a copy before a run relies on them."""
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gac.config import Config
+from gac.data import Data
+from gac.errors import InputError
+from gac.execution import random_state
+from gac.execution.cuda_graph import WARM_UP_CALLS, Capture, CaptureFailed, Graphs, Replayed
+from gac.execution.device import memory_format, network_input
+from gac.training.freezing import training_mode
+from gac.training.optim import set_learning_rate
+from gac.training.step import TrainingStep
+from gac.training.totals import Totals
+
+logger = logging.getLogger("gac")
+
+# How far a replay may be from a step, in what a step changes and in what two steps differ by. Our kernels repeat their
+# results; cuDNN's weight gradients need not, and round by about 1e-3 in half precision. A stale input, a stale learning
+# rate or a kernel that is missing changes all of what it works on.
+_OF_CHANGE = 0.01
+_OF_NOISE = 10.0
+# Gradients at this loss scale do not overflow, which would let a step change nothing.
+_LOSS_SCALE = 2.0**10
+
+
+class Batch(NamedTuple):
+    """What a step is called with, and its learning rate."""
+
+    images: Tensor
+    targets: Tensor
+    labels: Tensor
+    learning_rate: float
+
+
+class State(NamedTuple):
+    """All that a step changes: tensors by name, and the loss scaler's numbers."""
+
+    tensors: dict[str, Tensor]
+    scaler: dict[str, float]
+
+
+def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data) -> None:
+    """Let a run do without graphs, with one warning, unless replays of its training step do what the step does.
+
+    Compared is what both change in a copy of all that there is, on two random batches as large as the run's; the run's
+    own state and its random generators stay as they are. The copy is gone when this returns. There has to be memory
+    for the step and for its graph at the same time, which the run may need as well.
+
+    Raises:
+        InputError: If there is no memory for this and ``train.cuda_graph`` is true.
+    """
+    train, fault = config.train, None
+    before = random_state.capture(step.device)
+    try:
+        # CutMix and mixup make targets of another type, and so graphs of their own.
+        for soft in (False, True) if train.cutmix != "off" or train.mixup_alpha > 0 else (False,):
+            fault = fault or find_fault(step, graphs.make(), _batches(config, data, step.device, soft))
+    except CaptureFailed as error:
+        fault = str(error)
+    except torch.OutOfMemoryError as error:
+        fault = f"{step.device} has no memory to try them on a copy of the network"
+        if train.cuda_graph is True:
+            raise InputError(
+                f"train.cuda_graph true: {fault} with train.batch_size {train.batch_size}: choose a smaller one, or set"
+                " train.cuda_graph to auto or false"
+            ) from error
+    finally:
+        random_state.restore(before, step.device)
+        gc.collect()
+        if step.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if fault is None:
+        logger.info("CUDA graphs are used: replays of the training step do what it does, tried on a copy")
+    else:
+        graphs.give_up(fault)
+
+
+def find_fault(step: TrainingStep, capture: Capture, batches: Sequence[Batch]) -> str | None:
+    """Return in what replays of a copy of ``step`` differ from it, in one line, or None if they do not.
+
+    Replays are compared on all ``batches`` but the first, which is captured.
+
+    Raises:
+        CaptureFailed: If the step cannot be captured.
+        torch.OutOfMemoryError: If there is not enough memory.
+    """
+    copied = _copy(step)
+    replayed = Replayed(copied, capture)
+    for _ in range(WARM_UP_CALLS + 1):
+        _run(replayed, batches[0], copied)
+    before = _clone(_state(copied))
+    for batch in batches[1:]:
+        states = []
+        for function in (copied, copied, replayed):
+            _reset(copied, before)
+            _run(function, batch, copied)
+            states.append(_clone(_state(copied)))
+        if (fault := _compare(before, *states)) is not None:
+            return fault
+    return None
+
+
+def _copy(step: TrainingStep) -> TrainingStep:
+    """Return a step with a network, optimiser, scaler and average of its own in the same state; a teacher is shared."""
+    together = step.network, step.optimizer, step.scaler, step.average
+    network, optimizer, scaler, average = copy.deepcopy(together)
+    if scaler.is_enabled():
+        scaler.load_state_dict({**scaler.state_dict(), "scale": _LOSS_SCALE})
+    training_mode(network, step.config)
+    return TrainingStep(network, optimizer, scaler, step.config, step.device, average, step.ranks, step.distillation)
+
+
+def _batches(config: Config, data: Data, device: torch.device, soft: bool) -> list[Batch]:
+    """Return a batch to capture and two to compare, which noise makes as unlike as it can.
+
+    Targets are labels, or ``soft``: probabilities, as CutMix makes them.
+    """
+    info, train = data.info, config.train
+    generator = torch.Generator(device).manual_seed(train.seed)
+    size = min(train.batch_size, data.train.size)
+    frames = () if info.frames is None else (info.frames,)
+    found = []
+    for contrast, brightness, share in ((1.0, 0.0, 1.0), (0.5, 1.0, 0.5), (2.0, -0.5, 1.0)):
+        noise = torch.randn((size, *frames, info.channels, info.height, info.width), generator=generator, device=device)
+        images = network_input(contrast * noise + brightness, memory_format(train, device))
+        labels = torch.randint(info.num_classes, (size,), generator=generator, device=device)
+        scores = torch.rand((size, info.num_classes), generator=generator, device=device)
+        targets = scores / scores.sum(1, keepdim=True) if soft else labels
+        found.append(Batch(images, targets, labels, share * train.learning_rate))
+    return found
+
+
+def _run(function: Callable[[Tensor, Tensor, Tensor], None], batch: Batch, step: TrainingStep) -> None:
+    """Call the step or its replay on a batch, each time with the same random numbers."""
+    set_learning_rate(step.optimizer, batch.learning_rate)
+    with random_state.apart(step.config.seed, step.device):
+        function(batch.images, batch.targets, batch.labels)
+
+
+def _state(step: TrainingStep) -> State:
+    """Return what a step changes in place."""
+    tensors = step.network.state_dict()
+    for weight, parameter in step.network.named_parameters():
+        tensors |= {f"{name} of {weight}": value for name, value in step.optimizer.state.get(parameter, {}).items()}
+    if step.average is not None:
+        average = step.average.state_dict()
+        tensors |= {f"the average of {name}": tensor for name, tensor in average["model"].items()}
+        tensors["the number of averages"] = average["updates"]
+    tensors |= dict(zip(Totals._fields, step.totals.tensor.unbind(), strict=True))
+    return State(tensors, step.scaler.state_dict())
+
+
+def _clone(state: State) -> State:
+    return State({name: tensor.detach().clone() for name, tensor in state.tensors.items()}, state.scaler)
+
+
+@torch.no_grad()
+def _reset(step: TrainingStep, state: State) -> None:
+    for name, tensor in _state(step).tensors.items():
+        tensor.copy_(state.tensors[name])
+    step.scaler.load_state_dict(state.scaler)
+
+
+def _compare(before: State, stepped: State, again: State, replayed: State) -> str | None:
+    """Return what a replay did otherwise than two steps from the same state, in one line, or None."""
+    if stepped.tensors["skipped"] != before.tensors["skipped"]:
+        return "loss scaling skips the step on which they are tried, so that nothing can be compared"
+    changed = judged = 0
+    for name in before.tensors:
+        here = stepped.tensors[name]
+        change, noise, off = (_distance(here, other.tensors[name]) for other in (before, again, replayed))
+        if not off <= _OF_CHANGE * change + _OF_NOISE * noise:
+            return f"a replay changed {name} by {off:.3g} otherwise than the step, which changed it by {change:.3g}"
+        changed, judged = changed + (change > 0), judged + (_OF_NOISE * noise < change)
+    if judged <= changed / 2:
+        return f"of {changed} tensors that a step changes, it changes {changed - judged} each time in another way"
+    if replayed.scaler != stepped.scaler:
+        return f"a replay left the loss scaler with {replayed.scaler}, the step with {stepped.scaler}"
+    return None
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    # Infinities may be equal, and have no difference.
+    return torch.where(a == b, 0.0, a.double() - b.double()).norm().item()
