@@ -142,9 +142,7 @@ class Trainer:
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
         self._graphs = choose_graphs(config, self.device, ranks)
-        self._run_step = self.step
-        if self._graphs is not None:
-            self._run_step = self._graphs.replaying(self.step, undo=self.step.abandon)
+        self._replayed_step = None if self._graphs is None else self._graphs.replaying(self.step, self.step.abandon)
         evaluation = (self.device, config.train.amp, config.train.channels_last, self._graphs)
         self.networks = {"raw": self.network, **({} if self.average is None else {"ema": self.average.network})}
         self._scored = {weights: EvaluationStep(each, *evaluation) for weights, each in self.networks.items()}
@@ -255,7 +253,7 @@ class Trainer:
             done = position.batch * train.batch_size
             self.step.batch_images = min(train.batch_size, self.data.train.size - done)
         with self.own_noise():
-            self._run_step(images, targets, labels)
+            (self._replayed_step or self.step)(images, targets, labels)
         position.batch += 1
         position.step += 1
 

@@ -16,7 +16,7 @@ from gac.execution import random_state
 from gac.execution.cuda_graph import WARM_UP_CALLS, Capture, CaptureFailed, Graphs, Replayed
 from gac.execution.device import memory_format, network_input
 from gac.training.freezing import training_mode
-from gac.training.optim import set_learning_rate
+from gac.training.optim import load_optimizer, make_optimizer, parameter_groups, set_learning_rate
 from gac.training.step import TrainingStep
 from gac.training.totals import Totals
 
@@ -109,13 +109,15 @@ def find_fault(step: TrainingStep, capture: Capture, batches: Sequence[Batch]) -
 
 
 def _copy(step: TrainingStep) -> TrainingStep:
-    """Return a step with a network, optimiser, scaler and average of its own in the same state; a teacher is shared."""
-    together = step.network, step.optimizer, step.scaler, step.average
-    network, optimizer, scaler, average = copy.deepcopy(together)
-    if scaler.is_enabled():
-        scaler.load_state_dict({**scaler.state_dict(), "scale": _LOSS_SCALE})
-    training_mode(network, step.config)
-    return TrainingStep(network, optimizer, scaler, step.config, step.device, average, step.ranks, step.distillation)
+    """Return a step with a network, optimiser and average of its own in the same state; a teacher is shared."""
+    config, device = step.config, step.device
+    network, average = copy.deepcopy((step.network, step.average))
+    # As when a run resumes: a copied optimiser would not know any more that it takes the loss scale.
+    optimizer = make_optimizer(parameter_groups(network, config), config, device)
+    load_optimizer(optimizer, step.optimizer.state_dict(), device)
+    scaler = torch.amp.GradScaler(device.type, _LOSS_SCALE, enabled=step.scaler.is_enabled())
+    training_mode(network, config)
+    return TrainingStep(network, optimizer, scaler, config, device, average, step.ranks, step.distillation)
 
 
 def _batches(config: Config, data: Data, device: torch.device, soft: bool) -> list[Batch]:

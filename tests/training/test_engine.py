@@ -1,10 +1,12 @@
 """The training loop on small real runs."""
 
+import gc
 import logging
 import math
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -392,6 +394,24 @@ def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -
     with pytest.raises(InputError, match="fp16 needs a CUDA device"):
         train(replace(TINY, train=replace(TINY.train, amp="fp16")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_garbage_collector_sees_only_what_steps_make_until_the_run_ends(stopped: bool, tmp_path: Path) -> None:
+    frozen = []
+
+    def look(trainer: Trainer) -> None:
+        frozen.append(gc.get_freeze_count())
+        assert not any(each is trainer.network for each in gc.get_objects())
+        if stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    gc.unfreeze()
+    with pytest.raises(Interrupted) if stopped else nullcontext():
+        train(replace(TINY, train=replace(TINY.train, epochs=1)), tmp_path / "run", after_step=look)
+    assert len(frozen) == (1 if stopped else BATCHES)
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.gpu
