@@ -74,7 +74,7 @@ class EvaluationStep:
 
         A replay overwrites the result of the previous one.
         """
-        if self._replayed is None or _has_hooks(self.network):
+        if self._replayed is None or has_hooks(self.network):
             return self._score(images, labels)
         return self._replayed(images, labels)
 
@@ -137,5 +137,6 @@ def evaluate(
     )
 
 
-def _has_hooks(network: nn.Module) -> bool:
+def has_hooks(network: nn.Module) -> bool:
+    """Return whether a module of ``network`` has a hook for its forward pass, which a replay would not call."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

@@ -20,7 +20,7 @@ from gac.config import Config
 from gac.data import Data
 from gac.data.interface import check_readable
 from gac.errors import InputError
-from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
+from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate, has_hooks
 from gac.execution import random_state
 from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
@@ -252,8 +252,11 @@ class Trainer:
         if self.ranks.size > 1:
             done = position.batch * train.batch_size
             self.step.batch_images = min(train.batch_size, self.data.train.size - done)
+        step = self._replayed_step
+        if step is None or has_hooks(self.network):
+            step = self.step
         with self.own_noise():
-            (self._replayed_step or self.step)(images, targets, labels)
+            step(images, targets, labels)
         position.batch += 1
         position.step += 1
 

@@ -1,4 +1,4 @@
-"""Whether replays of a training step do what the step does: tried on a copy before a run relies on them."""
+"""Whether replays of training and evaluation steps do what these do: tried on a copy before a run relies on them."""
 
 import copy
 import gc
@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gac.config import Config
-from gac.data import Data
+from gac.config import Config, TrainConfig
+from gac.data import Data, DataInfo
 from gac.errors import InputError
+from gac.evaluation.evaluate import EvaluationStep
 from gac.execution import random_state
 from gac.execution.cuda_graph import WARM_UP_CALLS, Capture, CaptureFailed, Graphs, Replayed
 from gac.execution.device import memory_format, network_input
@@ -32,7 +33,7 @@ _LOSS_SCALE = 2.0**10
 
 
 class Batch(NamedTuple):
-    """What a step is called with, and its learning rate."""
+    """What a loader yields, with the targets of a training step and its learning rate."""
 
     images: Tensor
     targets: Tensor
@@ -41,18 +42,18 @@ class Batch(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a step changes: tensors by name, and the loss scaler's numbers."""
+    """Tensors by name that a training step changes or an evaluation step returns, and the loss scaler's numbers."""
 
     tensors: dict[str, Tensor]
     scaler: dict[str, float]
 
 
 def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data) -> None:
-    """Let a run do without graphs, with one warning, unless replays of its training step do what the step does.
+    """Let a run do without graphs, with one warning, unless replays of its steps do what the steps do.
 
-    Compared is what both change in a copy of all that there is, on two random batches as large as the run's; the run's
-    own state and its random generators stay as they are. The copy is gone when this returns. There has to be memory
-    for the step and for its graph at the same time, which the run may need as well.
+    Compared is what both change in a copy of all that there is, and what both say in evaluation, on two random batches
+    as large as the run's; the run's own state and its random generators stay as they are. The copy is gone when this
+    returns. There has to be memory for a step and for its graph at the same time, which the run may need as well.
 
     Raises:
         InputError: If there is no memory for this and ``train.cuda_graph`` is true.
@@ -60,9 +61,14 @@ def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data
     train, fault = config.train, None
     before = random_state.capture(step.device)
     try:
+        size = min(train.batch_size, data.train.size)
         # CutMix and mixup make targets of another type, and so graphs of their own.
         for soft in (False, True) if train.cutmix != "off" or train.mixup_alpha > 0 else (False,):
-            fault = fault or find_fault(step, graphs.make(), _batches(config, data, step.device, soft))
+            fault = fault or find_fault(step, graphs.make(), _batches(train, data.info, size, step.device, soft))
+        size = min(train.eval_batch_size, data.test.size)
+        fault = fault or find_evaluation_fault(
+            step.network, train, graphs.make(), _batches(train, data.info, size, step.device)
+        )
     except CaptureFailed as error:
         fault = str(error)
     except torch.OutOfMemoryError as error:
@@ -78,7 +84,7 @@ def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
     if fault is None:
-        logger.info("CUDA graphs are used: replays of the training step do what it does, tried on a copy")
+        logger.info("CUDA graphs are used: replays of the steps do what these do, tried on a copy of the network")
     else:
         graphs.give_up(fault)
 
@@ -103,7 +109,35 @@ def find_fault(step: TrainingStep, capture: Capture, batches: Sequence[Batch]) -
             _reset(copied, before)
             _run(function, batch, copied)
             states.append(_clone(_state(copied)))
+        if states[0].tensors["skipped"] != before.tensors["skipped"]:
+            return "loss scaling skips the step on which they are tried, so that nothing can be compared"
         if (fault := _compare(before, *states)) is not None:
+            return fault
+    return None
+
+
+def find_evaluation_fault(
+    network: nn.Module, config: TrainConfig, capture: Capture, batches: Sequence[Batch]
+) -> str | None:
+    """Return in what replays of an evaluation step differ from it, as :func:`find_fault` does of a training step."""
+    network = copy.deepcopy(network).eval()
+    step = EvaluationStep(network, batches[0].images.device, config.amp, config.channels_last)
+    replayed = Replayed(step, capture)
+
+    def outcome(function: Callable[..., tuple[Tensor, ...]], batch: Batch) -> State:
+        results = function(batch.images, batch.labels)
+        names = ("hits", "the loss", "the classes", "their probabilities")
+        return _clone(State({f"{name} in evaluation": each for name, each in zip(names, results, strict=True)}, {}))
+
+    for _ in range(WARM_UP_CALLS + 1):
+        before = outcome(replayed, batches[0])
+    for batch in batches[1:]:
+        with torch.no_grad():
+            # As training changes weights and statistics between two evaluations.
+            for tensor in network.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.mul_(1.3)
+        if (fault := _compare(before, *(outcome(each, batch) for each in (step, step, replayed)))) is not None:
             return fault
     return None
 
@@ -120,31 +154,30 @@ def _copy(step: TrainingStep) -> TrainingStep:
     return TrainingStep(network, optimizer, scaler, config, device, average, step.ranks, step.distillation)
 
 
-def _batches(config: Config, data: Data, device: torch.device, soft: bool) -> list[Batch]:
+def _batches(config: TrainConfig, info: DataInfo, size: int, device: torch.device, soft: bool = False) -> list[Batch]:
     """Return a batch to capture and two to compare, which noise makes as unlike as it can.
 
     Targets are labels, or ``soft``: probabilities, as CutMix makes them.
     """
-    info, train = data.info, config.train
-    generator = torch.Generator(device).manual_seed(train.seed)
-    size = min(train.batch_size, data.train.size)
+    generator = torch.Generator(device).manual_seed(config.seed)
     frames = () if info.frames is None else (info.frames,)
+    shape = (size, *frames, info.channels, info.height, info.width)
     found = []
     for contrast, brightness, share in ((1.0, 0.0, 1.0), (0.5, 1.0, 0.5), (2.0, -0.5, 1.0)):
-        noise = torch.randn((size, *frames, info.channels, info.height, info.width), generator=generator, device=device)
-        images = network_input(contrast * noise + brightness, memory_format(train, device))
+        images = contrast * torch.randn(shape, generator=generator, device=device) + brightness
         labels = torch.randint(info.num_classes, (size,), generator=generator, device=device)
         scores = torch.rand((size, info.num_classes), generator=generator, device=device)
         targets = scores / scores.sum(1, keepdim=True) if soft else labels
-        found.append(Batch(images, targets, labels, share * train.learning_rate))
+        found.append(Batch(images, targets, labels, share * config.learning_rate))
     return found
 
 
 def _run(function: Callable[[Tensor, Tensor, Tensor], None], batch: Batch, step: TrainingStep) -> None:
     """Call the step or its replay on a batch, each time with the same random numbers."""
     set_learning_rate(step.optimizer, batch.learning_rate)
+    images = network_input(batch.images, memory_format(step.config, step.device))
     with random_state.apart(step.config.seed, step.device):
-        function(batch.images, batch.targets, batch.labels)
+        function(images, batch.targets, batch.labels)
 
 
 def _state(step: TrainingStep) -> State:
@@ -172,9 +205,10 @@ def _reset(step: TrainingStep, state: State) -> None:
 
 
 def _compare(before: State, stepped: State, again: State, replayed: State) -> str | None:
-    """Return what a replay did otherwise than two steps from the same state, in one line, or None."""
-    if stepped.tensors["skipped"] != before.tensors["skipped"]:
-        return "loss scaling skips the step on which they are tried, so that nothing can be compared"
+    """Return what a replay did otherwise than two steps from the same state, in one line, or None.
+
+    ``before`` is that state, or what an evaluation step returned for another batch.
+    """
     changed = judged = 0
     for name in before.tensors:
         here = stepped.tensors[name]

@@ -403,30 +403,26 @@ def firing_rates(folder: Path) -> dict[str, list[float]]:
     return {name: [scalar.value for scalar in events.Scalars(name)] for name in names}
 
 
-@pytest.mark.parametrize("cuda_graph", [True, "auto"])
-def test_a_replayed_run_is_the_run(captures: Captures, cuda_graph: bool | str, tmp_path: Path) -> None:
+def test_a_replayed_run_is_the_run(captures: Captures, tmp_path: Path) -> None:
     # What records operations sees those of the modules, which in bfloat16 round more than the C kernels.
     config = replace(RUN, train=replace(RUN.train, amp="bf16"), model=replace(RUN.model, backend="torch"))
     train(graph(config, False), tmp_path / "plain")
     assert not captures.runs
-    train(graph(config, cuda_graph), tmp_path / "replayed")
+    train(graph(config, "auto"), tmp_path / "replayed")
     # Of the step, of the evaluation and of that of the averaged weights: one for each size.
-    (capture,), (trial,) = captures.runs, captures.trials
+    (capture,) = captures.runs
     assert capture.captured == 6
     epochs = config.train.epochs
     assert capture.replays == epochs * (3 + (5 - 2) + 5) - 3 * WARM_UP_CALLS + 3 * (epochs - WARM_UP_CALLS)
-    # Captured with one batch and compared on two others.
-    assert (trial.captured, trial.replays) == (1, 3)
+    # Training and evaluation, each captured with one batch and compared on two others.
+    assert [(trial.captured, trial.replays) for trial in captures.trials] == [(1, 3)] * 2
     assert_same(outcome_of(tmp_path / "replayed"), outcome_of(tmp_path / "plain"))
-    used = [[line["cuda_graph"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in NAMES]
-    assert used == [[False] * epochs, [True] * epochs]
+    for name, used in (("plain", False), ("replayed", True)):
+        assert [line["cuda_graph"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] == [used] * epochs
     rates = firing_rates(tmp_path / "plain")
     assert firing_rates(tmp_path / "replayed") == rates
     assert [len(values) for values in rates.values()] == [epochs] * 8
     assert all(0 < rate < 1 for values in rates.values() for rate in values[1:])
-
-
-NAMES = ("plain", "replayed")
 
 
 def test_a_replayed_run_that_was_stopped_ends_as_the_run(captures: Captures, tmp_path: Path) -> None:
@@ -437,8 +433,8 @@ def test_a_replayed_run_that_was_stopped_ends_as_the_run(captures: Captures, tmp
     train(graph(config, "auto"), tmp_path / "replayed", resume="auto")
     assert all(capture.replays > 0 for capture in captures.runs)
     assert len(captures.runs) == 2
-    # Each time with labels and with the targets of CutMix.
-    assert [trial.replays for trial in captures.trials] == [3] * 4
+    # Each time training with labels and with the targets of CutMix, and evaluation.
+    assert [trial.replays for trial in captures.trials] == [3] * 6
     assert_same(outcome_of(tmp_path / "replayed"), outcome_of(tmp_path / "plain"))
 
 
@@ -484,6 +480,22 @@ def test_a_run_that_is_out_of_memory_says_so(
     assert warning.endswith("cpu has no memory to try them on a copy of the network")
 
 
+def test_steps_that_hooks_watch_are_not_replayed(captures: Captures, tmp_path: Path) -> None:
+    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=3))
+    called = []
+
+    def watch(trainer: Trainer) -> None:
+        # The fifth step would be the second that is replayed.
+        if trainer.position.step == 5:
+            trainer.network.head.register_forward_hook(lambda module, inputs, output: called.append(module.training))
+
+    train(graph(config, True), tmp_path / "watched", after_step=watch)
+    assert captures.runs[0].captured > 0
+    assert called.count(True) == 12 - 5
+    train(graph(config, False), tmp_path / "plain")
+    assert_same(outcome_of(tmp_path / "watched"), outcome_of(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("coding", ["rate", "latency", "phase"])
 def test_codings_that_read_on_the_host_are_refused(coding: str, tmp_path: Path) -> None:
     config = graph(replace(RUN, model=replace(RUN.model, coding=coding)), True)
@@ -522,7 +534,8 @@ def test_a_run_on_a_gpu_goes_on_after_a_capture_that_failed(
     def read(trainer: Trainer) -> None:
         # From here on the step reads a number on the host, which nothing can capture.
         if trainer.position.step == 1:
-            trainer.network.register_forward_pre_hook(lambda module, inputs: inputs[0].sum().item() and None)
+            network = trainer.step._parallel
+            trainer.step._parallel = lambda images: network(images * (images.sum().item() * 0 + 1))
 
     config = replace(RUN, device="cuda", train=replace(RUN.train, epochs=3, amp="fp16"))
     train(graph(config, "auto"), tmp_path / "run", after_step=read)

@@ -109,7 +109,7 @@ def test_right_replays_are_used_and_the_trial_leaves_no_trace(
     assert_same(everything(step), before)
 
 
-Fault = Callable[[TrainingStep, Sequence[Tensor]], Callable[[], AbstractContextManager]]
+Fault = Callable[[Any, Sequence[Tensor]], Callable[[], AbstractContextManager]]
 """Called with a step and its inputs when it is captured, it returns the context in which a replay calls the step."""
 
 
@@ -120,26 +120,27 @@ class Faulty(CaptureByRecording):
         super().__init__()
         self.fault = fault
 
-    def __call__(self, function: Any) -> Callable[[], None]:
+    def __call__(self, function: Any) -> Callable[[], Any]:
         context = self.fault(function.func, function.args)
 
-        def replay() -> None:
+        def replay() -> Any:
             with context():
-                function()
+                return function()
 
         return replay
 
 
-def stale(choose: Callable[[TrainingStep, Sequence[Tensor]], Tensor]) -> Fault:
+def stale(choose: Callable[[Any, Sequence[Tensor]], Tensor]) -> Fault:
     """Return the fault of reading what a tensor held in the capture."""
 
-    def fault(step: TrainingStep, inputs: Sequence[Tensor]) -> Callable[[], AbstractContextManager]:
+    def fault(step: Any, inputs: Sequence[Tensor]) -> Callable[[], AbstractContextManager]:
         tensor = choose(step, inputs)
         captured = tensor.clone()
 
         @contextmanager
         def context() -> Iterator[None]:
-            tensor.copy_(captured)
+            with torch.no_grad():
+                tensor.copy_(captured)
             yield
 
         return context
@@ -205,6 +206,25 @@ def test_faults_of_replays_are_found(fault: Fault, found: str, caplog: pytest.Lo
     step, data = make_step(scale=2.0**16)
     before = copy.deepcopy(everything(step))
     why = verdict(lambda: Faulty(fault), CONFIG, step, data, caplog)
+    assert why is not None
+    assert re.match(found, why), why
+    assert_same(everything(step), before)
+
+
+@pytest.mark.parametrize(
+    ("choose", "found"),
+    [
+        (lambda step, inputs: inputs[0], "a replay changed .* in evaluation by"),
+        (lambda step, inputs: inputs[1], "a replay changed .* in evaluation by"),
+        (lambda step, inputs: step.network.head.bias, "a replay changed .* in evaluation by"),
+    ],
+    ids=["images", "labels", "weights"],
+)
+def test_faults_of_replays_in_evaluation_are_found(choose: Any, found: str, caplog: pytest.LogCaptureFixture) -> None:
+    step, data = make_step()
+    before = copy.deepcopy(everything(step))
+    kinds = iter([CaptureByRecording, CaptureByRecording, lambda: Faulty(stale(choose))])
+    why = verdict(lambda: next(kinds)(), CONFIG, step, data, caplog)
     assert why is not None
     assert re.match(found, why), why
     assert_same(everything(step), before)
