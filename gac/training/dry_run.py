@@ -16,11 +16,9 @@ from gac.data.part import FirstBatches, OneBatch
 from gac.errors import InputError
 from gac.execution.cuda_graph import WARM_UP_CALLS
 from gac.execution.device import select_device
-from gac.execution.distributed import SINGLE_PROCESS
 from gac.training.checkpoints import Checkpoints
 from gac.training.engine import train
 from gac.training.run_folder import read_metrics
-from gac.training.setup import choose_graphs
 
 STEPS = 300
 """Steps on the one batch."""
@@ -33,7 +31,7 @@ LEARNT = 99.0
 def dry_run(config: Config, output: Path) -> str:
     """Train a few steps, evaluate, write checkpoints, resume before the last step; return what was done, in words.
 
-    That takes two steps and one test batch, or as many as it takes to capture and replay CUDA graphs if the run is to
+    That takes two steps and one test batch, or as many as it takes to capture and replay CUDA graphs where the run may
     have them. Everything is written to a temporary folder next to ``output``. Raises what
     :func:`gac.training.engine.train` does.
     """
@@ -44,7 +42,7 @@ def dry_run(config: Config, output: Path) -> str:
     # Three: after the epoch, after its last step, and after the step before that, which the second run resumes from.
     config = replace(config, train=replace(short, checkpoint_steps=1, keep_checkpoints=3))
     steps, batches = 2, 1
-    if choose_graphs(config, device, SINGLE_PROCESS) is not None:
+    if config.train.cuda_graph is not False and device.type == "cuda":
         # Each of the two kinds of targets has its own graph, and batches whose firing rates are counted have none.
         steps = 2 * WARM_UP_CALLS + 3
         batches = -(-FiringRates.IMAGES // config.train.eval_batch_size) + WARM_UP_CALLS + 2

@@ -141,7 +141,7 @@ class Trainer:
         self.step = TrainingStep(
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
-        self._graphs = choose_graphs(config, self.device, ranks)
+        self._graphs = choose_graphs(config, self.device, ranks, self.network)
         self._replayed_step = None if self._graphs is None else self._graphs.replaying(self.step, self.step.abandon)
         evaluation = (self.device, config.train.amp, config.train.channels_last, self._graphs)
         self.networks = {"raw": self.network, **({} if self.average is None else {"ema": self.average.network})}
@@ -395,8 +395,8 @@ class Trainer:
 def _without_old_objects() -> Iterator[None]:
     """Keep the garbage collector off the objects that there are, which live as long as the block.
 
-    It went through those of torch and of this package again and again, for a sixth of a small step's time. After the
-    block it sees all objects, those too that the caller had frozen.
+    Else it goes through all those of torch and of this package again and again. After the block it sees all objects,
+    those too that the caller had frozen.
     """
     gc.collect()
     gc.freeze()

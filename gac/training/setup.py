@@ -19,6 +19,7 @@ from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
 from gac.models.registry import resolve_coding
+from gac.neuron import LIFNode
 from gac.training.freezing import freeze
 
 logger = logging.getLogger("gac")
@@ -38,10 +39,20 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
     return device
 
 
-def choose_graphs(config: Config, device: torch.device, ranks: Ranks) -> Graphs | None:
+def choose_graphs(config: Config, device: torch.device, ranks: Ranks, network: MSResNet) -> Graphs | None:
     """Return what replays the run's steps: where that is demanded, and with "auto" where it is possible, on CUDA."""
-    possible = ranks.size == 1 and config.model.takes_normalized_images
-    return select_graphs(possible if config.train.cuda_graph == "auto" else config.train.cuda_graph, device)
+    wanted = config.train.cuda_graph
+    if wanted == "auto":
+        possible = device.type == "cuda" and ranks.size == 1 and config.model.takes_normalized_images
+        wanted = possible and _runs_own_kernels(network, device)
+    return select_graphs(wanted, device)
+
+
+def _runs_own_kernels(network: MSResNet, device: torch.device) -> bool:
+    # A replay of SpikingJelly's kernel ended in an illegal memory access (docs/performance.md), after which a process
+    # cannot go on.
+    probe = torch.empty(0, device=device)
+    return all(each.chosen_backend(probe) == "cupy" for each in network.modules() if isinstance(each, LIFNode))
 
 
 def open_data(config: Config, device: torch.device, part: Callable[[Data], Data] | None, ranks: Ranks) -> Data:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from gac import create_model
 from gac.analysis.firing import FiringRates
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
@@ -29,7 +30,8 @@ from gac.execution.cuda_graph import (
     select_graphs,
 )
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
-from gac.training import engine, optim, self_check, setup
+from gac.neuron import LIFNode
+from gac.training import engine, optim, self_check
 from gac.training.engine import Trainer, train
 from gac.training.run_folder import read_metrics
 from gac.training.setup import choose_graphs
@@ -297,18 +299,26 @@ def test_only_a_gpu_that_is_asked_to_replays() -> None:
     assert select_graphs(True, CPU) is None
 
 
-def test_auto_replays_where_that_is_possible(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_replays_where_that_is_possible(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cuda, auto = torch.device("cuda", 0), Config()
     assert auto.train.cuda_graph == "auto"
-    assert choose_graphs(auto, cuda, SINGLE_PROCESS) is not None
-    assert choose_graphs(auto, CPU, SINGLE_PROCESS) is None
-    assert choose_graphs(auto, cuda, Ranks(0, 2)) is None
-    assert choose_graphs(replace(auto, train=replace(auto.train, cuda_graph=False)), cuda, SINGLE_PROCESS) is None
+    network = create_model("gac_msresnet18_cifar", 3, 2, width=4, depth=[1, 1, 1])
+    backends = dict.fromkeys((each for each in network.modules() if isinstance(each, LIFNode)), "cupy")
+    monkeypatch.setattr(LIFNode, "chosen_backend", lambda neuron, x: backends[neuron])
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: empty(*sizes))
+    assert choose_graphs(auto, cuda, SINGLE_PROCESS, network) is not None
+    assert choose_graphs(auto, CPU, SINGLE_PROCESS, network) is None
+    assert choose_graphs(auto, cuda, Ranks(0, 2), network) is None
     for coding in ("rate", "latency", "phase"):
         config = replace(auto, model=replace(auto.model, coding=coding))
-        assert choose_graphs(config, cuda, SINGLE_PROCESS) is None
+        assert choose_graphs(config, cuda, SINGLE_PROCESS, network) is None
+    backends[network.lif] = "torch"
+    assert choose_graphs(auto, cuda, SINGLE_PROCESS, network) is None
     # Where it does not apply nobody has to be told.
     assert not caplog.records
+    for demanded in (True, False):
+        assert (choose_graphs(graph(auto, demanded), cuda, SINGLE_PROCESS, network) is not None) is demanded
 
 
 # 4 steps and 6 batches of the test set an epoch, the last of them smaller; enough epochs to replay those too.
@@ -343,8 +353,8 @@ class Captures:
         self.runs: list[CaptureByRecording] = []
         self.trials: list[CaptureByRecording] = []
 
-    def graphs(self, wanted: bool, device: torch.device) -> Graphs | None:
-        if not wanted:
+    def graphs(self, config: Config, *_: Any) -> Graphs | None:
+        if config.train.cuda_graph is False:
             return None
         graphs = Graphs(self.make_for_run)
         graphs.make = self.make_for_trial
@@ -376,7 +386,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
         return made
 
     captures = Captures()
-    monkeypatch.setattr(setup, "select_graphs", captures.graphs)
+    monkeypatch.setattr(engine, "choose_graphs", captures.graphs)
     for module in (engine, self_check):
         monkeypatch.setattr(module, "make_optimizer", on_device(optim.make_optimizer))
         monkeypatch.setattr(module, "load_optimizer", on_device(optim.load_optimizer))
