@@ -92,13 +92,15 @@ class Replayed:
     def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
         try:
             return self._capture(function)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
             cause = first_line(error)
             # torch's error for the runtime has its number as error_code, CuPy's for the driver as status.
-            if _OUT_OF_MEMORY in (getattr(error, "error_code", None), getattr(error, "status", None)):
-                raise torch.OutOfMemoryError(f"{cause} while a CUDA graph was captured") from error
+            numbers = getattr(error, "error_code", None), getattr(error, "status", None)
+            if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY in numbers:
+                reason = (
+                    f"{cause.split('. ')[0]} while a CUDA graph was captured, which train.cuda_graph false does without"
+                )
+                raise torch.OutOfMemoryError(reason) from error
             raise CaptureFailed(f"{type(error).__name__} in a capture: {cause}") from error
 
     def forget(self) -> None:
