@@ -110,7 +110,8 @@ def goals(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield every goal for a GPU that the files in a folder tell about: what was wanted, what was measured."""
     if (folder / "throughput.json").exists():
         cells = {cell["implementation"]: cell for cell in _read(folder / "throughput.json")["cells"]}
-        fastest = {what: _fastest(cells, what, "ours-cupy", "ours-cupy-graph") for what in ("train", "evaluation")}
+        ours = ("ours-cupy", "ours-cupy-graph", "ours-cupy-overlap")
+        fastest = {what: _fastest(cells, what, *ours) for what in ("train", "evaluation")}
         for peer, what, wanted in SPEED_UPS:
             theirs = _fastest(cells, what, peer)
             if fastest[what] and theirs:

@@ -284,6 +284,9 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time,
     the same result."""
+    overlap_weight_gradients: bool = False
+    """Compute the weight gradients of the blocks' convolutions on a second stream of a CUDA device, beside the next
+    kernels of the backward pass; in one process only. Off by default, as it has not been timed on a GPU yet."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1000
     """Seed of the initial weights, data order, augmentation, CutMix and mixup; 1000 is the authors'."""
     eval_batch_size: PositiveInt = 256

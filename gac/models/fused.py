@@ -10,7 +10,6 @@ The modules themselves (:mod:`gac.models.ms_resnet`) are the specification, and 
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from gac.ops.event_conv import event_conv2d
 from gac.ops.gate_lif import gate_lif
 from gac.ops.lif_pool import lif_pool
 from gac.ops.norm_lif import norm_lif
+from gac.ops.overlap import conv2d, is_overlapped
 from gac.ops.residual_lif import residual_lif
 
 
@@ -132,17 +132,22 @@ def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
     uniform = plain and conv.padding_mode == "zeros" and len({*conv.stride}) == 1 and len({*conv.padding}) == 1
     if not uniform:
         return functional.seq_to_ann_forward(spikes, conv).to(spikes.dtype)
-    y = event_conv2d(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
+    convolve = conv2d if is_overlapped(conv.weight) else event_conv2d
+    y = convolve(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
     return y.unflatten(0, spikes.shape[:2]).to(spikes.dtype)
 
 
 def _convolve_shortcut(membrane: Tensor, conv: nn.Module) -> Tensor:
     plain = _bypassable(conv, nn.Conv2d) and conv.bias is None and conv.groups == 1
-    if membrane.device.type == "cpu" and plain and (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
+    plain = plain and (conv.kernel_size, conv.padding) == ((1, 1), (0, 0))
+    if membrane.device.type == "cpu" and plain:
         # Only of the pixels that a stride leaves: oneDNN's weight gradient of a strided 1 x 1 convolution writes out of
         # bounds in channels_last (docs/performance.md).
         read = membrane.flatten(0, 1)[..., :: conv.stride[0], :: conv.stride[1]]
-        return F.conv2d(read, conv.weight).unflatten(0, membrane.shape[:2]).to(membrane.dtype)
+        return conv2d(read, conv.weight).unflatten(0, membrane.shape[:2]).to(membrane.dtype)
+    if plain and is_overlapped(conv.weight):
+        y = conv2d(membrane.flatten(0, 1), conv.weight, conv.stride)
+        return y.unflatten(0, membrane.shape[:2]).to(membrane.dtype)
     return functional.seq_to_ann_forward(membrane, conv).to(membrane.dtype)
 
 

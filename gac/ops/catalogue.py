@@ -57,7 +57,7 @@ class Layer(NamedTuple):
         """Return the BatchNorm of ``y`` as the operations take it; that of the references is differentiable."""
         given = ()
         if self.kernels or self.same_statistics:
-            given = batch_norm.statistics(batch_norm.batch_moments(y.detach()), EPS)
+            given = batch_norm.batch_statistics(y.detach(), EPS)
         if self.kernels:
             return BatchNormTransform(weight, bias, *given, from_batch=True)
         mean, variance, _ = batch_norm.reference_moments(y)

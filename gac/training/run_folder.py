@@ -42,6 +42,7 @@ FREE_WHEN_RESUMING = frozenset(
         "data.workers",
         "train.accumulate_steps",
         "train.cuda_graph",
+        "train.overlap_weight_gradients",
         "train.checkpoint_activations",
         "train.eval_batch_size",
         "train.checkpoint_minutes",

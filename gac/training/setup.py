@@ -28,6 +28,11 @@ logger = logging.getLogger("gac")
 def choose_device(config: Config, ranks: Ranks) -> torch.device:
     """Return the device of this rank. Raises InputError if it cannot train with this configuration."""
     device = select_device(config.device, ranks)
+    if config.train.overlap_weight_gradients and ranks.size > 1:
+        raise InputError(
+            "train.overlap_weight_gradients keeps gradients from the exchange between processes, and there are"
+            f" {ranks.size}: leave it off"
+        )
     check_precision(device, config.train.amp)
     if config.train.cuda_graph is True:
         check_capturable(config.model)

@@ -36,10 +36,11 @@ def network(
 
     def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
         with torch.no_grad():
-            moments = batch_norm.batch_moments(y)
             if synchronized:
-                moments = batch_norm.over_all_ranks(moments, y.numel() // y.shape[2])
-            mean, inverse_std = batch_norm.statistics(moments, fused.EPS, 0.1, *running)
+                moments = batch_norm.over_all_ranks(batch_norm.batch_moments(y), y.numel() // y.shape[2])
+                mean, inverse_std = batch_norm.reference_statistics(moments, fused.EPS, 0.1, *running)
+            else:
+                mean, inverse_std = batch_norm.batch_statistics(y, fused.EPS, 0.1, *running)
         return BatchNormTransform(weight, bias, mean, inverse_std, True, synchronized)
 
     first, second, third = zip(parameters[::2], parameters[1::2], strict=True)

@@ -295,26 +295,50 @@ KERNEL(batch_moments_partials) {
     }
 }
 
+typedef struct {
+    double mean, variance, unbiased_variance;
+} Moments;
+
+INLINE Moments moments_of(const float* partials, int64_t blocks, int64_t channel, int64_t channels) {
+    double count = 0.0, sum = 0.0, sum_of_squares = 0.0;
+    for (int64_t block = 0; block < blocks; block++) {
+        const float* partial = partials + block * 3 * channels + channel;
+        const double n = partial[0], mean = partial[channels], squared_deviations = partial[2 * channels];
+        count += n;
+        sum += n * mean;
+        sum_of_squares += squared_deviations + n * mean * mean;
+    }
+    const double mean = sum / count;
+    double squared_deviations = sum_of_squares - count * mean * mean;
+    if (squared_deviations < 0.0) squared_deviations = 0.0;  // rounding; NaN stays
+    return (Moments){mean, squared_deviations / count, squared_deviations / (count - 1.0)};
+}
+
 void batch_moments_total(const Launch* launch, void** arguments) {
     const Job given = {launch, arguments, 0}, *job = &given;
-    const float* partials = POINTER(0);
     float* moments = POINTER(1);
-    const int64_t blocks = INT(2), channels = INT(3);
+    const int64_t channels = INT(3);
     for (int64_t c = 0; c < channels; c++) {
-        double count = 0.0, sum = 0.0, sum_of_squares = 0.0;
-        for (int64_t block = 0; block < blocks; block++) {
-            const float* partial = partials + block * 3 * channels + c;
-            const double n = partial[0], mean = partial[channels], squared_deviations = partial[2 * channels];
-            count += n;
-            sum += n * mean;
-            sum_of_squares += squared_deviations + n * mean * mean;
-        }
-        const double mean = sum / count;
-        double squared_deviations = sum_of_squares - count * mean * mean;
-        if (squared_deviations < 0.0) squared_deviations = 0.0;  // rounding; NaN stays
-        moments[c] = (float)mean;
-        moments[channels + c] = (float)(squared_deviations / count);
-        moments[2 * channels + c] = (float)(squared_deviations / (count - 1.0));
+        const Moments of_channel = moments_of(POINTER(0), INT(2), c, channels);
+        moments[c] = (float)of_channel.mean;
+        moments[channels + c] = (float)of_channel.variance;
+        moments[2 * channels + c] = (float)of_channel.unbiased_variance;
+    }
+}
+
+void batch_statistics_total(const Launch* launch, void** arguments) {
+    const Job given = {launch, arguments, 0}, *job = &given;
+    float *mean = POINTER(1), *inverse_std = POINTER(2), *running_mean = POINTER(3), *running_var = POINTER(4);
+    int64_t* batches = *(int64_t* const*)arguments[5];
+    const float eps = FLOAT(6), momentum = FLOAT(7);
+    const int64_t channels = INT(9);
+    if (batches) *batches += 1;
+    for (int64_t c = 0; c < channels; c++) {
+        const Moments of_channel = moments_of(POINTER(0), INT(8), c, channels);
+        mean[c] = (float)of_channel.mean;
+        inverse_std[c] = 1.0f / sqrtf((float)of_channel.variance + eps);
+        if (running_mean) running_mean[c] += momentum * (mean[c] - running_mean[c]);
+        if (running_var) running_var[c] += momentum * ((float)of_channel.unbiased_variance - running_var[c]);
     }
 }
 
@@ -330,19 +354,6 @@ void total_of_partials(const Launch* launch, void** arguments) {
             for (int64_t block = 0; block < blocks; block++) sum += partials[(block * quantities + quantity) * channels + c];
             totals[quantity * channels + c] = (float)(sum * (factors ? factors[c] : 1.0));
         }
-    }
-}
-
-void batch_statistics(const Launch* launch, void** arguments) {
-    const Job given = {launch, arguments, 0}, *job = &given;
-    const float* moments = POINTER(0);
-    float *running_mean = POINTER(1), *running_var = POINTER(2), *inverse_std = POINTER(3);
-    const float eps = FLOAT(4), momentum = FLOAT(5);
-    const int64_t channels = INT(6);
-    for (int64_t c = 0; c < channels; c++) {
-        inverse_std[c] = 1.0f / sqrtf(moments[channels + c] + eps);
-        if (running_mean) running_mean[c] += momentum * (moments[c] - running_mean[c]);
-        if (running_var) running_var[c] += momentum * (moments[2 * channels + c] - running_var[c]);
     }
 }
 
@@ -519,13 +530,9 @@ KERNEL(residual_lif_backward_sums) {
                 const float *restrict y_k = y + here, *restrict shortcut_k = shortcut + here;
                 float* restrict grad_k = grad + here;
                 if (grad_spikes) back(&lif, n, h + k * TILE, grad_spikes + here, grad_v, grad_h);
-                if (grad_membrane) {
-                    const float* restrict direct = grad_membrane + here;
-                    for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i] + direct[i];
-                } else {
-                    for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i];
-                }
+                const float* restrict direct = grad_membrane + here;
                 for (int64_t i = 0; i < n; i++) {
+                    grad_k[i] = lif.gain * grad_h[i] + direct[i];
                     sums[0][i] += grad_k[i];
                     sums[1][i] += grad_k[i] * (y_k[i] - mean[i]);
                 }
@@ -552,7 +559,7 @@ KERNEL(residual_lif_backward_inputs) {
     const float *shortcut = POINTER(5), *shortcut_weight = POINTER(6), *shortcut_mean = POINTER(7);
     const float *shortcut_inverse_std = POINTER(8), *sums = POINTER(9), inverse_count = FLOAT(10);
     float *grad_y = POINTER(11), *grad_shortcut = POINTER(12);
-    const int64_t count = LONG(13), channels = INT(14);
+    const int64_t count = LONG(13) * job->launch->steps, channels = INT(14);
     const Rows rows = rows_of_block(job->launch, block, count, channels);
     FOR_CHANNELS(channels) {
         NormalizationGradient norm, shortcut_norm;
@@ -693,13 +700,11 @@ KERNEL(gate_lif_backward) {
         const int64_t n = least(TILE, span.end - first), at = span.image * image_size + first;
         const float* restrict spatial_here = spatial + at;
         encode(job->launch, &lif, n, x + at, h);
-        if (grad_spikes) {
-            for (int64_t k = 0; k < steps_of_net; k++) {
-                gated(&lif, temporal[k * images + span.image], n, h + k * TILE, spatial_here, membrane + k * TILE);
-            }
-            fill(v, lif.v_reset, n);
-            steps(job->launch, &lif, steps_of_net, n, membrane, TILE, v, inner, 0);
+        for (int64_t k = 0; k < steps_of_net; k++) {
+            gated(&lif, temporal[k * images + span.image], n, h + k * TILE, spatial_here, membrane + k * TILE);
         }
+        fill(v, lif.v_reset, n);
+        steps(job->launch, &lif, steps_of_net, n, membrane, TILE, v, inner, 0);
         fill(grad_v, 0.0f, n);
         fill(grad_inner_v, 0.0f, n);
         fill(grad_x + at, 0.0f, n);
@@ -707,12 +712,9 @@ KERNEL(gate_lif_backward) {
         for (int64_t k = steps_of_net - 1; k >= 0; k--) {
             const float a = temporal[k * images + span.image];
             const float* h_k = h + k * TILE;
-            fill(grad, 0.0f, n);
-            if (grad_spikes) {
-                back(&lif, n, inner + k * TILE, grad_spikes + k * frame + at, grad_inner_v, grad);
-                for (int64_t i = 0; i < n; i++) grad[i] *= lif.gain;
-            }
-            for (int64_t i = 0; grad_membrane && i < n; i++) grad[i] += grad_membrane[k * frame + at + i];
+            const float* restrict direct = grad_membrane + k * frame + at;
+            back(&lif, n, inner + k * TILE, grad_spikes + k * frame + at, grad_inner_v, grad);
+            for (int64_t i = 0; i < n; i++) grad[i] = lif.gain * grad[i] + direct[i];
             float with_scores[TILE];
             for (int64_t i = 0; i < n; i++) {
                 const float gate = sigmoid(a * spatial_here[i]);

@@ -8,7 +8,7 @@
 #include "time_steps.cuh"
 
 // One block (of the grid's first dimension) an image.
-template <typename Element, int kSteps, int kWidth, Reset kReset>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1) lif_pool_forward(
     const Element* __restrict__ x, LIF lif,
     Element* __restrict__ pooled, long long images, int pixels, int channels) {
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_forward(
         for (long long row = tile.first_row(); row < pixels; row += tile.row_step()) {
             Vector<Element, kWidth> x_seq[kSteps];
             load_sequence(x, images * pixels * channels, (image * pixels + row) * channels + tile.channel, x_seq);
-            run_through_time<kSteps, kWidth, kReset>(
+            run_through_time<kSteps, kWidth, kReset, kPlain>(
                 lif, lif.v_reset, [&](int k, int i) { return to_float(x_seq[k][i]); },
                 [&](int k, const float(&h)[kWidth]) {
 #pragma unroll
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_forward(
         });
 }
 
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) lif_pool_backward(
     const Element* __restrict__ grad_pooled, const Element* __restrict__ x,
     LIF lif,
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_pool_backward(
         Vector<Element, kWidth> x_seq[kSteps], grad_seq[kSteps];
         load_sequence(x, frame_size, neuron, x_seq);
         load_sequence(grad_pooled, images * channels, row / pixels * channels + tile.channel, grad_seq);
-        run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
+        run_back_through_time<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
             lif, lif.v_reset, [&](int k, int i) { return to_float(x_seq[k][i]); },
             [&](int k, int i) { return to_float(grad_seq[k][i]) * share; },
             [&](int k, const float(&grad)[kWidth]) { store_floats(grad_x + k * frame_size, neuron, grad); });

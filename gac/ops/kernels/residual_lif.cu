@@ -10,7 +10,7 @@
 #include "time_steps.cuh"
 
 // kSpikes: with a LIF layer; otherwise only the membrane, and `spikes` is not touched.
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kNormShortcut, bool kSpikes>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kNormShortcut, bool kSpikes>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
     const Element* __restrict__ y, Norm norm_of,
     const Element* __restrict__ shortcut, Norm NULLABLE shortcut_norm_of, LIF lif,
@@ -38,18 +38,20 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
             store_vector(membrane + k * frame_size + neuron, y_seq[k]);
         }
         if (kSpikes)
-            run_through_time<kSteps, kWidth, kReset>(
+            run_through_time<kSteps, kWidth, kReset, kPlain>(
                 lif, lif.v_reset, [&](int k, int i) { return to_float(y_seq[k][i]); },
                 [&](int k, const float(&h)[kWidth]) { store_spikes(lif, h, spikes + k * frame_size, neuron); });
     }
 }
 
-// Pass 1: `grad`, the whole gradient of the membrane: what comes from it directly (grad_membrane, null for none) and
-// through the spikes (grad_spikes, null for none). Partials [gridDim.x, 2 or 3, channels] of its sums over all rows
+// Pass 1: `grad`, the whole gradient of the membrane: what comes from it directly (grad_membrane) and, with kSpikes,
+// through the spikes (grad_spikes; otherwise it and the membrane are not read). Partials [gridDim.x, 2 or 3, channels] of its sums over all rows
 // and time steps, of its products with (y - mean) and, with kNormShortcut, with (shortcut - its mean).
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate, bool kNormShortcut>
+template <
+    typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate,
+    bool kNormShortcut, bool kSpikes>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
-    const Element* __restrict__ NULLABLE grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
+    const Element* __restrict__ grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
     const Element* __restrict__ membrane, const Element* __restrict__ y, const float* __restrict__ mean_of,
     const Element* __restrict__ NULLABLE shortcut, const float* __restrict__ NULLABLE shortcut_mean_of,
     LIF lif,
@@ -68,12 +70,12 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
             Vector<Element, kWidth> y_seq[kSteps], shortcut_seq[kSteps], direct_seq[kSteps];
             load_sequence(y, frame_size, neuron, y_seq);
             if (kNormShortcut) load_sequence(shortcut, frame_size, neuron, shortcut_seq);
-            if (grad_membrane) load_sequence(grad_membrane, frame_size, neuron, direct_seq);
+            load_sequence(grad_membrane, frame_size, neuron, direct_seq);
             const auto take = [&](int k, const float(&through_spikes)[kWidth]) {
                 float grad_k[kWidth];
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
-                    grad_k[i] = through_spikes[i] + (grad_membrane ? to_float(direct_seq[k][i]) : 0.0f);
+                    grad_k[i] = through_spikes[i] + to_float(direct_seq[k][i]);
                     sum[i] += grad_k[i];
                     sum_with_y[i] += grad_k[i] * (to_float(y_seq[k][i]) - mean[i]);
                     if (kNormShortcut)
@@ -81,11 +83,11 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
                 }
                 store_floats(grad + k * frame_size, neuron, grad_k);
             };
-            if (grad_spikes) {
+            if (kSpikes) {
                 Vector<Element, kWidth> membrane_seq[kSteps], grad_seq[kSteps];
                 load_sequence(membrane, frame_size, neuron, membrane_seq);
                 load_sequence(grad_spikes, frame_size, neuron, grad_seq);
-                run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
+                run_back_through_time<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
                     lif, lif.v_reset,
                     [&](int k, int i) { return to_float(membrane_seq[k][i]); },
                     [&](int k, int i) { return to_float(grad_seq[k][i]); }, take);
@@ -104,10 +106,9 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
             tile, sum_with_shortcut, [&](int i, float total) { block[2 * channels + tile.channel + i] = total; });
 }
 
-// Pass 2: the gradient of y and, with kNormShortcut, that of the shortcut (otherwise it is `grad` itself). There is
-// no time in it: rows counts the pixels of all time steps. sums [2 or 3, channels] and inverse_count as in
-// norm_lif_backward_input.
-template <typename Element, int kWidth, bool kNormShortcut>
+// Pass 2: the gradient of y and, with kNormShortcut, that of the shortcut (otherwise it is `grad` itself). sums
+// [2 or 3, channels] and inverse_count as in norm_lif_backward_input, and like that it begins with the last rows.
+template <typename Element, int kSteps, int kWidth, bool kNormShortcut>
 __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_inputs(
     const Element* __restrict__ grad, const Element* __restrict__ y, const float* __restrict__ weight_of,
     const float* __restrict__ mean_of, const float* __restrict__ inverse_std_of,
@@ -122,30 +123,25 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_inputs(
     const NormalizationGradient<kWidth> shortcut_norm(
         shortcut_weight_of, shortcut_mean_of, shortcut_inverse_std_of, sums, kNormShortcut ? sums + 2 * channels : sums,
         inverse_count, tile.channel);
+    const long long frame_size = rows * channels;
 
-    struct Row {
-        Vector<Element, kWidth> grad, y, shortcut;
-    };
-    for_rows<4>(
-        tile, rows,
-        [&](long long row) {
-            const long long element = row * channels + tile.channel;
-            Row loaded;
-            loaded.grad = load_vector<kWidth>(grad + element);
-            loaded.y = load_vector<kWidth>(y + element);
-            if (kNormShortcut) loaded.shortcut = load_vector<kWidth>(shortcut + element);
-            return loaded;
-        },
-        [&](long long row, const Row& loaded) {
-            const long long element = row * channels + tile.channel;
-            float grad_y_row[kWidth], grad_shortcut_row[kWidth];
+    for (long long done = tile.first_row(); done < rows; done += tile.row_step()) {
+        const long long neuron = (rows - 1 - done) * channels + tile.channel;
+        Vector<Element, kWidth> grad_seq[kSteps], y_seq[kSteps], shortcut_seq[kSteps];
+        load_sequence(grad, frame_size, neuron, grad_seq);
+        load_sequence(y, frame_size, neuron, y_seq);
+        if (kNormShortcut) load_sequence(shortcut, frame_size, neuron, shortcut_seq);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            float grad_y_k[kWidth], grad_shortcut_k[kWidth];
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {
-                const float g = to_float(loaded.grad[i]);
-                grad_y_row[i] = norm.apply(i, to_float(loaded.y[i]), g);
-                if (kNormShortcut) grad_shortcut_row[i] = shortcut_norm.apply(i, to_float(loaded.shortcut[i]), g);
+                const float g = to_float(grad_seq[k][i]);
+                grad_y_k[i] = norm.apply(i, to_float(y_seq[k][i]), g);
+                if (kNormShortcut) grad_shortcut_k[i] = shortcut_norm.apply(i, to_float(shortcut_seq[k][i]), g);
             }
-            store_floats(grad_y, element, grad_y_row);
-            if (kNormShortcut) store_floats(grad_shortcut, element, grad_shortcut_row);
-        });
+            store_floats(grad_y + k * frame_size, neuron, grad_y_k);
+            if (kNormShortcut) store_floats(grad_shortcut + k * frame_size, neuron, grad_shortcut_k);
+        }
+    }
 }
