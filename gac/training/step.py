@@ -120,6 +120,13 @@ class TrainingStep:
             bad_scale=scale_after < LOWEST_LOSS_SCALE,
         )
 
+    def abandon(self) -> None:
+        """Let the next call begin anew after one that ended in an error and did nothing on the device."""
+        # What GradScaler notes down between scaling a loss and updating the scale, in itself and in the optimiser.
+        self.scaler._per_optimizer_states.clear()
+        for name in ("grad_scale", "found_inf"):
+            self.optimizer.__dict__.pop(name, None)
+
     def _backward(self, images: Tensor, targets: Tensor, labels: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
         """Add the gradients of a micro-batch; return its mean loss and the number of images classified correctly."""
         config = self.config

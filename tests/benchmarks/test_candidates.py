@@ -88,11 +88,12 @@ def test_replays_of_the_kernels_do_the_work(recorded: None, neurons_on_kernels: 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("frozen", ["training", "evaluation"])
 def test_replays_without_work_are_found(frozen: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(function: Callable) -> Callable:
-        result = function()
-        return lambda: result
+    class Frozen(CaptureByRecording):
+        def __call__(self, function: Callable) -> Callable:
+            result = function()
+            return lambda: result
 
-    captures: Iterator = iter([capture, capture] if frozen == "training" else [CaptureByRecording(), capture])
+    captures: Iterator = iter([Frozen(), Frozen()] if frozen == "training" else [CaptureByRecording(), Frozen()])
     monkeypatch.setattr(candidates, "CaptureOnDevice", lambda device: next(captures))
     quantity = "(loss|gradients)" if frozen == "training" else "logits"
     with pytest.raises(MeasurementError, match=f"replays: {quantity} differ"):
