@@ -72,7 +72,7 @@ CHANGES = {
         "accesses to local memory",
     ),
     "fused charge": (
-        ("lif_pool", "lif_pool_backward"),
+        ("residual_lif_pool", "residual_lif_pool_backward_sums"),
         "__fadd_rn(__fadd_rn(__fmul_rn(decay, v), __fmul_rn(gain, x)), bias)",
         "decay * v + gain * x + bias",
         "depend on a fused multiply-add",
