@@ -73,8 +73,8 @@ CHANGES = {
     ),
     "fused charge": (
         ("residual_lif_pool", "residual_lif_pool_backward_sums"),
-        "__fadd_rn(__fadd_rn(__fmul_rn(decay, v), __fmul_rn(gain, x)), bias)",
-        "decay * v + gain * x + bias",
+        "kPlain ? __fadd_rn(leaked, x)",
+        "kPlain ? decay * v + x",
         "depend on a fused multiply-add",
     ),
 }

@@ -17,7 +17,7 @@ from ops.fused import CIFAR, DEFAULT, DTYPES, FEWER_CASES, SHORTCUTS, Case, leav
 
 
 def pool(function: Callable, statistics: Callable[..., BatchNormTransform], neuron: LIFParameters) -> fused.Operation:
-    """Return ``function`` (residual_lif_pool or its reference) as one of y, weight, bias, shortcut, perhaps BatchNorm."""
+    """Return ``function`` (residual_lif_pool or its reference) as one of what ``leaves_of_sum`` gives."""
 
     def operation(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple[Tensor]:
         of_shortcut = statistics(shortcut, *parameters) if parameters else None
