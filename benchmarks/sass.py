@@ -70,12 +70,10 @@ STATED = {
     ("residual_norm_lif", "residual_lif_forward"): Stated(80, {16}, 4, spikes=True),
     ("residual_norm_lif", "residual_lif_backward_sums"): Stated(72, {8}, 3, spikes=True),
     ("residual_norm_lif", "residual_lif_backward_inputs"): Stated(128, {16}, 3, spikes=False),
-    ("residual", "residual_lif_forward"): Stated(128, {16}, 4, spikes=False),
-    ("residual", "residual_lif_backward_sums"): Stated(64, {8}, 7, spikes=False),
+    ("residual_lif_pool", "residual_lif_pool_forward"): Stated(96, {16}, 3, spikes=True),
+    ("residual_lif_pool", "residual_lif_pool_backward_sums"): Stated(64, {8}, 3, spikes=True),
     ("gate_lif", "gate_lif_forward"): Stated(16, {16}, 4, spikes=True),
     ("gate_lif", "gate_lif_backward"): Stated(40, {8}, 3, spikes=True),
-    ("lif_pool", "lif_pool_forward"): Stated(64, {16}, 3, spikes=True),
-    ("lif_pool", "lif_pool_backward"): Stated(40, {8}, 6, spikes=True),
 }
 """By operation of the catalogue and kernel; a kernel of several operations stands with the first."""
 

@@ -72,7 +72,7 @@ CHANGES = {
         "accesses to local memory",
     ),
     "fused charge": (
-        ("lif_pool", "lif_pool_backward"),
+        ("residual_lif_pool", "residual_lif_pool_backward_sums"),
         "kPlain ? __fadd_rn(leaked, x)",
         "kPlain ? decay * v + x",
         "depend on a fused multiply-add",

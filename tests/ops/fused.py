@@ -69,7 +69,7 @@ CASES = [
     Case(6, "fp16", "cifar", (1, 24, 5, 5)),
     Case(6, "fp32", "cifar", (2, 48, 3, 3)),  # 12 threads for a row: 8 of a block are idle
     Case(6, "fp32", "cifar", (1, 8, 1, 1)),
-    Case(6, "fp32", "cifar", (1, 1040, 2, 3)),  # more channels than a block of threads takes
+    Case(6, "fp32", "cifar", (1, 520, 2, 3)),  # more channels than a block of threads takes
     Case(8, "fp16", "cifar", (2, 8, 3, 3)),
     Case(8, "fp32", "soft", (1, 8, 3, 5)),
     Case(16, "bf16", "nonzero", (1, 8, 3, 3)),
@@ -101,6 +101,17 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return x[:, :1].expand(x.shape)
     return x
+
+
+SHORTCUTS = ("plain", "normalized")
+
+
+def leaves_of_sum(case: Case, shortcut: str, device: str, layout: str = "channels_last") -> tuple[Tensor, ...]:
+    """Return y, weight, bias and shortcut of a residual sum, and weight and bias of a shortcut that is normalised."""
+    C = case.frame[1]
+    y, added = (activations(case, device, seed, layout) for seed in (0, 1))
+    of_shortcut = parameters_of_norm(C, device, seed=1) if shortcut == "normalized" else ()
+    return y, *parameters_of_norm(C, device), added, *of_shortcut
 
 
 def is_channels_last(x: Tensor) -> bool:

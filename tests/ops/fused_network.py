@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, residual_lif
+from gac.ops import batch_norm, gate_lif, norm_lif, residual_lif, residual_lif_pool
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.neuron import LIFParameters
 from ops import fused
@@ -31,7 +31,8 @@ def network(
 ) -> tuple[Tensor, Tensor]:
     """Return firing rates and membrane stream after the gate and two residual blocks; scaling stands for convolution.
 
-    The second block has a normalised shortcut, and a sum without a neuron is behind it.
+    The second block has a normalised shortcut, and a sum without a neuron is behind it. The rates are the average of
+    those behind a last block with a plain shortcut and of one with a normalised shortcut.
     """
 
     def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
@@ -55,7 +56,12 @@ def network(
     )
     y = membrane + spikes
     membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None)
-    return lif_pool.lif_pool(membrane, neuron), membrane
+    y, shortcut = spikes - membrane, 0.5 * membrane
+    of_shortcut = None, normalize(shortcut, *third)
+    plain, normalized = (
+        residual_lif_pool.residual_lif_pool(y, normalize(y, *first), shortcut, each, neuron) for each in of_shortcut
+    )
+    return 0.5 * (plain + normalized), membrane
 
 
 def gradients_of_network(x: Tensor, temporal: Tensor, *_: Tensor) -> list[Tensor]:

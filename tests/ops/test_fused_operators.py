@@ -5,6 +5,7 @@ import functools
 import mmap
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.sass import figures, recorded
 from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
-from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, residual_lif
+from gac.ops import batch_norm, gate_lif, norm_lif, residual_lif, residual_lif_pool
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 from gac.ops.neuron import LIFParameters
@@ -191,20 +192,28 @@ class TestLargeTensors:
             [1, 1, None, None],
         )
 
-    def test_residual_lif(self) -> None:
+    def compare_sum(self, function: Callable, gradients: list) -> None:
         parameters = [(parameter, parameter) for parameter in fused.parameters_of_norm(self.C, "cpu")]
         of_shortcut = [(parameter, parameter) for parameter in fused.parameters_of_norm(self.C, "cpu", seed=1)]
 
         def operation(y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple:
             statistics = fused.fixed_statistics(y, weight, bias), fused.fixed_statistics(y, *parameters)
-            return residual_lif.residual_lif(y, statistics[0], shortcut, statistics[1], IMAGENET)
+            outputs = function(y, statistics[0], shortcut, statistics[1], IMAGENET)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
 
         self.compare(
             operation,
             [self.small_and_large(0), *parameters, self.small_and_large(1), *of_shortcut],
-            [self.small_and_large(2), self.small_and_large(3)],
-            [1, 1, 1, None, None, 1, None, None],
+            gradients,
+            [*(1 for _ in gradients), 1, None, None, 1, None, None],
         )
+
+    def test_residual_lif(self) -> None:
+        self.compare_sum(residual_lif.residual_lif, [self.small_and_large(2), self.small_and_large(3)])
+
+    def test_residual_lif_pool(self) -> None:
+        grad = fused.normal((2, 1, self.C), 2).half()
+        self.compare_sum(residual_lif_pool.residual_lif_pool, [(grad, grad.expand(2, IMAGES, self.C))])
 
     def test_gate_lif(self) -> None:
         temporal = fused.normal((2, 1), 2, 1.0)
@@ -213,15 +222,6 @@ class TestLargeTensors:
             [self.small_and_large(0, ()), (temporal, temporal.repeat(1, IMAGES)), self.small_and_large(1, ())],
             [self.small_and_large(2), self.small_and_large(3)],
             [1, 1, 0, 1, 0],
-        )
-
-    def test_lif_pool(self) -> None:
-        grad = fused.normal((2, 1, self.C), 1).half()
-        self.compare(
-            lambda x: [lif_pool.lif_pool(x, IMAGENET)],
-            [self.small_and_large(0)],
-            [(grad, grad.expand(2, IMAGES, self.C))],
-            [1, 1],
         )
 
     def test_batch_moments(self) -> None:

@@ -1,11 +1,9 @@
 // A residual block's end: membrane = BatchNorm(y) + shortcut, rounded to what is stored, and the spikes of the LIF
-// layer that reads it: gac/ops/residual_lif.py.
-//
-// All sequences are [T, rows, channels], a row being the channels of one pixel of one image. kNormShortcut: the
-// shortcut is a convolution's output that has a BatchNorm of its own; otherwise it is added as it is.
+// layer that reads it: gac/ops/residual_lif.py. Sequences and kNormShortcut as in residual.cuh.
 #include "element.cuh"
 #include "lif.cuh"
 #include "normalization.cuh"
+#include "residual.cuh"
 #include "tile.cuh"
 #include "time_steps.cuh"
 
@@ -28,13 +26,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
         load_sequence(shortcut, frame_size, neuron, shortcut_seq);
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                const float added = to_float(shortcut_seq[k][i]);
-                const float sum = __fadd_rn(
-                    norm.apply(i, to_float(y_seq[k][i])), kNormShortcut ? shortcut_norm.apply(i, added) : added);
-                y_seq[k][i] = from_float<Element>(sum);
-            }
+            y_seq[k] = residual_sum<kNormShortcut>(norm, shortcut_norm, y_seq[k], shortcut_seq[k]);
             store_vector(membrane + k * frame_size + neuron, y_seq[k]);
         }
         if (kSpikes)
@@ -45,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_forward(
 }
 
 // Pass 1: `grad`, the whole gradient of the membrane: what comes from it directly (grad_membrane) and, with kSpikes,
-// through the spikes (grad_spikes; otherwise it and the membrane are not read). Partials [gridDim.x, 2 or 3, channels] of its sums over all rows
-// and time steps, of its products with (y - mean) and, with kNormShortcut, with (shortcut - its mean).
+// through the spikes (grad_spikes; otherwise it and the membrane are not read). Partials as in GradientSums.
 template <
     typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate,
     bool kNormShortcut, bool kSpikes>
@@ -58,9 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
     Element* __restrict__ grad, float* __restrict__ partials, long long rows, int channels) {
     const Tile<kWidth> tile(channels);
     const long long frame_size = rows * channels;
-    float sum[kWidth], sum_with_y[kWidth], sum_with_shortcut[kWidth];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] = sum_with_y[i] = sum_with_shortcut[i] = 0.0f;
+    GradientSums<kWidth, kNormShortcut> sums;
     if (tile.active) {
         float mean[kWidth], shortcut_mean[kWidth];
         load_floats(mean_of, 0.0f, tile.channel, mean);
@@ -76,10 +65,8 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
                     grad_k[i] = through_spikes[i] + to_float(direct_seq[k][i]);
-                    sum[i] += grad_k[i];
-                    sum_with_y[i] += grad_k[i] * (to_float(y_seq[k][i]) - mean[i]);
-                    if (kNormShortcut)
-                        sum_with_shortcut[i] += grad_k[i] * (to_float(shortcut_seq[k][i]) - shortcut_mean[i]);
+                    const float shortcut_k = kNormShortcut ? to_float(shortcut_seq[k][i]) - shortcut_mean[i] : 0.0f;
+                    sums.add(i, grad_k[i], to_float(y_seq[k][i]) - mean[i], shortcut_k);
                 }
                 store_floats(grad + k * frame_size, neuron, grad_k);
             };
@@ -98,12 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_backward_sums(
             }
         }
     }
-    float* block = partials + static_cast<long long>(blockIdx.x) * (kNormShortcut ? 3 : 2) * channels;
-    sum_over_rows(tile, sum, [&](int i, float total) { block[tile.channel + i] = total; });
-    sum_over_rows(tile, sum_with_y, [&](int i, float total) { block[channels + tile.channel + i] = total; });
-    if (kNormShortcut)
-        sum_over_rows(
-            tile, sum_with_shortcut, [&](int i, float total) { block[2 * channels + tile.channel + i] = total; });
+    sums.write(tile, partials, channels);
 }
 
 // Pass 2: the gradient of y and, with kNormShortcut, that of the shortcut (otherwise it is `grad` itself). sums
