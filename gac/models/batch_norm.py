@@ -1,5 +1,7 @@
 """BatchNorm of the networks: over batch and time jointly, for static frames, over several ranks, for fused kernels."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,15 +45,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y
 
     @torch.no_grad()
-    def normalization(self, y: Tensor) -> BatchNormTransform:
-        """Return what this module does to ``y`` [T, B, C, H, W] for a fused operation to apply, on a CUDA device.
+    def normalization(self, y: Tensor, inverse_std: Tensor | None) -> BatchNormTransform:
+        """Return what this module does to ``y`` [T, B, C, H, W] for a fused operation to apply.
 
-        In training the statistics are those of ``y``, and the running statistics are updated. Raises ValueError for a
+        In training the statistics are those of ``y``, and the running statistics are updated. In evaluation
+        ``inverse_std`` [C] is what :func:`running_inverse_stds` returned for this module. Raises ValueError for a
         single value per channel in training, as the parent does.
         """
         weight, bias, running_mean, running_var = self.weight, self.bias, self.running_mean, self.running_var
         if not self.training:
-            return BatchNormTransform(weight, bias, running_mean, (running_var + self.eps).rsqrt(), from_batch=False)
+            return BatchNormTransform(weight, bias, running_mean, inverse_std, from_batch=False)
         count = y.numel() // y.shape[2]
         if count < 2 and not self.synchronized:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
@@ -62,3 +65,18 @@ class BatchNorm2d(nn.BatchNorm2d):
         else:
             mean, inverse_std = batch_norm.batch_statistics(y, *running)
         return BatchNormTransform(weight, bias, mean, inverse_std, True, self.synchronized)
+
+
+@torch.no_grad()
+def running_inverse_stds(norms: Sequence[BatchNorm2d]) -> list[Tensor | None]:
+    """Return the running inverse standard deviation [C] of each module in evaluation mode, None for others.
+
+    Two launches for all of them, where each by itself would need two.
+    """
+    used = [norm for norm in norms if not norm.training]
+    if not used:
+        return [None] * len(norms)
+    found = torch._foreach_add([norm.running_var for norm in used], [norm.eps for norm in used])
+    torch._foreach_rsqrt_(found)
+    remaining = iter(found)
+    return [None if norm.training else next(remaining) for norm in norms]

@@ -16,7 +16,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from gac.coding.gated import GatedAttentionCoding, GatedAttentionUnit
-from gac.models.batch_norm import BatchNorm2d
+from gac.models.batch_norm import BatchNorm2d, running_inverse_stds
 from gac.models.blocks import ConvNorm, MSBlock
 from gac.models.recompute import recomputed
 from gac.neuron import LIFNode
@@ -64,13 +64,29 @@ def _kind(neuron: LIFNode) -> tuple:
 def forward(net: nn.Module, x: Tensor) -> Tensor:
     """Return the logits [T, B, K] of ``net``, an MSResNet, for images [B, C, H, W] or a sequence [T, B, C, H, W]."""
     blocks = [block for stage in net.stages for block in stage]
+    running = _running_inverse_stds(blocks)
     membrane, spikes = _encode(net, x, blocks[0].lif1)
-    for block, following in pairwise(blocks):
-        membrane, spikes = _block(block, membrane, spikes, _membrane_and_spikes, following.lif1)
+    for (block, following), inverse_stds in zip(pairwise(blocks), running, strict=False):
+        membrane, spikes = _block(block, inverse_stds, membrane, spikes, _membrane_and_spikes, following.lif1)
+    last = blocks[-1], running[-1], membrane, spikes
     if _runs_by_itself(net.lif):
-        membrane = _block(blocks[-1], membrane, spikes, _membrane)
-        return net.head(net.lif(membrane).mean((-2, -1)))
-    return net.head(_block(blocks[-1], membrane, spikes, _firing_rates, net.lif))
+        return net.head(net.lif(_block(*last, _membrane)).mean((-2, -1)))
+    return net.head(_block(*last, _firing_rates, net.lif))
+
+
+_InverseStds = list[Tensor | None]
+
+
+def _running_inverse_stds(blocks: list[MSBlock]) -> list[_InverseStds]:
+    """Return those of each block's BatchNorms: of the first convolution, the second, and the shortcut if it has one."""
+    norms = [[layer.norm for layer in _convolutions(block)] for block in blocks]
+    found = iter(running_inverse_stds([norm for of_block in norms for norm in of_block]))
+    return [[next(found) for _ in of_block] for of_block in norms]
+
+
+def _convolutions(block: MSBlock) -> list[ConvNorm]:
+    modules = block.__dict__["_modules"]
+    return [modules[name] for name in ("conv1", "conv2", "shortcut") if type(modules[name]) is not nn.Identity]
 
 
 def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
@@ -98,32 +114,39 @@ def _gate_fuses(coding: GatedAttentionCoding, following: LIFNode) -> bool:
 _Sum = tuple[Tensor, BatchNormTransform, Tensor, BatchNormTransform | None]
 
 
-def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, end: Callable[..., Any], *following: LIFNode) -> Any:
+def _block(
+    block: MSBlock,
+    inverse_stds: _InverseStds,
+    membrane: Tensor,
+    spikes: Tensor,
+    end: Callable[..., Any],
+    *following: LIFNode,
+) -> Any:
     """Return what ``end`` makes of what the block adds up and, if one is given, of the LIF layer that follows."""
     if not (block.checkpoint_activations and torch.is_grad_enabled()):
-        return end(_run_to_sum(block, membrane, spikes), *following)
+        return end(_run_to_sum(block, inverse_stds, membrane, spikes), *following)
     return recomputed(
-        lambda membrane, spikes: end(_run_to_sum(block, membrane, spikes), *following),
+        lambda membrane, spikes: end(_run_to_sum(block, inverse_stds, membrane, spikes), *following),
         [block, *following],
         membrane,
         spikes,
     )
 
 
-def _run_to_sum(block: MSBlock, membrane: Tensor, spikes: Tensor) -> _Sum:
+def _run_to_sum(block: MSBlock, inverse_stds: _InverseStds, membrane: Tensor, spikes: Tensor) -> _Sum:
     conv1, lif2, conv2, projection = block.conv1, block.lif2, block.conv2, block.shortcut
     y = _convolve(spikes, conv1.conv)
     if _runs_by_itself(lif2):
         spikes = lif2(functional.seq_to_ann_forward(y, conv1.norm))
     else:
-        spikes = norm_lif(y, conv1.norm.normalization(y), lif2.kernel_parameters())
+        spikes = norm_lif(y, conv1.norm.normalization(y, inverse_stds[0]), lif2.kernel_parameters())
     y = _convolve(spikes, conv2.conv)
 
     shortcut, shortcut_normalization = membrane, None
     if not isinstance(projection, nn.Identity):
         shortcut = _convolve_shortcut(membrane, projection.conv)
-        shortcut_normalization = projection.norm.normalization(shortcut)
-    return y, conv2.norm.normalization(y), shortcut, shortcut_normalization
+        shortcut_normalization = projection.norm.normalization(shortcut, inverse_stds[2])
+    return y, conv2.norm.normalization(y, inverse_stds[1]), shortcut, shortcut_normalization
 
 
 def _membrane(of: _Sum) -> Tensor:
@@ -196,10 +219,11 @@ def _known(block: nn.Module) -> bool:
     """Return whether a block and its layers need not be called: others than this package's run as they were written."""
     if not _bypassable(block, MSBlock):
         return False
-    modules = block.__dict__["_modules"]
-    conv1, conv2, shortcut = modules["conv1"], modules["conv2"], modules["shortcut"]
-    layers = (conv1, conv2) if _bypassable(shortcut, nn.Identity) else (conv1, conv2, shortcut)
-    return all(_bypassable(layer, ConvNorm) and _applicable(layer.__dict__["_modules"]["norm"]) for layer in layers)
+    shortcut = block.__dict__["_modules"]["shortcut"]
+    return not (type(shortcut) is nn.Identity and _hooked(shortcut)) and all(
+        _bypassable(layer, ConvNorm) and _applicable(layer.__dict__["_modules"]["norm"])
+        for layer in _convolutions(block)
+    )
 
 
 def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -318,9 +318,9 @@ def test_finds_statistics_that_do_not_move(neurons_on_kernels, monkeypatch):
     norm = type(REFERENCE.build(SIZE, T).stages[0][0].conv1.norm)
     normalization = norm.normalization
 
-    def still(self, y):
+    def still(self, y, inverse_std):
         kept = self.running_mean.clone(), self.running_var.clone()
-        found = normalization(self, y)
+        found = normalization(self, y, inverse_std)
         self.running_mean.copy_(kept[0])
         self.running_var.copy_(kept[1])
         return found
@@ -333,8 +333,8 @@ def test_finds_another_normalisation_in_evaluation(neurons_on_kernels, monkeypat
     norm = type(REFERENCE.build(SIZE, T).stages[0][0].conv1.norm)
     normalization = norm.normalization
 
-    def of_the_batch(self, y):
-        return normalization(self.train(), y)
+    def of_the_batch(self, y, inverse_std):
+        return normalization(self.train(), y, inverse_std)
 
     monkeypatch.setattr(norm, "normalization", of_the_batch)
     assert {"share of changed spikes", "gradients", "running statistics"} <= failed()
