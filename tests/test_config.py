@@ -142,6 +142,13 @@ def test_an_absent_field_has_its_default_and_an_unknown_one_is_refused() -> None
         Config.from_dict({"train": {"epoch": 7}})
 
 
+@pytest.mark.parametrize("value", ["auto", True, False])
+def test_a_truth_value_of_an_earlier_version_means_the_same(value: bool | str) -> None:
+    config = Config.from_dict({"train": {"cuda_graph": value}})
+    assert config.train.cuda_graph is value
+    assert Config.from_dict(config.to_dict()) == config
+
+
 def test_flat_names_every_value() -> None:
     flat = Config().flat()
     assert Config.from_flat(flat) == Config()

@@ -34,6 +34,10 @@ def parse(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
+        ("train.cuda_graph", "auto", "auto"),
+        ("train.cuda_graph", "true", True),
+        ("train.cuda_graph", "on", True),
+        ("train.cuda_graph", "off", False),
         ("train.epochs", "3", 3),
         ("train.epochs", "1_000", 1000),
         ("train.epochs", "100", 100),
@@ -74,6 +78,8 @@ def test_a_text_means_the_same_on_the_command_line_and_in_a_file(name: str, text
 @pytest.mark.parametrize(
     ("name", "text", "allowed"),
     [
+        ("train.cuda_graph", "always", "one of auto, true, false"),
+        ("train.cuda_graph", "1", "one of auto, true, false"),
         ("train.epochs", "1.0", "a whole number"),
         ("train.epochs", "1e3", "a whole number"),
         ("train.epochs", "true", "a whole number"),

@@ -132,10 +132,8 @@ def test_replayed_batches_count_as_they_are(device: str, amp: str) -> None:
     if device == CPU:
         # The recorder sees the modules' operations in any case; in bfloat16 they round more than the C kernels.
         network.set_backend("torch")
-    plain, replayed = (
-        EvaluationStep(network, device, amp),
-        EvaluationStep(network, device, amp, graphs=Graphs(lambda: capture)),
-    )
+    graphs = Graphs(lambda: capture)
+    plain, replayed = EvaluationStep(network, device, amp), EvaluationStep(network, device, amp, graphs=graphs)
     test_set = [(images.to(device), labels.to(device)) for images, labels in batches(4, 4, 3)]
     found = []
     for _ in range(WARM_UP_CALLS + 2):
@@ -152,6 +150,7 @@ def test_replayed_batches_count_as_they_are(device: str, amp: str) -> None:
                 if tensor.is_floating_point():
                     tensor *= 1.3
     assert len({score.loss for score in found}) == len(found)
+    assert graphs.in_use
     if device == CPU:
         assert (capture.captured, capture.replays) == (2, 3 * len(found) - 2 * WARM_UP_CALLS)
 
