@@ -4,6 +4,7 @@ An implementation is one entry of ``IMPLEMENTATIONS``.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed
 from gac.execution.device import autocast
 from gac.models.ms_resnet import MSResNet
 from gac.ops.backend import kernels_status
+from gac.ops.overlap import overlapped, select_executor
 from gac.training.optim import make_optimizer
 
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -84,6 +86,7 @@ class Candidate:
         config = TrainConfig(learning_rate=learning_rate, momentum=0.9, weight_decay=5e-5)
         self.optimizer = make_optimizer(self.network.parameters(), config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
+        self._executor = select_executor(implementation.overlapped, device)
         self._loss: Tensor | None = None
         self._replayed: dict[Callable, Replayed] | None = {} if implementation.replayed else None
 
@@ -106,10 +109,12 @@ class Candidate:
 
     def _train(self) -> Tensor:
         self.optimizer.zero_grad()
-        with self.setting.autocast():
-            logits = self.network(self.images)
-            loss = F.cross_entropy(logits.float().mean(self.implementation.time_dimension), self.labels)
-        self.scaler.scale(loss).backward()
+        weights = [parameter for parameter in self.network.parameters() if parameter.dim() == 4]
+        with nullcontext() if self._executor is None else overlapped(weights, self._executor):
+            with self.setting.autocast():
+                logits = self.network(self.images)
+                loss = F.cross_entropy(logits.float().mean(self.implementation.time_dimension), self.labels)
+            self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._loss = loss.detach()
@@ -201,6 +206,7 @@ class Implementation:
     keeps_channels_last: bool = True  # activations stay in channels_last where the images are
     kernels: Literal["cupy", "c"] | None = None  # needs ours, CUDA's or the CPU's, which have no float64
     replayed: bool = False  # its steps are replays of CUDA graphs
+    overlapped: bool = False  # its weight gradients are computed on a second CUDA stream
 
     def missing(self, device: torch.device) -> str | None:
         """Return why it cannot run on a device, in one line, or None if it can."""
@@ -226,11 +232,13 @@ def _ours(backend: str, size: NetworkSize, T: int) -> MSResNet:
     return create_model(size.network, size.num_classes, T, **options)
 
 
+_CUPY = Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels="cupy")
 REFERENCE = Implementation("ours-torch", ("#009E73", "s"), partial(_ours, "torch"))
 """The implementation that makes the weights and that the others are checked against."""
 _ALL = (
-    Implementation("ours-cupy", ("#0072B2", "o"), partial(_ours, "cupy"), kernels="cupy"),
-    Implementation("ours-cupy-graph", ("#56B4E9", "v"), partial(_ours, "cupy"), kernels="cupy", replayed=True),
+    _CUPY,
+    replace(_CUPY, name="ours-cupy-graph", style=("#56B4E9", "v"), replayed=True),
+    replace(_CUPY, name="ours-cupy-overlap", style=("#F0E442", "X"), replayed=True, overlapped=True),
     Implementation("ours-c", ("#CC79A7", "P"), partial(_ours, "c"), kernels="c"),
     REFERENCE,
     Implementation("spikingjelly", ("#D55E00", "^"), partial(Network, 0, spikingjelly_lif)),

@@ -111,8 +111,9 @@ def goals(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield every goal for a GPU that the files in a folder tell about: what was wanted, what was measured."""
     if (folder / "throughput.json").exists():
         cells = tables.read(folder / "throughput.json")["cells"]
+        implementations = ("ours-cupy", "ours-cupy-graph", "ours-cupy-overlap")
         for peer, what, wanted in SPEED_UPS:
-            ours, theirs = (fastest(cells, what, *names) for names in (("ours-cupy", "ours-cupy-graph"), (peer,)))
+            ours, theirs = (fastest(cells, what, *names) for names in (implementations, (peer,)))
             if ours and theirs:
                 yield _goal(f"{what}: times as fast as {peer}", wanted, theirs / ours, at_least=True)
         peaks = {cell["implementation"]: cell["peak_bytes"] for cell in cells}

@@ -99,12 +99,11 @@ MEASURED: dict[str, tuple[Callable[..., Sequence[nn.Module]], Callable[..., tupl
     ),
     "residual_lif": (partial(_norms, False), _residual),
     "residual_norm_lif": (partial(_norms, True), _residual),
-    "residual": (
+    "residual_lif_pool": (
         lambda network, blocks: [blocks[-1].conv2.norm],
-        lambda layer, *inputs: (_normalize(*inputs[:3]) + inputs[3],),
+        lambda layer, *inputs: (_residual(layer, *inputs)[1].mean((-2, -1)),),
     ),
     "gate_lif": (lambda network, blocks: [blocks[0].lif1], _gate),
-    "lif_pool": (lambda network, blocks: [network.lif], lambda layer, x: (_fire(layer, x).mean((-2, -1)),)),
 }
 
 

@@ -5,11 +5,12 @@ A training step is the forward pass, the cross entropy of the logits' mean over 
 these are test images, and the learning rate is so small that firing rates stay. Evaluation is the forward pass. Times
 are medians, in brackets the quartiles, of single steps that follow without a pause; the implementations take turns.
 ours-cupy has the CUDA kernels, ours-cupy-graph its steps replayed as CUDA graphs, as train.cuda_graph does (its memory
-is that of the step while it is captured, and stays taken between its steps); ours-c has their C versions and
-convolutions by events on the CPU, whose time depends on how many inputs spike: "density" lists it for the blocks'
-convolutions in their order; ours-torch has no kernels. spikingjelly has that library's own layers, step-loop a plain
-loop over time steps. convolution-floor is no network but only the residual blocks' convolutions: forward, data gradient
-and weight gradient (in evaluation: forward).
+is that of the step while it is captured, and stays taken between its steps), ours-cupy-overlap the same with weight
+gradients on a second stream, as train.overlap_weight_gradients does; ours-c has their C versions and convolutions by
+events on the CPU, whose time depends on how many inputs spike: "density" lists it for the blocks' convolutions in their
+order; ours-torch has no kernels. spikingjelly has that library's own layers, step-loop a plain loop over time steps.
+convolution-floor is no network but only the residual blocks' convolutions: forward, data gradient and weight gradient
+(in evaluation: forward).
 """
 
 import gc
@@ -203,7 +204,7 @@ PARSER = common.make_parser("benchmarks.throughput", __doc__, "all measurements"
 candidates.add_options(PARSER, IMPLEMENTATIONS, T=[1, 2, 4, 6, 8], batch=[64, 256], precision=list(common.PRECISIONS))
 help = (
     "time nothing, but search the largest batch whose training step fits into the GPU's memory, to 1/16 of it"
-    " (--batch does not count then, and ours-cupy-graph, which needs what ours-cupy needs, is left out)"
+    " (--batch does not count then, and ours-cupy-graph and -overlap, which need what ours-cupy needs, are left out)"
 )
 PARSER.add("--largest-batch", help, action="store_true")
 help = (

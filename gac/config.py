@@ -273,16 +273,20 @@ class TrainConfig:
     whole, but BatchNorm normalises each micro-batch by itself."""
     sync_batch_norm: bool = False
     """With several processes: let BatchNorm take its statistics over the images of all of them, not of each one."""
-    cuda_graph: bool = False
+    cuda_graph: bool | Literal["auto"] = "auto"
     """Replay each step of training and of evaluation on a CUDA device as one captured graph, which takes the host's
-    time per step away; training in one process only, and not with rate, latency and phase coding. Off by default, as
-    no whole run was made on a GPU yet."""
+    time per step away; for training in one process, and not for rate, latency and phase coding. auto: in training
+    with this package's kernels, once replays on a copy of the network have turned out to do what the steps do; true
+    demands it, with other kernels and in eval.py too. No whole run with it was made on a GPU yet."""
     channels_last: bool = True
     """Keep activations in channels_last memory order, which convolutions and the CUDA kernels run fastest with; on the
     CPU in evaluation only."""
     checkpoint_activations: bool = False
     """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time,
     the same result."""
+    overlap_weight_gradients: bool = False
+    """Compute the weight gradients of the blocks' convolutions on a second stream of a CUDA device, beside the next
+    kernels of the backward pass; in one process only. Off by default, as it has not been timed on a GPU yet."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1000
     """Seed of the initial weights, data order, augmentation, CutMix and mixup; 1000 is the authors'."""
     eval_batch_size: PositiveInt = 256
@@ -445,11 +449,14 @@ _LIMITS = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum":
 
 def _describe(name: str, schema: Mapping[str, Any]) -> FieldDescription:
     """Return the description of a field from the JSON Schema that pydantic derives from its annotation."""
-    is_optional = "anyOf" in schema
+    kinds = schema.get("anyOf", [schema])
+    is_optional = any(each["type"] == "null" for each in kinds)
     or_null = " or null" * is_optional
-    value = schema["anyOf"][0] if is_optional else schema
+    value = kinds[0]
     type_, kind = _TYPES[value["type"]]
-    choices = value.get("enum", [])
+    # A truth value that may be one of some words too.
+    words = [each["const"] for each in kinds if "const" in each]
+    choices = [*words, "true", "false"] if words else value.get("enum", [])
     shown = [*(choices or ["true", "false"] * (type_ == "bool")), *["null"] * is_optional]
     default = schema["default"] if isinstance(schema["default"], str) else json.dumps(schema["default"])
     about = f"default: {default}" if choices else f"type: {type_}{or_null}, default: {default}"

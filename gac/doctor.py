@@ -104,11 +104,11 @@ def _kernels() -> Iterator[Kernel]:
         ("norm_lif.cu", "norm_lif_backward_sums", (T, width, backward)),
         ("norm_lif.cu", "norm_lif_backward_input", (T, width, backward)),
         ("residual_lif.cu", "residual_lif_forward", (T, width, forward, True, True)),
-        ("residual_lif.cu", "residual_lif_backward_sums", (T, width, backward, True)),
+        ("residual_lif.cu", "residual_lif_backward_sums", (T, width, backward, True, True)),
         ("gate_lif.cu", "gate_lif_forward", (T, width, forward)),
         ("gate_lif.cu", "gate_lif_backward", (T, width, backward)),
-        ("lif_pool.cu", "lif_pool_forward", (T, width, forward)),
-        ("lif_pool.cu", "lif_pool_backward", (T, width, backward)),
+        ("residual_lif_pool.cu", "residual_lif_pool_forward", (T, width, forward, True)),
+        ("residual_lif_pool.cu", "residual_lif_pool_backward_sums", (T, width, backward, True)),
     ):
         yield compiler.make_kernel(file, name, dtype, *template)
 

@@ -26,6 +26,10 @@ class CaptureByRecording:
         self.replays = 0
         self._recordings: list[_Recording] = []
 
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        """See :class:`gac.execution.cuda_graph.Capture`."""
+        return function()
+
     def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
         self.captured += 1
         recording = _Recording()

@@ -18,6 +18,7 @@ from gac.cli import eval_main
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import build_data
 from gac.errors import InputError
+from gac.execution.cuda_graph import Graphs
 from gac.options import parse_eval
 from gac.training.engine import train
 from recorded_graph import CaptureByRecording
@@ -100,14 +101,15 @@ def test_batches_are_replayed_on_request(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capture = CaptureByRecording()
-    monkeypatch.setattr("gac.evaluation.report.select_capture", lambda wanted, device: capture if wanted else None)
+    graphs = Graphs(lambda: capture)
+    monkeypatch.setattr("gac.evaluation.report.select_graphs", lambda wanted, device: graphs if wanted else None)
     scores = []
     for options in ([], ["--train.cuda_graph", "true"]):
         assert capture.replays == 0
         arguments = ["--checkpoint", str(run / "best.pt"), "--train.eval_batch_size=2", *options]
         assert eval_main([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
         report = json.loads((tmp_path / "scores.json").read_text())
-        assert report["config"]["train"]["cuda_graph"] is bool(options)
+        assert report["config"]["train"]["cuda_graph"] == (True if options else "auto")
         scores.append({**report["scores"], "images_per_second": None})
     assert scores[0] == scores[1]
     assert capture.replays == 2  # of five batches, three of which warm up

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gac.data.interface import UNLABELLED
 from gac.errors import InputError
-from gac.execution.cuda_graph import Capture, Replayed
+from gac.execution.cuda_graph import Graphs
 from gac.execution.device import autocast, float_for_sums, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
 
@@ -42,9 +42,9 @@ class EvaluationStep:
         device: Where it runs.
         amp: Precision: "off", "fp16" or "bf16".
         channels_last: Whether the images, and with them the activations, are put into this memory order.
-        capture: Captures batches into CUDA graphs to be replayed; without it every batch is run. The network may be
-            trained in place between two calls. While its modules have hooks (a monitor's, for example), batches are not
-            replayed, as a replay calls no hook.
+        graphs: Replays batches as CUDA graphs; without it every batch is run. The network may be trained in place
+            between two calls. While its modules have hooks (a monitor's, for example), batches are not replayed, as a
+            replay calls no hook.
         steps: Score only the first so many time steps of the outputs; None for all of them.
     """
 
@@ -54,7 +54,7 @@ class EvaluationStep:
         device: torch.device,
         amp: str = "off",
         channels_last: bool = True,
-        capture: Capture | None = None,
+        graphs: Graphs | None = None,
         steps: int | None = None,
     ) -> None:
         self.steps = steps
@@ -62,7 +62,7 @@ class EvaluationStep:
         self.device = device
         self.amp = amp
         self.order = torch.channels_last if channels_last else torch.contiguous_format
-        self._replayed = None if capture is None else Replayed(self._score, capture)
+        self._replayed = None if graphs is None else graphs.replaying(self._score)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ class EvaluationStep:
 
         A replay overwrites the result of the previous one.
         """
-        if self._replayed is None or _has_hooks(self.network):
+        if self._replayed is None or has_hooks(self.network):
             return self._score(images, labels)
         return self._replayed(images, labels)
 
@@ -137,5 +137,6 @@ def evaluate(
     )
 
 
-def _has_hooks(network: nn.Module) -> bool:
+def has_hooks(network: nn.Module) -> bool:
+    """Return whether a module of ``network`` has a hook for its forward pass, which a replay would not call."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

@@ -21,7 +21,7 @@ from gac.evaluation.predictions import ClassScore, Predictions, gather
 from gac.evaluation.published import PublishedResult, find_published
 from gac.evaluation.sample import Collector, Sample, affordable
 from gac.execution import random_state
-from gac.execution.cuda_graph import check_capturable, select_capture
+from gac.execution.cuda_graph import check_capturable, select_graphs
 from gac.execution.device import check_precision, describe_precision, memory_format, select_device
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.execution.environment import describe_backend
@@ -136,8 +136,9 @@ def evaluate_checkpoint(
         ranks.together(lambda: check_evaluation(network, data, config.train, ranks, amp))
     # Rate coding must not draw the same numbers for the images of every rank.
     with random_state.own_of_rank(ranks, device, config.train.seed, ranks.rank):
-        capture = select_capture(config.train.cuda_graph, device)
-        step = EvaluationStep(network, device, amp, config.train.channels_last, capture, steps)
+        # "auto" is for training: one pass over a test set is too short to be worth captures.
+        graphs = select_graphs(config.train.cuda_graph is True, device)
+        step = EvaluationStep(network, device, amp, config.train.channels_last, graphs, steps)
         scores = evaluate(step, batches, ranks, classes)
     ranks.together(lambda: check_readable("test", data.test.size - scores.images, data.test.size))
     predictions = gather(data.test.yielded(), classes, ranks)
@@ -191,7 +192,7 @@ def open_evaluation(
     """
     device = select_device(config.device, ranks)
     check_precision(device, amp)
-    if config.train.cuda_graph:
+    if config.train.cuda_graph is True:
         check_capturable(config.model)
     try:
         network = _build(payload, asked)

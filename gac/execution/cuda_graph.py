@@ -1,9 +1,12 @@
 """Work on a device captured into a CUDA graph and replayed: one launch instead of a thousand."""
 
+import functools
 import gc
-from collections import Counter, deque
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,18 +14,30 @@ from torch import Tensor
 from gac.config import ModelConfig
 from gac.errors import InputError
 
+logger = logging.getLogger("gac")
+
 WARM_UP_CALLS = 3
-"""Calls for each size of inputs that run uncaptured; kernels are compiled and chosen in them."""
+"""Calls for each size of inputs that run uncaptured; kernels are compiled, loaded and chosen in them."""
 REPLAYS_AHEAD = 8
 """Replays that the host may be ahead of the device. With more, a signal would stop the run minutes late."""
 
-Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
-"""Turns a function without arguments into one that repeats its work on the device and returns its result."""
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY of the driver
 
 
-def select_capture(cuda_graph: bool, device: torch.device) -> Capture | None:
-    """Return what captures the work of a run on ``device``: None if ``train.cuda_graph`` is off, and on the CPU."""
-    return CaptureOnDevice(device) if cuda_graph and device.type == "cuda" else None
+class CaptureFailed(RuntimeError):
+    """What was to be captured cannot be replayed; the message is the cause in one line."""
+
+
+class Capture(Protocol):
+    """Captures functions without arguments whose work is all on a device."""
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        """Return what ``function`` returns, called as it will be captured but for the capture."""
+        ...
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Return what repeats the work of ``function`` and returns what that returned when it was captured."""
+        ...
 
 
 def check_capturable(model: ModelConfig) -> None:
@@ -30,7 +45,7 @@ def check_capturable(model: ModelConfig) -> None:
     if not model.takes_normalized_images:
         raise InputError(
             f"train.cuda_graph cannot replay {model.coding} coding, which checks the pixels of every batch on the host:"
-            " leave it off"
+            " set it to auto or false"
         )
 
 
@@ -42,29 +57,121 @@ class Replayed:
     it changes in place: tensors made in a captured call are overwritten by the next replay, even one of another
     function with the same ``capture``. Use a result before that.
 
+    The first calls run what will be captured: on copies of the inputs, whose alignment decides which of cuDNN's plans
+    runs, and where the capture will be. So the capture meets no plan and no kernel for the first time.
+
     Args:
         function: What to call with the inputs.
         capture: Captures it; functions that are never replayed at the same time may share one, and so its memory.
+
+    Raises:
+        CaptureFailed: When called, if the capture failed; nothing was done then.
+        torch.OutOfMemoryError: When called, if memory ran out in the capture.
     """
 
     def __init__(self, function: Callable[..., Any], capture: Capture) -> None:
         self.function = function
         self._capture = capture
-        self._calls: Counter[tuple] = Counter()
-        self._graphs: dict[tuple, tuple[list[Tensor], Callable[[], Any]]] = {}
+        self._calls: dict[tuple, _Calls] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
         key = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs)
-        if key not in self._graphs:
-            self._calls[key] += 1
-            if self._calls[key] <= WARM_UP_CALLS:
-                return self.function(*inputs)
-            fixed = [tensor.clone() for tensor in inputs]
-            self._graphs[key] = fixed, self._capture(lambda: self.function(*fixed))
-        fixed, replay = self._graphs[key]
-        for mine, given in zip(fixed, inputs, strict=True):
+        if key not in self._calls:
+            self._calls[key] = _Calls([tensor.clone() for tensor in inputs])
+        calls = self._calls[key]
+        for mine, given in zip(calls.fixed, inputs, strict=True):
             mine.copy_(given)
-        return replay()
+        if calls.replay is None:
+            function = functools.partial(self.function, *calls.fixed)
+            if calls.done < WARM_UP_CALLS:
+                calls.done += 1
+                return self._capture.warm_up(function)
+            calls.replay = self._captured(function)
+        return calls.replay()
+
+    def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        try:
+            return self._capture(function)
+        except Exception as error:
+            cause = first_line(error)
+            # torch's error for the runtime has its number as error_code, CuPy's for the driver as status.
+            numbers = getattr(error, "error_code", None), getattr(error, "status", None)
+            if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY in numbers:
+                reason = (
+                    f"{cause.split('. ')[0]} while a CUDA graph was captured, which train.cuda_graph false does without"
+                )
+                raise torch.OutOfMemoryError(reason) from error
+            raise CaptureFailed(f"{type(error).__name__} in a capture: {cause}") from error
+
+    def forget(self) -> None:
+        """Drop all graphs; no replay of them may be under way."""
+        self._calls.clear()
+
+
+class _Calls:
+    """The calls with inputs of one kind: ``fixed``, which is what runs on, how many are ``done``, and the graph."""
+
+    def __init__(self, fixed: list[Tensor]) -> None:
+        self.fixed = fixed
+        self.done = 0
+        self.replay: Callable[[], Any] | None = None
+
+
+class Graphs:
+    """What a run replays, as long as nothing speaks against it.
+
+    When a capture fails, one warning names the cause and all functions are called from then on.
+
+    Args:
+        make: Returns a new capture, which shares no memory with others.
+
+    Attributes:
+        in_use: Whether calls are replayed, after those that warm up.
+    """
+
+    def __init__(self, make: Callable[[], Capture]) -> None:
+        self.make = make
+        self.in_use = True
+        # A single one, so that all functions replay in the same memory.
+        self._capture = make()
+
+    def give_up(self, cause: str) -> None:
+        """Replay nothing any more, and warn of the ``cause``."""
+        self.in_use = False
+        logger.warning("CUDA graphs are not used, every step is launched by the host: %s", cause)
+
+    def replaying(self, function: Callable[..., Any], undo: Callable[[], object] = lambda: None) -> Callable[..., Any]:
+        """Return what replays ``function``, as :class:`Replayed` does, or calls it where that is impossible.
+
+        ``undo`` is called after a capture that failed: it puts right what the function, though it did nothing on the
+        device, changed on the host.
+        """
+        replayed = Replayed(function, self._capture)
+
+        def call(*inputs: Tensor) -> Any:
+            if self.in_use:
+                try:
+                    return replayed(*inputs)
+                except CaptureFailed as error:
+                    cause = str(error)
+                # Outside of the handler, whose error keeps the captured function's tensors.
+                undo()
+                self.give_up(cause)
+            replayed.forget()
+            return function(*inputs)
+
+        return call
+
+
+def select_graphs(wanted: bool, device: torch.device) -> Graphs | None:
+    """Return what replays the work of a run on ``device`` if that is ``wanted``; None on other devices than CUDA's."""
+    return Graphs(functools.partial(CaptureOnDevice, device)) if wanted and device.type == "cuda" else None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that says something, or its type's name."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 class CaptureOnDevice:
@@ -81,18 +188,60 @@ class CaptureOnDevice:
         self._pool: tuple[int, int] | None = None
         self._queued: deque[torch.cuda.Event] = deque()
 
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        """Return what ``function`` returns, called on the stream that captures.
+
+        Autograd's nodes that add up gradients keep the stream that they were made on, cuBLAS its workspace for each
+        stream: made on another one, the first would invalidate a capture and the second would lie in the graph's
+        memory.
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        # Neither stream's memory is used again before the other has waited, so no tensor has to be recorded.
+        current.wait_stream(self._stream)
+        return result
+
     def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Return a function that replays ``function`` and returns what it returned when it was captured."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
-            # Memory cached by the first calls would be held beside the graph's own for the rest of the run, and what
-            # only the garbage collector frees would be freed during a later capture.
-            gc.collect()
-            torch.cuda.empty_cache()
-            # thread_local: a DataLoader's thread may pin memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = function()
-        self._pool = graph.pool()
+        """Return a function that replays ``function`` and returns what it returned when it was captured.
+
+        Raises what ``function`` does, and torch's errors where CUDA refuses; replays that are queued have ended then.
+        """
+        graph, result = torch.cuda.CUDAGraph(), None
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        first = None
+        try:
+            with (
+                torch.cuda.device(self._device),
+                # torch does not leave its own where the capture cannot be ended.
+                torch.cuda.stream(self._stream),
+                _no_garbage_collection(),
+                # thread_local: a DataLoader's thread may pin memory meanwhile.
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    result = function()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception:
+            # Else the allocator of earlier versions of torch believes that a capture which cannot be ended goes on.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            torch.cuda.synchronize(self._device)
+            if first is None:
+                raise
+            # Ending a capture that is invalid raises an error of its own, which says less.
+            raise first from None
+        finally:
+            # It refers to this frame, which refers to the graph's tensors.
+            first = None
 
         def replay() -> Any:
             if len(self._queued) == REPLAYS_AHEAD:
@@ -102,3 +251,16 @@ class CaptureOnDevice:
             return result
 
         return replay
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage, and then none in the block: a graph that it destroys would make a capture invalid."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

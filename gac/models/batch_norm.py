@@ -55,9 +55,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         count = y.numel() // y.shape[2]
         if count < 2 and not self.synchronized:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-        moments = batch_norm.batch_moments(y)
+        running = (self.eps, self.momentum, running_mean, running_var, self.num_batches_tracked)
         if self.synchronized:
-            moments = batch_norm.over_all_ranks(moments, count)
-        mean, inverse_std = batch_norm.statistics(moments, self.eps, self.momentum, running_mean, running_var)
-        self.num_batches_tracked.add_(1)
+            moments = batch_norm.over_all_ranks(batch_norm.batch_moments(y), count)
+            mean, inverse_std = batch_norm.reference_statistics(moments, *running)
+        else:
+            mean, inverse_std = batch_norm.batch_statistics(y, *running)
         return BatchNormTransform(weight, bias, mean, inverse_std, True, self.synchronized)

@@ -8,9 +8,10 @@ The modules themselves (:mod:`gac.models.ms_resnet`) are the specification, and 
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
@@ -19,12 +20,14 @@ from gac.models.batch_norm import BatchNorm2d
 from gac.models.blocks import ConvNorm, MSBlock
 from gac.models.recompute import recomputed
 from gac.neuron import LIFNode
+from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.channels import MAX_T
 from gac.ops.event_conv import event_conv2d
 from gac.ops.gate_lif import gate_lif
-from gac.ops.lif_pool import lif_pool
 from gac.ops.norm_lif import norm_lif
+from gac.ops.overlap import conv2d, is_overlapped
 from gac.ops.residual_lif import residual_lif
+from gac.ops.residual_lif_pool import residual_lif_pool
 
 
 def possible(net: nn.Module, x: Tensor) -> bool:
@@ -62,11 +65,12 @@ def forward(net: nn.Module, x: Tensor) -> Tensor:
     """Return the logits [T, B, K] of ``net``, an MSResNet, for images [B, C, H, W] or a sequence [T, B, C, H, W]."""
     blocks = [block for stage in net.stages for block in stage]
     membrane, spikes = _encode(net, x, blocks[0].lif1)
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        membrane, spikes = _block(block, membrane, spikes, None if following is None else following.lif1)
+    for block, following in pairwise(blocks):
+        membrane, spikes = _block(block, membrane, spikes, _membrane_and_spikes, following.lif1)
     if _runs_by_itself(net.lif):
+        membrane = _block(blocks[-1], membrane, spikes, _membrane)
         return net.head(net.lif(membrane).mean((-2, -1)))
-    return net.head(lif_pool(membrane, net.lif.kernel_parameters()))
+    return net.head(_block(blocks[-1], membrane, spikes, _firing_rates, net.lif))
 
 
 def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
@@ -90,19 +94,23 @@ def _gate_fuses(coding: GatedAttentionCoding, following: LIFNode) -> bool:
     return own and not (separate or _hooked(coding) or _hooked(coding.gate)) and _same_neuron(coding.lif, following)
 
 
-def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None) -> tuple[Tensor, Tensor | None]:
-    """Return the block's output and the spikes of the LIF layer that follows, if one does."""
+# What a block's end adds up: output and BatchNorm of its last convolution, and its shortcut, perhaps with a BatchNorm.
+_Sum = tuple[Tensor, BatchNormTransform, Tensor, BatchNormTransform | None]
+
+
+def _block(block: MSBlock, membrane: Tensor, spikes: Tensor, end: Callable[..., Any], *following: LIFNode) -> Any:
+    """Return what ``end`` makes of what the block adds up and, if one is given, of the LIF layer that follows."""
     if not (block.checkpoint_activations and torch.is_grad_enabled()):
-        return _compute_block(block, membrane, spikes, following)
-    modules = [block] if following is None else [block, following]
+        return end(_run_to_sum(block, membrane, spikes), *following)
     return recomputed(
-        lambda membrane, spikes: _compute_block(block, membrane, spikes, following), modules, membrane, spikes
+        lambda membrane, spikes: end(_run_to_sum(block, membrane, spikes), *following),
+        [block, *following],
+        membrane,
+        spikes,
     )
 
 
-def _compute_block(
-    block: MSBlock, membrane: Tensor, spikes: Tensor, following: LIFNode | None
-) -> tuple[Tensor, Tensor | None]:
+def _run_to_sum(block: MSBlock, membrane: Tensor, spikes: Tensor) -> _Sum:
     conv1, lif2, conv2, projection = block.conv1, block.lif2, block.conv2, block.shortcut
     y = _convolve(spikes, conv1.conv)
     if _runs_by_itself(lif2):
@@ -115,15 +123,22 @@ def _compute_block(
     if not isinstance(projection, nn.Identity):
         shortcut = _convolve_shortcut(membrane, projection.conv)
         shortcut_normalization = projection.norm.normalization(shortcut)
-    separate = following is None or _runs_by_itself(following)
-    membrane, spikes = residual_lif(
-        y,
-        conv2.norm.normalization(y),
-        shortcut,
-        shortcut_normalization,
-        None if separate else following.kernel_parameters(),
-    )
-    return membrane, following(membrane) if separate and following is not None else spikes
+    return y, conv2.norm.normalization(y), shortcut, shortcut_normalization
+
+
+def _membrane(of: _Sum) -> Tensor:
+    return residual_lif(*of, None)[0]
+
+
+def _membrane_and_spikes(of: _Sum, following: LIFNode) -> tuple[Tensor, Tensor]:
+    if _runs_by_itself(following):
+        membrane = _membrane(of)
+        return membrane, following(membrane)
+    return residual_lif(*of, following.kernel_parameters())
+
+
+def _firing_rates(of: _Sum, last: LIFNode) -> Tensor:
+    return residual_lif_pool(*of, last.kernel_parameters())
 
 
 def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
@@ -132,17 +147,22 @@ def _convolve(spikes: Tensor, conv: nn.Module) -> Tensor:
     uniform = plain and conv.padding_mode == "zeros" and len({*conv.stride}) == 1 and len({*conv.padding}) == 1
     if not uniform:
         return functional.seq_to_ann_forward(spikes, conv).to(spikes.dtype)
-    y = event_conv2d(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
+    convolve = conv2d if is_overlapped(conv.weight) else event_conv2d
+    y = convolve(spikes.flatten(0, 1), conv.weight, conv.stride[0], conv.padding[0])
     return y.unflatten(0, spikes.shape[:2]).to(spikes.dtype)
 
 
 def _convolve_shortcut(membrane: Tensor, conv: nn.Module) -> Tensor:
     plain = _bypassable(conv, nn.Conv2d) and conv.bias is None and conv.groups == 1
-    if membrane.device.type == "cpu" and plain and (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
+    plain = plain and (conv.kernel_size, conv.padding) == ((1, 1), (0, 0))
+    if membrane.device.type == "cpu" and plain:
         # Only of the pixels that a stride leaves: oneDNN's weight gradient of a strided 1 x 1 convolution writes out of
         # bounds in channels_last (docs/performance.md).
         read = membrane.flatten(0, 1)[..., :: conv.stride[0], :: conv.stride[1]]
-        return F.conv2d(read, conv.weight).unflatten(0, membrane.shape[:2]).to(membrane.dtype)
+        return conv2d(read, conv.weight).unflatten(0, membrane.shape[:2]).to(membrane.dtype)
+    if plain and is_overlapped(conv.weight):
+        y = conv2d(membrane.flatten(0, 1), conv.weight, conv.stride)
+        return y.unflatten(0, membrane.shape[:2]).to(membrane.dtype)
     return functional.seq_to_ann_forward(membrane, conv).to(membrane.dtype)
 
 

@@ -1,7 +1,7 @@
 """Activation checkpointing: activations are computed again in the backward pass instead of being kept for it."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +10,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gac.ops import overlap
 from gac.ops.watchers import watched, watched_as_before
 
 
@@ -38,6 +39,7 @@ class _WithoutTrace:
 
     def __init__(self, modules: Sequence[nn.Module], is_watched: bool) -> None:
         self._is_watched = is_watched
+        self._pass = overlap.current()
         self._modules = nn.ModuleList(modules)
         self._buffers = list(self._modules.buffers())
         self._states_before = base.extract_memories(self._modules)
@@ -46,8 +48,9 @@ class _WithoutTrace:
         self._kept_buffers = [buffer.clone() for buffer in self._buffers]
         self._kept_states = base.extract_memories(self._modules)
         base.load_memories(self._modules, self._states_before)
-        self._as_before = watched_as_before(self._is_watched)
-        self._as_before.__enter__()
+        self._as_before = ExitStack()
+        self._as_before.enter_context(watched_as_before(self._is_watched))
+        self._as_before.enter_context(overlap.within(self._pass))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -102,24 +102,47 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(grad)
 
 
-def statistics(
+def reference_statistics(
     moments: Tensor,
     eps: float,
     momentum: float = 0.0,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and inverse standard deviation [C] from ``batch_moments``, and move the running statistics.
+    """Do what :func:`batch_statistics` does, from moments [3, C]; the specification, and for those of all ranks."""
+    mean, variance, unbiased_variance = moments
+    if running_mean is not None:
+        running_mean.lerp_(mean, momentum)
+    if running_var is not None:
+        running_var.lerp_(unbiased_variance, momentum)
+    if batches is not None:
+        batches.add_(1)
+    return mean, (variance + eps).sqrt().reciprocal()
+
+
+def batch_statistics(
+    y: Tensor,
+    eps: float,
+    momentum: float = 0.0,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    batches: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and inverse standard deviation [C] of ``y`` [T, B, C, H, W], and move the running statistics.
+
+    Computed as by :func:`batch_moments`, and not differentiable either.
 
     Args:
-        moments: Mean, variance and unbiased variance, [3, C].
+        y: Activations, as :func:`batch_moments` takes them.
         eps: Added to the variance.
         momentum: Share of the new value in the running statistics.
         running_mean: Running mean [C], changed in place, or None.
         running_var: Running (unbiased) variance [C], changed in place, or None.
+        batches: Number of batches so far, an int64 scalar, increased in place, or None.
     """
-    arguments = (moments, running_mean, running_var, eps, momentum)
-    return moments[0], operators.call("gac::batch_statistics", *arguments)
+    channels.check_activations("BatchNorm's input", y)
+    return operators.call("gac::batch_statistics", y, running_mean, running_var, batches, eps, momentum)
 
 
 _LANES = 8  # kLanes in kernels/batch_norm.cu
@@ -127,7 +150,8 @@ _LANES = 8  # kLanes in kernels/batch_norm.cu
 operators.define("gac::batch_moments", "(Tensor y) -> Tensor")
 operators.define(
     "gac::batch_statistics",
-    "(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, float eps, float momentum) -> Tensor",
+    "(Tensor y, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float eps, float momentum)"
+    " -> (Tensor mean, Tensor inverse_std)",
 )
 
 
@@ -137,12 +161,34 @@ def _moments_like(y: Tensor) -> Tensor:
 
 
 @operators.outputs("gac::batch_statistics")
-def _inverse_std_like(moments: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(moments[0])
+def _statistics_like(y: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape[2], dtype=torch.float32), y.new_empty(y.shape[2], dtype=torch.float32)
 
 
 @operators.implement("gac::batch_moments")
 def _batch_moments(y: Tensor) -> Tensor:
+    moments = _moments_like(y)
+    partials = _moments_of_blocks(y)
+    _launch_total("batch_moments_total", partials, (), (moments,))
+    return moments
+
+
+@operators.implement("gac::batch_statistics")
+def _batch_statistics(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    mean, inverse_std = _statistics_like(y)
+    outputs = (mean, inverse_std, running_mean, running_var, batches)
+    _launch_total("batch_statistics_total", _moments_of_blocks(y), (), (*outputs, eps, momentum))
+    return mean, inverse_std
+
+
+def _moments_of_blocks(y: Tensor) -> Tensor:
     y = channels.channels_last(y)
     T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(1, C, y)
@@ -150,9 +196,7 @@ def _batch_moments(y: Tensor) -> Tensor:
     blocks, columns = channels.grid(kernel, T * rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 3, C, dtype=torch.float32)
     launch.launch(kernel, (blocks, columns), (channels.THREADS,), (y, partials, T * rows, C))
-    moments = _moments_like(y)
-    _launch_total("batch_moments_total", (-(-C // _LANES),), (partials, moments, blocks, C))
-    return moments
+    return partials
 
 
 def total_of_partials(partials: Tensor, second_factor: Tensor, third_factor: Tensor | None = None) -> Tensor:
@@ -160,32 +204,17 @@ def total_of_partials(partials: Tensor, second_factor: Tensor, third_factor: Ten
 
     The sums of the second and the third quantity are multiplied by their factors [C].
     """
-    blocks, quantities, C = partials.shape
     totals = torch.empty_like(partials[0])
-    arguments = (partials, second_factor, third_factor, totals, blocks, C)
-    _launch_total("total_of_partials", (-(-C // _LANES), quantities), arguments)
+    _launch_total("total_of_partials", partials, partials.shape[1:2], (second_factor, third_factor, totals))
     return totals
 
 
-def _launch_total(name: str, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...]) -> None:
+def _launch_total(name: str, partials: Tensor, rows_of_grid: tuple[int, ...], arguments: tuple) -> None:
+    """Launch a second stage on partials [blocks, quantities, C]."""
+    blocks, _, C = partials.shape
+    kernel, grid = compiler.make_kernel("batch_norm.cu", name), (-(-C // _LANES), *rows_of_grid)
     # kLanes * kSlices threads
-    launch.launch(compiler.make_kernel("batch_norm.cu", name), grid, (1024,), arguments)
-
-
-@operators.implement("gac::batch_statistics")
-def _batch_statistics(
-    moments: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-    momentum: float,
-) -> Tensor:
-    inverse_std = _inverse_std_like(moments)
-    C = moments.shape[1]
-    arguments = (moments, running_mean, running_var, inverse_std, eps, momentum, C)
-    kernel = compiler.make_kernel("batch_norm.cu", "batch_statistics")
-    launch.launch(kernel, (-(-C // channels.THREADS),), (channels.THREADS,), arguments)
-    return inverse_std
+    launch.launch(kernel, grid, (1024,), (partials, *arguments, blocks, C))
 
 
 def gradient_sums(sums: Tensor, count: int, from_batch: bool, synchronized: bool) -> tuple[Tensor, float]:

@@ -5,12 +5,13 @@ An operation is one entry of ``OPERATIONS``.
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gac.ops import batch_norm, gate_lif, lif, lif_pool, norm_lif, residual_lif
+from gac.ops import batch_norm, gate_lif, lif, norm_lif, residual_lif, residual_lif_pool
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.neuron import LIFParameters
 
@@ -57,7 +58,7 @@ class Layer(NamedTuple):
         """Return the BatchNorm of ``y`` as the operations take it; that of the references is differentiable."""
         given = ()
         if self.kernels or self.same_statistics:
-            given = batch_norm.statistics(batch_norm.batch_moments(y.detach()), EPS)
+            given = batch_norm.batch_statistics(y.detach(), EPS)
         if self.kernels:
             return BatchNormTransform(weight, bias, *given, from_batch=True)
         mean, variance, _ = batch_norm.reference_moments(y)
@@ -102,7 +103,14 @@ class FusedOperation(NamedTuple):
         return forward + (4 * math.prod(frame) if self.functions[0] is lif.lif else 0), backward
 
 
-def _residual(summary: str, shortcut_norm: bool = False, last: bool = False) -> FusedOperation:
+def _residual(
+    summary: str,
+    module: ModuleType,
+    moved: tuple[tuple[float, float], tuple[float, float]],
+    shortcut_norm: bool = False,
+) -> FusedOperation:
+    """Return the operation of a module whose function has its name and takes what :mod:`gac.ops.residual_lif` takes."""
+
     def inputs(layer: Layer) -> Tensors:
         of_shortcut = layer.affine() if shortcut_norm else ()
         return (layer.sequence(), *layer.affine(), layer.sequence(), *of_shortcut)
@@ -110,15 +118,11 @@ def _residual(summary: str, shortcut_norm: bool = False, last: bool = False) -> 
     def call(layer: Layer, function: Callable, *tensors: Tensor) -> Tensors:
         y, weight, bias, shortcut, *affine = tensors
         of_shortcut = layer.normalization(shortcut, *affine) if affine else None
-        neuron = None if last else layer.neuron
-        return function(y, layer.normalization(y, weight, bias), shortcut, of_shortcut, neuron)[: 1 if last else 2]
+        outputs = function(y, layer.normalization(y, weight, bias), shortcut, of_shortcut, layer.neuron)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    # Forward: read y for its statistics, and a normalised shortcut for its own; read both, write the membrane stream
-    # and the spikes. Backward sums: read y, the gradient of the membrane stream, and a normalised shortcut; with spikes
-    # the membrane stream and the gradient of the spikes too, which makes another total gradient to write. Then read the
-    # total gradient and y (and the shortcut); write the gradient of y (and of the shortcut).
-    moved = (4 + shortcut_norm + (not last), 0), (5 + 3 * shortcut_norm + 3 * (not last), 0)
-    return FusedOperation(summary, (residual_lif.residual_lif, residual_lif.reference), inputs, call, moved)
+    functions = getattr(module, module.__name__.rpartition(".")[2]), module.reference
+    return FusedOperation(summary, functions, inputs, call, moved)
 
 
 OPERATIONS = {
@@ -146,9 +150,28 @@ OPERATIONS = {
         # Statistics: read y. Read y; write spikes. Sums: read y and the gradient of the spikes. Read both; write y's.
         ((3, 0), (5, 0)),
     ),
-    "residual_lif": _residual("BatchNorm with its statistics, residual sum, the next block's LIF neuron"),
-    "residual_norm_lif": _residual("the same with a shortcut that has a BatchNorm too", shortcut_norm=True),
-    "residual": _residual("BatchNorm with its statistics and residual sum of the last block", last=True),
+    "residual_lif": _residual(
+        "BatchNorm with its statistics, residual sum, the next block's LIF neuron",
+        residual_lif,
+        # Statistics: read y. Read y and the shortcut; write the membrane stream and the spikes. Sums: read y, the
+        # membrane stream and the gradients of it and of the spikes; write its whole gradient. Read that and y; write
+        # the gradient of y.
+        ((5, 0), (8, 0)),
+    ),
+    "residual_norm_lif": _residual(
+        "the same with a shortcut that has a BatchNorm too",
+        residual_lif,
+        # Statistics of the shortcut: read it. Sums and gradients: read it twice; write its gradient.
+        ((6, 0), (11, 0)),
+        shortcut_norm=True,
+    ),
+    "residual_lif_pool": _residual(
+        "BatchNorm with its statistics, the last residual sum, the last LIF neuron, average over pixels",
+        residual_lif_pool,
+        # Statistics: read y. Read y and the shortcut. Sums: read both again; write the gradient of the membrane stream.
+        # Read that and y; write the gradient of y.
+        ((3, 0), (6, 0)),
+    ),
     "gate_lif": FusedOperation(
         "LIF neuron of the coding, gate, LIF neuron of the first block",
         (gate_lif.gate_lif, gate_lif.reference),
@@ -157,13 +180,5 @@ OPERATIONS = {
         # Read a frame of x and of spatial; write the membrane stream and the spikes. Read both frames and the gradients
         # of the membrane stream and the spikes; write the gradients of both frames.
         ((2, 2), (2, 4)),
-    ),
-    "lif_pool": FusedOperation(
-        "last LIF neuron, average over pixels",
-        (lif_pool.lif_pool, lif_pool.reference),
-        lambda layer: (layer.sequence(),),
-        lambda layer, function, x: (function(x, layer.neuron),),
-        # Read x. Read x; write its gradient.
-        ((1, 0), (2, 0)),
     ),
 }

@@ -43,6 +43,11 @@ def empty_channels_last(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.empty_strided(shape, _channels_last_strides(shape), dtype=like.dtype, device=like.device)
 
 
+def gradient_or_zeros(grad: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return a gradient with channels innermost; zeros, of the dtype and device of ``like``, where there is none."""
+    return empty_channels_last(shape, like).zero_() if grad is None else channels_last(grad)
+
+
 def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
     if len(shape) == 5:
         _, B, C, H, W = shape
@@ -74,9 +79,15 @@ def vector_width(dtype: torch.dtype, T: int, backward: bool = False) -> int:
 
 def fitting_width(T: int, length: int, *tensors: Tensor | None, backward: bool = False) -> int:
     """Return the vector width for ``length`` values in a row; the first tensor decides the dtype."""
-    width = vector_width(tensors[0].dtype, T, backward)
-    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    return width if aligned and length % width == 0 else 1
+    return narrowed_width(vector_width(tensors[0].dtype, T, backward), length, *tensors)
+
+
+def narrowed_width(width: int, length: int, *tensors: Tensor | None) -> int:
+    """Return the vector width up to ``width`` that divides ``length`` and that the tensors' addresses allow."""
+    addresses = [(tensor.data_ptr(), tensor.itemsize) for tensor in tensors if tensor is not None]
+    while width > 1 and (length % width or any(start % min(16, width * size) for start, size in addresses)):
+        width //= 2
+    return width
 
 
 def grid(

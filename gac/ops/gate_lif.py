@@ -128,7 +128,8 @@ def _gate_lif_backward(
     neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, temporal, spatial = channels.channels_last(x), temporal.contiguous(), channels.channels_last(spatial)
-    incoming = [None if grad is None else channels.channels_last(grad) for grad in (grad_membrane, grad_spikes)]
+    shape = torch.Size((len(temporal), *x.shape))
+    incoming = [channels.gradient_or_zeros(grad, shape, x) for grad in (grad_membrane, grad_spikes)]
     grad_x, _, grad_spatial = _gradients(None, None, x, temporal)
     T, B, size = len(temporal), len(x), x[0].numel()
     width = channels.fitting_width(T, size, x, spatial, *incoming, backward=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gac.errors import InputError
-from gac.ops import operators
+from gac.ops import channels, operators
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 from gac.ops.neuron import SURROGATES, LIFParameters
@@ -176,10 +176,7 @@ def vector_width(dtype: torch.dtype, T: int) -> int:
 
 
 def _width(T: int, neurons: int, sequence: Tensor, *others: Tensor | None) -> int:
-    width = vector_width(sequence.dtype, T)
-    pointers = [tensor.data_ptr() for tensor in (sequence, *others) if tensor is not None]
-    aligned = neurons % width == 0 and all(pointer % 16 == 0 for pointer in pointers)
-    return width if aligned else 1
+    return channels.narrowed_width(vector_width(sequence.dtype, T), neurons, sequence, *others)
 
 
 def _launch(kernel: Kernel, neurons: int, width: int, arguments: tuple[Tensor | float | None, ...]) -> None:

@@ -146,8 +146,9 @@ class LIFParameters:
 
     @cached_property
     def forward_template(self) -> str:
-        """Template argument of forward kernels."""
-        return "Reset::hard" if self.v_reset is not None else "Reset::soft"
+        """Template arguments of forward kernels."""
+        plain_charge = self.gain == 1.0 and self.bias == 0.0
+        return f"Reset::{'soft' if self.v_reset is None else 'hard'}, {str(plain_charge).lower()}"
 
     @cached_property
     def backward_template(self) -> str:

@@ -20,7 +20,7 @@ _implementations: dict[str, Callable[[str, tuple], Any]] = {}
 
 
 def define(name: str, schema: str) -> None:
-    """Define an operator such as "gac::lif_pool"; its last argument may be "LIF neuron"."""
+    """Define an operator such as "gac::norm_lif"; its last argument may be "LIF neuron"."""
     flat = schema.replace("LIF neuron)", f"{LIFParameters.SCHEMA})")
     if flat != schema:
         _with_neuron.add(name)
@@ -46,7 +46,7 @@ def _own(name: str, arguments: tuple) -> tuple:
 
 
 def call(name: str, *arguments: object) -> Any:
-    """Return what an operator such as "gac::lif_pool" gives for its arguments.
+    """Return what an operator such as "gac::norm_lif" gives for its arguments.
 
     Where nothing but the kernels has to see the call, PyTorch's dispatcher is not asked: it takes as long again as the
     rest on the host.

@@ -61,39 +61,39 @@ def residual_lif(
         InputError: For inputs of another rank or that differ in shape, dtype or device, empty input, T > 16, an
             unsupported surrogate or dtype, and normalisations that do not fit.
     """
+    terms = terms_of_sum(y, normalization, shortcut, shortcut_normalization)
+    if neuron is not None:
+        neuron.check_kernels(y.dtype)
+    membrane, spikes = _operator(*terms, neuron is not None, neuron or _NO_NEURON)
+    return membrane, None if neuron is None else spikes
+
+
+def terms_of_sum(
+    y: Tensor,
+    normalization: BatchNormTransform,
+    shortcut: Tensor,
+    shortcut_normalization: BatchNormTransform | None,
+) -> tuple[Tensor | bool | None, ...]:
+    """Return the arguments that ``TERMS`` names. Raises InputError, as :func:`residual_lif`, if they do not fit."""
     channels.check_activations("input of the residual sum", y)
     channels.check_activations("shortcut", shortcut, like=y)
     normalization.check_fits(y)
     if shortcut_normalization is not None:
         shortcut_normalization.check_fits(shortcut)
-    if neuron is not None:
-        neuron.check_kernels(y.dtype)
-    normalized = shortcut_normalization is not None
-    membrane, spikes = _operator(
-        y,
-        *normalization.tensors,
-        shortcut,
-        *(shortcut_normalization.tensors if normalized else (None,) * 4),
-        normalization.from_batch,
-        normalization.synchronized,
-        neuron is not None,
-        neuron or _NO_NEURON,
-    )
-    return membrane, None if neuron is None else spikes
+    of_shortcut = (None,) * 4 if shortcut_normalization is None else shortcut_normalization.tensors
+    from_batch, synchronized = normalization.from_batch, normalization.synchronized
+    return y, *normalization.tensors, shortcut, *of_shortcut, from_batch, synchronized
 
 
 # Without spikes the neuron chooses a kernel and is not used.
 _NO_NEURON = LIFParameters(2.0, False, 1.0, 0.0, True, surrogate.Rect(alpha=1.0))
 
-_SHORTCUT = (
-    "Tensor shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean, "
-    "Tensor? shortcut_inverse_std"
+TENSORS_OF_SUM = (
+    f"Tensor y, {BatchNormTransform.SCHEMA}, Tensor shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, "
+    "Tensor? shortcut_mean, Tensor? shortcut_inverse_std"
 )
-operators.define(
-    "gac::residual_lif",
-    f"(Tensor y, {BatchNormTransform.SCHEMA}, {_SHORTCUT}, bool from_batch, bool synchronized, bool with_spikes, "
-    "LIF neuron) -> (Tensor membrane, Tensor spikes)",
-)
+TERMS = f"{TENSORS_OF_SUM}, bool from_batch, bool synchronized"
+operators.define("gac::residual_lif", f"({TERMS}, bool with_spikes, LIF neuron) -> (Tensor membrane, Tensor spikes)")
 operators.define(
     "gac::residual_lif_backward_sums",
     "(Tensor? grad_membrane, Tensor? grad_spikes, Tensor membrane, Tensor y, Tensor mean, Tensor inverse_std, "
@@ -190,12 +190,13 @@ def _backward_sums(
     shortcut_inverse_std: Tensor | None,
     neuron: LIFParameters,
 ) -> tuple[Tensor, Tensor]:
-    sequences = _channels_last(grad_membrane, grad_spikes, membrane, y)
-    (shortcut,) = _channels_last(shortcut)
+    grad_membrane = channels.gradient_or_zeros(grad_membrane, y.shape, y)
+    grad_spikes, membrane, y, shortcut = _channels_last(grad_spikes, membrane, y, shortcut)
+    sequences = (grad_membrane, grad_spikes, membrane, y)
     grad, _ = _gradient_and_sums(None, None, membrane, y, mean, inverse_std, shortcut)
     T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
     width = channels.fitting_width(T, C, y, *sequences, mean, shortcut, shortcut_mean, backward=True)
-    template = (T, width, neuron.backward_template, shortcut is not None)
+    template = (T, width, neuron.backward_template, shortcut is not None, grad_spikes is not None)
     kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_sums", y.dtype, *template)
     blocks, columns = channels.grid(kernel, rows, C, width, y.device, reduces=True)
     partials = y.new_empty(blocks, 2 if shortcut is None else 3, C, dtype=torch.float32)
@@ -222,9 +223,9 @@ def _backward_inputs(
     grad_y, grad_shortcut = _input_gradients(grad, y, weight, mean, inverse_std, shortcut)
     normalization = (weight, mean, inverse_std)
     shortcut_normalization = (shortcut_weight, shortcut_mean, shortcut_inverse_std)
-    C, rows = y.shape[2], len(y) * channels.rows(y)
-    width = channels.fitting_width(1, C, y, grad, shortcut, *normalization, *shortcut_normalization, sums)
-    template = (width, shortcut is not None)
+    T, C, rows = y.shape[0], y.shape[2], channels.rows(y)
+    width = channels.fitting_width(T, C, y, grad, shortcut, *normalization, *shortcut_normalization, sums)
+    template = (T, width, shortcut is not None)
     kernel = compiler.make_kernel("residual_lif.cu", "residual_lif_backward_inputs", y.dtype, *template)
     arguments = (grad, y, *normalization, shortcut, *shortcut_normalization, sums, inverse_count)
     outputs = (grad_y, None if shortcut is None else grad_shortcut)
@@ -262,18 +263,34 @@ def _backward(
         shortcut_inverse_std,
         ctx.neuron,
     )
+    of_shortcut = (shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std)
+    return gradients_of_terms(ctx, grad, sums, y, weight, *statistics, *of_shortcut)
+
+
+def gradients_of_terms(
+    ctx: torch.autograd.function.FunctionCtx,
+    grad: Tensor,
+    sums: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    shortcut: Tensor | None,
+    *of_shortcut: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of ``TENSORS_OF_SUM`` from that of the sum, ``grad``, and its sums.
+
+    ``shortcut`` and ``of_shortcut`` (weight, mean and inverse standard deviation) are None where it is added as it is.
+    """
     means = batch_norm.gradient_sums(sums, y.numel() // y.shape[2], ctx.from_batch, ctx.synchronized)
-    shortcut_tensors = (shortcut, shortcut_weight, shortcut_mean, shortcut_inverse_std)
-    arguments = (grad, y, weight, *statistics, *shortcut_tensors, *means)
+    arguments = (grad, y, weight, mean, inverse_std, shortcut, *of_shortcut, *means)
     grad_y, grad_shortcut = operators.call("gac::residual_lif_backward_inputs", *arguments)
     grad_bias, grad_weight, *grad_shortcut_weight = sums.unbind()
     of_normalization = (grad_weight, grad_bias, None, None)
     if shortcut is None:
-        of_shortcut = (grad, None, None, None, None)
-    else:
-        # A copy: autograd makes these the parameters' .grad, and two of them must not share memory.
-        of_shortcut = (grad_shortcut, *grad_shortcut_weight, grad_bias.clone(), None, None)
-    return grad_y, *of_normalization, *of_shortcut
+        return grad_y, *of_normalization, grad, None, None, None, None
+    # A copy: autograd makes these the parameters' .grad, and two of them must not share memory.
+    return grad_y, *of_normalization, grad_shortcut, *grad_shortcut_weight, grad_bias.clone(), None, None
 
 
 _operator = operators.differentiable("gac::residual_lif", _setup_context, _backward)

@@ -31,8 +31,8 @@ LEARNT = 99.0
 def dry_run(config: Config, output: Path) -> str:
     """Train a few steps, evaluate, write checkpoints, resume before the last step; return what was done, in words.
 
-    That takes two steps and one test batch, or as many as it takes to capture and replay CUDA graphs if
-    train.cuda_graph is on. Everything is written to a temporary folder next to ``output``. Raises what
+    That takes two steps and one test batch, or as many as it takes to capture and replay CUDA graphs where the run may
+    have them. Everything is written to a temporary folder next to ``output``. Raises what
     :func:`gac.training.engine.train` does.
     """
     device = select_device(config.device)
@@ -42,7 +42,7 @@ def dry_run(config: Config, output: Path) -> str:
     # Three: after the epoch, after its last step, and after the step before that, which the second run resumes from.
     config = replace(config, train=replace(short, checkpoint_steps=1, keep_checkpoints=3))
     steps, batches = 2, 1
-    if config.train.cuda_graph and device.type == "cuda":
+    if config.train.cuda_graph is not False and device.type == "cuda":
         # Each of the two kinds of targets has its own graph, and batches whose firing rates are counted have none.
         steps = 2 * WARM_UP_CALLS + 3
         batches = -(-FiringRates.IMAGES // config.train.eval_batch_size) + WARM_UP_CALLS + 2

@@ -1,10 +1,11 @@
 """The training loop: from a configuration to a folder with a trained network."""
 
+import gc
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,8 @@ from gac.config import Config
 from gac.data import Data
 from gac.data.interface import check_readable
 from gac.errors import InputError
-from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
+from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate, has_hooks
 from gac.execution import random_state
-from gac.execution.cuda_graph import Replayed, select_capture
 from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.execution.environment import describe_backend
@@ -39,7 +39,15 @@ from gac.training.position import Position
 from gac.training.progress import EpochProgress, log_epoch, log_start
 from gac.training.resumed import check_progress, check_state
 from gac.training.run_folder import Metric, RunFolder, check_same_data
-from gac.training.setup import check_memory, choose_device, create_network, load_initial_weights, open_data
+from gac.training.self_check import check_replays
+from gac.training.setup import (
+    check_memory,
+    choose_device,
+    choose_graphs,
+    create_network,
+    load_initial_weights,
+    open_data,
+)
 from gac.training.signals import Interrupted, Interruption
 from gac.training.step import TrainingStep
 from gac.training.totals import Readback, Totals, check_totals, check_weights
@@ -134,10 +142,9 @@ class Trainer:
         self.step = TrainingStep(
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
-        # A single one, so that evaluation runs in the memory of the training step.
-        capture = select_capture(config.train.cuda_graph, self.device)
-        self._replayed_step = None if capture is None else Replayed(self.step, capture)
-        evaluation = (self.device, config.train.amp, config.train.channels_last, capture)
+        self._graphs = choose_graphs(config, self.device, ranks, self.network)
+        self._replayed_step = None if self._graphs is None else self._graphs.replaying(self.step, self.step.abandon)
+        evaluation = (self.device, config.train.amp, config.train.channels_last, self._graphs)
         self.networks = {"raw": self.network, **({} if self.average is None else {"ema": self.average.network})}
         self._scored = {weights: EvaluationStep(each, *evaluation) for weights, each in self.networks.items()}
         self.mixing = Mixing(config.train, info.num_classes, ranks)
@@ -150,6 +157,8 @@ class Trainer:
         # Before the folder is made: a state that cannot be resumed leaves nothing behind.
         if resumed is not None:
             ranks.together(lambda: self._restore(*resumed))
+        if self._graphs is not None and self.position.epoch < config.train.epochs:
+            check_replays(self._graphs, self.step, config, self.data)
         ranks.on_main(lambda: folder.create(config))
         log_start(config, info, self.network, self.batches, self.device, folder.path, ranks)
         if resumed is not None:
@@ -184,9 +193,10 @@ class Trainer:
             return
         self.ranks.on_main(lambda: self.folder.open_events(self.position.epoch))
         try:
-            while self.position.epoch < epochs:
-                self._train_epoch()
-                self._finish_epoch(self._evaluate())
+            with _without_old_objects():
+                while self.position.epoch < epochs:
+                    self._train_epoch()
+                    self._finish_epoch(self._evaluate())
         except Interrupted as interrupted:
             self._save()
             logger.info(
@@ -243,8 +253,11 @@ class Trainer:
         if self.ranks.size > 1:
             done = position.batch * train.batch_size
             self.step.batch_images = min(train.batch_size, self.data.train.size - done)
+        step = self._replayed_step
+        if step is None or has_hooks(self.network):
+            step = self.step
         with self.own_noise():
-            (self._replayed_step or self.step)(images, targets, labels)
+            step(images, targets, labels)
         position.batch += 1
         position.step += 1
 
@@ -286,8 +299,9 @@ class Trainer:
         skipped, test_skipped = self.ranks.sum(position.skipped_images, self.data.test.skipped)
         self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
         self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
+        graphs = self._graphs is not None and self._graphs.in_use
         metrics = epoch_metrics(
-            self.config.train, position, totals, scores, self.batches, skipped, test_skipped, self._backend()
+            self.config.train, position, totals, scores, self.batches, skipped, test_skipped, self._backend(), graphs
         )
         measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
         measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
@@ -377,3 +391,18 @@ class Trainer:
 
     def _load_position(self, state: dict[str, Any]) -> None:
         self.position = Position.from_state(state, self.ranks)
+
+
+@contextmanager
+def _without_old_objects() -> Iterator[None]:
+    """Keep the garbage collector off the objects that there are, which live as long as the block.
+
+    Else it goes through all those of torch and of this package again and again. After the block it sees all objects,
+    those too that the caller had frozen.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

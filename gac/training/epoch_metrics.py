@@ -19,11 +19,13 @@ def epoch_metrics(
     skipped_images: int,
     test_skipped_images: int,
     backend: str,
+    cuda_graph: bool,
 ) -> dict[str, Metric]:
     """Return the metrics of the epoch that ends at ``position``, by their names in metrics.jsonl.
 
     ``totals`` and the numbers of unreadable images are those of all ranks, ``batches`` is the length of an epoch, and
-    ``scores`` has the trained weights ("raw") and their moving average ("ema"), if there is one.
+    ``scores`` has the trained weights ("raw") and their moving average ("ema"), if there is one. ``cuda_graph`` says
+    whether steps are replayed.
     """
     test, average = scores["raw"], scores.get("ema")
     return {
@@ -42,4 +44,5 @@ def epoch_metrics(
         "images_per_second": totals.images / position.seconds,
         "seconds": position.seconds,
         "backend": backend,
+        "cuda_graph": cuda_graph,
     }

@@ -85,7 +85,7 @@ class DistillationEntry(Entry):
     teacher: str | None
 
 
-_History = list[dict[str, int | float | Choice]]
+_History = list[dict[str, int | float | bool | Choice]]
 
 
 def check_state(name: str, state: object, fresh: Callable[[], Any]) -> None:

@@ -42,6 +42,7 @@ FREE_WHEN_RESUMING = frozenset(
         "data.workers",
         "train.accumulate_steps",
         "train.cuda_graph",
+        "train.overlap_weight_gradients",
         "train.checkpoint_activations",
         "train.eval_batch_size",
         "train.checkpoint_minutes",
@@ -55,7 +56,7 @@ WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 
 Metric = float | str
-"""A value in metrics.jsonl; only "backend" is text."""
+"""A value in metrics.jsonl; only "backend" is text, and only "cuda_graph" a truth value."""
 
 
 class FolderInUse(InputError):
@@ -168,7 +169,7 @@ class RunFolder:
             append_metrics(self.metrics, metrics)
         with writing(self.path):
             for name, value in {**metrics, **measured}.items():
-                if name != "epoch" and not isinstance(value, str):
+                if name != "epoch" and not isinstance(value, str | bool):
                     self._events.add_scalar(name, value, metrics["epoch"])
             self._events.flush()
 

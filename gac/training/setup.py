@@ -11,7 +11,7 @@ from gac.config import Config, ModelConfig, TrainConfig
 from gac.data import Data, DataInfo, build_data
 from gac.errors import InputError
 from gac.execution import footprint
-from gac.execution.cuda_graph import check_capturable
+from gac.execution.cuda_graph import Graphs, check_capturable, select_graphs
 from gac.execution.device import check_precision, select_device
 from gac.execution.distributed import Ranks
 from gac.memory import check_fits
@@ -19,6 +19,7 @@ from gac.models import create_model
 from gac.models.batch_norm import BatchNorm2d
 from gac.models.ms_resnet import MSResNet
 from gac.models.registry import resolve_coding
+from gac.neuron import LIFNode
 from gac.training.freezing import freeze
 
 logger = logging.getLogger("gac")
@@ -27,12 +28,36 @@ logger = logging.getLogger("gac")
 def choose_device(config: Config, ranks: Ranks) -> torch.device:
     """Return the device of this rank. Raises InputError if it cannot train with this configuration."""
     device = select_device(config.device, ranks)
+    if config.train.overlap_weight_gradients and ranks.size > 1:
+        raise InputError(
+            "train.overlap_weight_gradients keeps gradients from the exchange between processes, and there are"
+            f" {ranks.size}: leave it off"
+        )
     check_precision(device, config.train.amp)
-    if config.train.cuda_graph:
+    if config.train.cuda_graph is True:
         check_capturable(config.model)
-    if config.train.cuda_graph and ranks.size > 1:
-        raise InputError(f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: leave it off")
+        if ranks.size > 1:
+            raise InputError(
+                f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: set it to auto or"
+                " false"
+            )
     return device
+
+
+def choose_graphs(config: Config, device: torch.device, ranks: Ranks, network: MSResNet) -> Graphs | None:
+    """Return what replays the run's steps: where that is demanded, and with "auto" where it is possible, on CUDA."""
+    wanted = config.train.cuda_graph
+    if wanted == "auto":
+        possible = device.type == "cuda" and ranks.size == 1 and config.model.takes_normalized_images
+        wanted = possible and _runs_own_kernels(network, device)
+    return select_graphs(wanted, device)
+
+
+def _runs_own_kernels(network: MSResNet, device: torch.device) -> bool:
+    # A replay of SpikingJelly's kernel ended in an illegal memory access (docs/performance.md), after which a process
+    # cannot go on.
+    probe = torch.empty(0, device=device)
+    return all(each.chosen_backend(probe) == "cupy" for each in network.modules() if isinstance(each, LIFNode))
 
 
 def open_data(config: Config, device: torch.device, part: Callable[[Data], Data] | None, ranks: Ranks) -> Data:

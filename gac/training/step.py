@@ -1,7 +1,9 @@
 """One training step, which never makes the host wait for the device."""
 
+import logging
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from gac.config import TrainConfig
 from gac.execution.device import autocast
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, collective
+from gac.ops.overlap import overlapped, select_executor
 from gac.training.distillation import Distillation
 from gac.training.ema import MovingAverage
 from gac.training.optim import classification_loss
 from gac.training.totals import DeviceTotals
+
+logger = logging.getLogger("gac")
 
 # Below 1 the gradients overflow although they are scaled down. GradScaler's documentation calls that a sign that
 # something is wrong; from its initial 65,536 it takes 17 overflows without a good step in between.
@@ -58,8 +63,10 @@ class TrainingStep:
         self.average = average
         self.distillation = distillation
         self.totals = DeviceTotals(device, ranks)
+        self._executor = select_executor(config.overlap_weight_gradients, device)
         self._one = torch.ones((), device=device)
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._convolution_weights = [parameter for parameter in self._parameters if parameter.dim() == 4]
 
     def __call__(self, images: Tensor, targets: Tensor, labels: Tensor) -> None:
         """Train on one batch.
@@ -87,6 +94,7 @@ class TrainingStep:
             with (
                 self._parallel.no_sync() if accumulating else nullcontext(),
                 collective() if through_gloo else nullcontext(),
+                self._overlapped(),
             ):
                 part_loss, part_correct = self._backward(*batch, batch_images)
             loss = loss + part_loss * (len(batch[-1]) / len(labels))
@@ -112,6 +120,13 @@ class TrainingStep:
             bad_scale=scale_after < LOWEST_LOSS_SCALE,
         )
 
+    def abandon(self) -> None:
+        """Let the next call begin anew after one that ended in an error and did nothing on the device."""
+        # What GradScaler notes down between scaling a loss and updating the scale, in itself and in the optimiser.
+        self.scaler._per_optimizer_states.clear()
+        for name in ("grad_scale", "found_inf"):
+            self.optimizer.__dict__.pop(name, None)
+
     def _backward(self, images: Tensor, targets: Tensor, labels: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
         """Add the gradients of a micro-batch; return its mean loss and the number of images classified correctly."""
         config = self.config
@@ -124,6 +139,21 @@ class TrainingStep:
         weight = self.ranks.size * len(labels) / batch_images
         self.scaler.scale(loss * weight).backward()
         return loss.detach(), (logits.detach().mean(0).argmax(-1) == labels).sum()
+
+    @contextmanager
+    def _overlapped(self) -> Iterator[None]:
+        """Overlap weight gradients with the rest of the backward pass, if the configuration says so."""
+        if self._executor is None:
+            yield
+            return
+        with overlapped(self._convolution_weights, self._executor) as begun:
+            yield
+        if begun.submitted == 0:
+            self._executor = None
+            logger.warning(
+                "train.overlap_weight_gradients is left off: no convolution of this network runs between fused kernels"
+                " and learns (python -m gac.doctor says whether the kernels work)"
+            )
 
     def _bad_gradient(self) -> Tensor:
         # Scaled gradients may overflow: GradScaler then skips the update.

@@ -14,6 +14,7 @@ from benchmarks import candidates
 from benchmarks.candidates import IMPLEMENTATIONS, REFERENCE, Candidate, Implementation, Setting
 from benchmarks.common import PRECISIONS, MeasurementError, NetworkSize
 from benchmarks.equality import compare
+from deferred import Deferred
 from gac.execution import cuda_graph
 from recorded_graph import CaptureByRecording
 
@@ -27,10 +28,11 @@ LOSS_SCALE = 128.0
 
 
 def check(replayed: Implementation, precision: str = "bf16", device: torch.device = CPU) -> dict[str, float]:
-    """Compare replayed steps with as many called ones. Raises MeasurementError if they differ."""
+    """Compare replayed steps with as many plain ones. Raises MeasurementError if they differ."""
     setting = Setting(SIZE, 2, 4, precision, "auto", device)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        got, wanted = (outcome(each, setting) for each in (replayed, dataclasses.replace(replayed, replayed=False)))
+        plain = dataclasses.replace(replayed, replayed=False, overlapped=False)
+        got, wanted = (outcome(each, setting) for each in (replayed, plain))
     found = compare("replays", got, wanted, ROUNDING[precision])
     return {each["quantity"]: each["difference"] for each in found}
 
@@ -67,26 +69,31 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["ours-cupy-graph", "ours-cupy-overlap"])
 @pytest.mark.gpu
-def test_replays_on_a_gpu_do_the_work(precision: str) -> None:
-    assert len(check(IMPLEMENTATIONS["ours-cupy-graph"], precision, torch.device("cuda"))) == 5
+def test_replays_on_a_gpu_do_the_work(name: str, precision: str) -> None:
+    assert len(check(IMPLEMENTATIONS[name], precision, torch.device("cuda"))) == 5
 
 
 def test_replays_of_the_kernels_do_the_work(recorded: None, neurons_on_kernels: None, monkeypatch) -> None:
     # Every step takes a second here, and a recording needs none before it.
     for module in (cuda_graph, candidates):
         monkeypatch.setattr(module, "WARM_UP_CALLS", 0)
-    assert set(check(IMPLEMENTATIONS["ours-cupy-graph"]).values()) == {0.0}
+    executor = Deferred()
+    monkeypatch.setattr(candidates, "select_executor", lambda wanted, device: executor if wanted else None)
+    assert set(check(IMPLEMENTATIONS["ours-cupy-overlap"]).values()) == {0.0}
+    assert executor.joins == [9]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("frozen", ["training", "evaluation"])
 def test_replays_without_work_are_found(frozen: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(function: Callable) -> Callable:
-        result = function()
-        return lambda: result
+    class Frozen(CaptureByRecording):
+        def __call__(self, function: Callable) -> Callable:
+            result = function()
+            return lambda: result
 
-    captures: Iterator = iter([capture, capture] if frozen == "training" else [CaptureByRecording(), capture])
+    captures: Iterator = iter([Frozen(), Frozen()] if frozen == "training" else [CaptureByRecording(), Frozen()])
     monkeypatch.setattr(candidates, "CaptureOnDevice", lambda device: next(captures))
     quantity = "(loss|gradients)" if frozen == "training" else "logits"
     with pytest.raises(MeasurementError, match=f"replays: {quantity} differ"):

@@ -93,9 +93,8 @@ def test_sizes_are_those_of_the_network():
         "norm_lif": {b: 2, c: 1, d: 1},
         "residual_lif": {b: 1},
         "residual_norm_lif": {b: 1, c: 1},
-        "residual": {d: 1},
+        "residual_lif_pool": {d: 1},
         "gate_lif": {a: 1},
-        "lif_pool": {d: 1},
     }
 
 
@@ -178,7 +177,7 @@ def test_operations_are_the_kernels(name, kernels_on_cpu):
     case.call["ours"]()
     if case.bytes["backward"]:
         case.backward("ours")()
-    kind = {"batch_statistics": "batch_moments", "residual_norm_lif": "residual_lif", "residual": "residual_lif"}
+    kind = {"batch_statistics": "batch_moments", "residual_norm_lif": "residual_lif"}
     expected = kind.get(name, name)
     passes = {kernel.split("<")[0] for kernel in launched}
     assert any(kernel.startswith(f"{expected}_") for kernel in passes)
@@ -213,10 +212,9 @@ def test_bytes_are_those_of_the_tensors():
         "norm_lif": (3, 5),
         "residual_lif": (5, 8),
         "residual_norm_lif": (6, 11),
-        "residual": (4, 5),
+        "residual_lif_pool": (3, 6),
         # A frame is half of a sequence.
         "gate_lif": (3, 4),
-        "lif_pool": (1, 2),
     }
 
 

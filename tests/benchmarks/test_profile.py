@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     ("name", "group"),
     [
         ("void norm_lif_forward<Float16, 6, 8, (Reset)0>(Float16 const*, float const*)", "norm_lif_forward"),
-        ("lif_backward<float, 6, true, 4, Reset::hard, false, Rect>", "lif_backward"),
+        ("lif_backward<float, 6, true, 4, Reset::hard, true, false, Rect>", "lif_backward"),
         ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
         ("sm80_xmma_wgrad_implicit_gemm_indexed_f16f16_f16f32_f32_nhwckrsc_nhwc", "convolutions"),
         ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x32_stage4_warpsize2x2x1", "matrix products"),

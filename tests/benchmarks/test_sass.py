@@ -72,9 +72,9 @@ CHANGES = {
         "accesses to local memory",
     ),
     "fused charge": (
-        ("lif_pool", "lif_pool_backward"),
-        "__fadd_rn(__fadd_rn(__fmul_rn(decay, v), __fmul_rn(gain, x)), bias)",
-        "decay * v + gain * x + bias",
+        ("residual_lif_pool", "residual_lif_pool_backward_sums"),
+        "kPlain ? __fadd_rn(leaked, x)",
+        "kPlain ? decay * v + x",
         "depend on a fused multiply-add",
     ),
 }

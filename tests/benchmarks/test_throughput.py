@@ -43,7 +43,7 @@ def test_measures_and_reports(tmp_path, capsys, proven_kernels):
     assert status == 0, printed.err
     report = json.loads(files["json"].read_text())
 
-    assert list(report["skipped"]) == ["ours-cupy", "ours-cupy-graph"]
+    assert list(report["skipped"]) == ["ours-cupy", "ours-cupy-graph", "ours-cupy-overlap"]
     for name in report["skipped"]:
         assert f"skipped       {name}: the CUDA kernels need a CUDA device" in printed.out
     assert proven_kernels == ["c_kernels"]
@@ -247,7 +247,7 @@ def test_replayed_steps_on_a_gpu(tmp_path, capsys, monkeypatch):
     # They are part of the suite that this test is part of.
     monkeypatch.setattr(equality, "run_tests", lambda paths, report: None)
     file = tmp_path / "result.json"
-    names = ["ours-cupy", "ours-cupy-graph"]
+    names = ["ours-cupy", "ours-cupy-graph", "ours-cupy-overlap"]
     arguments = [*SMALL, "--device", "cuda", "--precision", "fp32", "fp16", "--implementations", *names]
     assert throughput.main([*arguments, "--json", str(file)]) == 0, capsys.readouterr().err
     cells = json.loads(file.read_text())["cells"]

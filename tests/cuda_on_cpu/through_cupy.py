@@ -109,7 +109,7 @@ def test_binaries_that_no_cache_has_kept(driver: StandInDriver, monkeypatch: pyt
 
 
 def test_occupancy(driver: StandInDriver) -> None:
-    kernel = lif.forward_kernel(torch.float16, 6, 8, "Reset::hard")
+    kernel = lif.forward_kernel(torch.float16, 6, 8, "Reset::hard, true")
     driver.device = torch.device("cuda", 1)
     for most, blocks in ((None, BLOCKS), (BLOCKS - 1, BLOCKS - 1), (BLOCKS + 1, BLOCKS)):
         assert launch._resident_blocks(kernel, 96, 1, most) == blocks * MULTIPROCESSORS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gac.data.interface import UNLABELLED
 from gac.errors import InputError
 from gac.evaluation.evaluate import EvaluationStep, evaluate
-from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice
+from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Graphs
 from gac.models import create_model
 from recorded_graph import CaptureByRecording
 
@@ -132,7 +132,10 @@ def test_replayed_batches_count_as_they_are(device: str, amp: str) -> None:
     if device == CPU:
         # The recorder sees the modules' operations in any case; in bfloat16 they round more than the C kernels.
         network.set_backend("torch")
-    plain, replayed = EvaluationStep(network, device, amp), EvaluationStep(network, device, amp, capture=capture)
+    plain, replayed = (
+        EvaluationStep(network, device, amp),
+        EvaluationStep(network, device, amp, graphs=Graphs(lambda: capture)),
+    )
     test_set = [(images.to(device), labels.to(device)) for images, labels in batches(4, 4, 3)]
     found = []
     for _ in range(WARM_UP_CALLS + 2):
@@ -155,7 +158,7 @@ def test_replayed_batches_count_as_they_are(device: str, amp: str) -> None:
 
 def test_a_batch_that_hooks_watch_is_not_replayed() -> None:
     capture = CaptureByRecording()
-    step = EvaluationStep(spiking(CPU), CPU, capture=capture)
+    step = EvaluationStep(spiking(CPU), CPU, graphs=Graphs(lambda: capture))
     ((images, labels),) = batches(4)
     step.network.eval()
     for _ in range(WARM_UP_CALLS + 1):

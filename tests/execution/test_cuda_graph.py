@@ -1,8 +1,13 @@
 """Replayed calls, on the CPU with a recording in the graph's place, and on a GPU with CUDA graphs."""
 
+import gc
+import logging
 import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +16,25 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from gac import create_model
 from gac.analysis.firing import FiringRates
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.errors import InputError
-from gac.execution.cuda_graph import WARM_UP_CALLS, CaptureOnDevice, Replayed, check_capturable, select_capture
-from gac.training import engine, optim
-from gac.training.engine import train
+from gac.execution.cuda_graph import (
+    WARM_UP_CALLS,
+    CaptureFailed,
+    CaptureOnDevice,
+    Graphs,
+    Replayed,
+    check_capturable,
+    select_graphs,
+)
+from gac.execution.distributed import SINGLE_PROCESS, Ranks
+from gac.neuron import LIFNode
+from gac.training import engine, optim, self_check
+from gac.training.engine import Trainer, train
+from gac.training.run_folder import read_metrics
+from gac.training.setup import choose_graphs
 from gac.training.signals import Interrupted
 from recorded_graph import CaptureByRecording
 from run_results import assert_same, result_of, stop_at
@@ -37,9 +55,10 @@ def test_replays_begin_after_the_warm_up_and_see_new_values() -> None:
     inputs = [torch.full((3,), float(i)) for i in range(WARM_UP_CALLS + 3)]
     assert [replayed(x)[0].item() for x in inputs] == [2.0 * i for i in range(WARM_UP_CALLS + 3)]
     assert (capture.captured, capture.replays) == (1, 3)
-    # The function itself was called for the warm-up and for the capture, which reads inputs of its own.
-    assert addresses[:-1] == [x.data_ptr() for x in inputs[:WARM_UP_CALLS]]
-    assert addresses[-1] not in [x.data_ptr() for x in inputs]
+    # The function itself was called for the warm-up and for the capture, each time with the same inputs of its own.
+    assert len(addresses) == WARM_UP_CALLS + 1
+    assert len({*addresses}) == 1
+    assert addresses[0] not in [x.data_ptr() for x in inputs]
 
 
 def test_every_size_layout_and_dtype_has_a_graph_of_its_own() -> None:
@@ -92,8 +111,19 @@ def _read_on_the_host(device: torch.device, capture: Any) -> None:
     x = torch.ones(3, device=device)
     for _ in range(WARM_UP_CALLS):
         assert replayed(x) == 3.0
-    with pytest.raises(RuntimeError, match="captur"):
+    stream = torch.cuda.current_stream(device) if device != CPU else None
+    with pytest.raises(CaptureFailed, match=r"Error in a capture: .*captur"):
         replayed(x)
+    if device != CPU:
+        # The process goes on as if nothing had been tried.
+        assert torch.cuda.current_stream(device) == stream
+        assert not torch.cuda.is_current_stream_capturing()
+        assert torch.rand(1000, device=device).sum().item() > 0
+        graphs = Graphs(lambda: CaptureOnDevice(device))
+        double = graphs.replaying(lambda x: 2 * x)
+        for i in range(WARM_UP_CALLS + 3):
+            assert double(x + i).sum().item() == 6 * (1 + i)
+        assert graphs.in_use
 
 
 def test_reading_a_value_on_the_host_cannot_be_captured() -> None:
@@ -102,7 +132,7 @@ def test_reading_a_value_on_the_host_cannot_be_captured() -> None:
 
 @pytest.mark.gpu
 def test_reading_a_value_on_the_host_cannot_be_captured_on_a_gpu() -> None:
-    # In a process of its own: after a capture that failed, torch's current stream and allocator are left in it.
+    # In a process of its own, as nobody has seen yet what a capture that failed leaves behind.
     device = torch.device("cuda", 0)
     process = multiprocessing.get_context("spawn").Process(
         target=_read_on_the_host, args=(device, CaptureOnDevice(device))
@@ -112,11 +142,183 @@ def test_reading_a_value_on_the_host_cannot_be_captured_on_a_gpu() -> None:
     assert process.exitcode == 0
 
 
+class Refusing(CaptureByRecording):
+    """Fails at every capture with this error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        self.captured += 1
+        raise self.error
+
+
+class Numbered(RuntimeError):
+    """As torch's and CuPy's errors for CUDA, which have its number."""
+
+    def __init__(self, **number: int) -> None:
+        super().__init__("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+        self.__dict__.update(number)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), Numbered(error_code=2), Numbered(status=2)]
+)
+def test_running_out_of_memory_in_a_capture_is_raised(error: Exception) -> None:
+    call = Graphs(lambda: Refusing(error)).replaying(lambda x: 2 * x)
+    for _ in range(WARM_UP_CALLS):
+        call(torch.ones(1))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA .*out of memory while a .* train\.cuda_graph false"):
+        call(torch.ones(1))
+
+
+def test_after_a_capture_that_failed_everything_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    capture = Refusing(Numbered(error_code=900))
+    graphs = Graphs(lambda: capture)
+    undone: list[str] = []
+    double = graphs.replaying(lambda x: 2 * x, undo=lambda: undone.append("double"))
+    triple = graphs.replaying(lambda x: 3 * x)
+    with caplog.at_level(logging.INFO):
+        for i in range(WARM_UP_CALLS + 3):
+            x = torch.full((2,), float(i))
+            assert torch.equal(double(x), 2 * x)
+            assert torch.equal(triple(x), 3 * x)
+    assert (capture.captured, undone, graphs.in_use) == (1, ["double"], False)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith("launched by the host: Numbered in a capture: CUDA error: out of memory")
+
+
+def test_what_was_captured_is_not_replayed_after_another_capture_failed() -> None:
+    recording = CaptureByRecording()
+    graphs = Graphs(lambda: recording)
+    double, triple = graphs.replaying(lambda x: 2 * x), graphs.replaying(lambda x: x * x.sum().item())
+    x = torch.ones(1)
+    for _ in range(WARM_UP_CALLS + 1):
+        double(x)
+        assert graphs.in_use
+    for _ in range(WARM_UP_CALLS + 1):
+        assert triple(x) == 1
+    assert not graphs.in_use
+    before = recording.replays
+    assert (double(3 * x).item(), triple(3 * x).item()) == (6, 9)
+    assert recording.replays == before
+
+
+class FakeCuda:
+    """Stands for the parts of torch.cuda that a capture uses, and notes in which stream functions run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ends_well: bool) -> None:
+        self.current = default = SimpleNamespace(device_index=0, wait_stream=lambda other: None)
+        self.made: list[Any] = []
+        self.ended: list[Any] = []
+        self.pools: list[Any] = []
+        self.synchronized = 0
+
+        def new_stream(device: torch.device) -> Any:
+            self.made.append(SimpleNamespace(device_index=0, wait_stream=lambda other: None))
+            return self.made[-1]
+
+        @contextmanager
+        def stream(wanted: Any) -> Iterator[None]:
+            before, self.current = self.current, wanted
+            try:
+                yield
+            finally:
+                self.current = before
+
+        @contextmanager
+        def graph(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            self.pools.append(pool)
+            self.current = stream
+            try:
+                yield
+            finally:
+                if not ends_well:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+        def synchronize(device: torch.device) -> None:
+            self.synchronized += 1
+
+        for name, value in {
+            "Stream": new_stream, "stream": stream, "graph": graph, "synchronize": synchronize,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "device": lambda device: nullcontext(),
+            "current_stream": lambda device=None: self.current, "graph_pool_handle": object,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: self.ended.append(pool), raising=False)
+        self.default = default
+        default.record_event = object
+
+
+def test_warm_ups_and_captures_share_a_stream_and_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, seen = FakeCuda(monkeypatch, ends_well=True), []
+    capture = CaptureOnDevice(torch.device("cuda", 0))
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append((cuda.current, gc.isenabled()))
+        return x
+
+    for replayed in (Replayed(function, capture), Replayed(function, capture)):
+        for _ in range(WARM_UP_CALLS + 2):
+            replayed(torch.ones(1))
+            assert cuda.current is cuda.default
+    (stream,) = cuda.made
+    assert stream is not cuda.default
+    # No garbage is collected in a capture, where it could destroy a graph.
+    assert seen == ([(stream, True)] * WARM_UP_CALLS + [(stream, False)]) * 2
+    assert len(cuda.pools) == 2
+    assert cuda.pools[0] is cuda.pools[1]
+    assert gc.isenabled()
+
+
+def test_a_capture_that_fails_leaves_torch_as_it_was_and_names_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch, ends_well=False)
+    replayed = Replayed(lambda x: x + {}["missing"], CaptureOnDevice(torch.device("cuda", 0)))
+    for _ in range(WARM_UP_CALLS):
+        with pytest.raises(KeyError):
+            replayed(torch.ones(1))
+    with pytest.raises(CaptureFailed, match="KeyError in a capture: 'missing'"):
+        replayed(torch.ones(1))
+    assert cuda.current is cuda.default
+    assert (cuda.ended, cuda.synchronized) == ([(0, cuda.pools[0])], 1)
+    assert gc.isenabled()
+
+    replayed = Replayed(lambda x: x, CaptureOnDevice(torch.device("cuda", 0)))
+    for _ in range(WARM_UP_CALLS):
+        replayed(torch.ones(1))
+    with pytest.raises(CaptureFailed, match="RuntimeError in a capture: operation failed due to a previous error"):
+        replayed(torch.ones(1))
+
+
 def test_only_a_gpu_that_is_asked_to_replays() -> None:
     cuda = torch.device("cuda", 0)
-    assert isinstance(select_capture(True, cuda), CaptureOnDevice)
-    assert select_capture(False, cuda) is None
-    assert select_capture(True, CPU) is None
+    assert isinstance(select_graphs(True, cuda)._capture, CaptureOnDevice)
+    assert select_graphs(False, cuda) is None
+    assert select_graphs(True, CPU) is None
+
+
+def test_auto_replays_where_that_is_possible(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    cuda, auto = torch.device("cuda", 0), Config()
+    assert auto.train.cuda_graph == "auto"
+    network = create_model("gac_msresnet18_cifar", 3, 2, width=4, depth=[1, 1, 1])
+    backends = dict.fromkeys((each for each in network.modules() if isinstance(each, LIFNode)), "cupy")
+    monkeypatch.setattr(LIFNode, "chosen_backend", lambda neuron, x: backends[neuron])
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: empty(*sizes))
+    assert choose_graphs(auto, cuda, SINGLE_PROCESS, network) is not None
+    assert choose_graphs(auto, CPU, SINGLE_PROCESS, network) is None
+    assert choose_graphs(auto, cuda, Ranks(0, 2), network) is None
+    for coding in ("rate", "latency", "phase"):
+        config = replace(auto, model=replace(auto.model, coding=coding))
+        assert choose_graphs(config, cuda, SINGLE_PROCESS, network) is None
+    backends[network.lif] = "torch"
+    assert choose_graphs(auto, cuda, SINGLE_PROCESS, network) is None
+    # Where it does not apply nobody has to be told.
+    assert not caplog.records
+    for demanded in (True, False):
+        assert (choose_graphs(graph(auto, demanded), cuda, SINGLE_PROCESS, network) is not None) is demanded
 
 
 # 4 steps and 6 batches of the test set an epoch, the last of them smaller; enough epochs to replay those too.
@@ -142,9 +344,34 @@ EVERYTHING = replace(
 )
 
 
+class Captures:
+    """Makes stand-ins for captures: those of ``runs`` and, for the trial before each, those of ``trials``."""
+
+    def __init__(self) -> None:
+        self.kind: Callable[[], CaptureByRecording] = CaptureByRecording
+        self.trial: Callable[[], CaptureByRecording] = CaptureByRecording
+        self.runs: list[CaptureByRecording] = []
+        self.trials: list[CaptureByRecording] = []
+
+    def graphs(self, config: Config, *_: Any) -> Graphs | None:
+        if config.train.cuda_graph is False:
+            return None
+        graphs = Graphs(self.make_for_run)
+        graphs.make = self.make_for_trial
+        return graphs
+
+    def make_for_run(self) -> CaptureByRecording:
+        self.runs.append(self.kind())
+        return self.runs[-1]
+
+    def make_for_trial(self) -> CaptureByRecording:
+        self.trials.append(self.trial())
+        return self.trials[-1]
+
+
 @pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> CaptureByRecording:
-    """Capture by recording in runs with train.cuda_graph; all runs use the optimiser of the GPU."""
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    """Capture by recording on the CPU as on CUDA; all runs use the optimiser of the GPU."""
 
     def on_device(make: Any) -> Any:
         def made(*arguments: Any) -> torch.optim.SGD | None:
@@ -158,17 +385,26 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> CaptureByRecording:
 
         return made
 
-    recording = CaptureByRecording()
-    monkeypatch.setattr(engine, "select_capture", lambda wanted, device: recording if wanted else None)
-    monkeypatch.setattr(engine, "make_optimizer", on_device(optim.make_optimizer))
-    monkeypatch.setattr(engine, "load_optimizer", on_device(optim.load_optimizer))
+    captures = Captures()
+    monkeypatch.setattr(engine, "choose_graphs", captures.graphs)
+    for module in (engine, self_check):
+        monkeypatch.setattr(module, "make_optimizer", on_device(optim.make_optimizer))
+        monkeypatch.setattr(module, "load_optimizer", on_device(optim.load_optimizer))
     # Two batches of the test set are watched.
     monkeypatch.setattr(FiringRates, "IMAGES", 4)
-    return recording
+    return captures
 
 
-def replaying(config: Config) -> Config:
-    return replace(config, train=replace(config.train, cuda_graph=True))
+def graph(config: Config, cuda_graph: bool | str) -> Config:
+    return replace(config, train=replace(config.train, cuda_graph=cuda_graph))
+
+
+def outcome_of(folder: Path) -> Any:
+    """Return the results of a run without whether steps were replayed."""
+    payload, lines = result_of(folder)
+    for line in (*lines, *payload["training"]["history"], payload["metrics"]):
+        line.pop("cuda_graph")
+    return payload, lines
 
 
 def firing_rates(folder: Path) -> dict[str, list[float]]:
@@ -177,40 +413,103 @@ def firing_rates(folder: Path) -> dict[str, list[float]]:
     return {name: [scalar.value for scalar in events.Scalars(name)] for name in names}
 
 
-def test_a_replayed_run_is_the_run(capture: CaptureByRecording, tmp_path: Path) -> None:
+def test_a_replayed_run_is_the_run(captures: Captures, tmp_path: Path) -> None:
     # What records operations sees those of the modules, which in bfloat16 round more than the C kernels.
     config = replace(RUN, train=replace(RUN.train, amp="bf16"), model=replace(RUN.model, backend="torch"))
-    train(config, tmp_path / "plain")
-    assert capture.captured == 0
-    train(replaying(config), tmp_path / "replayed")
+    train(graph(config, False), tmp_path / "plain")
+    assert not captures.runs
+    train(graph(config, "auto"), tmp_path / "replayed")
     # Of the step, of the evaluation and of that of the averaged weights: one for each size.
+    (capture,) = captures.runs
     assert capture.captured == 6
     epochs = config.train.epochs
     assert capture.replays == epochs * (3 + (5 - 2) + 5) - 3 * WARM_UP_CALLS + 3 * (epochs - WARM_UP_CALLS)
-    assert_same(result_of(tmp_path / "replayed"), result_of(tmp_path / "plain"))
+    # Training and evaluation, each captured with one batch and compared on two others.
+    assert [(trial.captured, trial.replays) for trial in captures.trials] == [(1, 3)] * 2
+    assert_same(outcome_of(tmp_path / "replayed"), outcome_of(tmp_path / "plain"))
+    for name, used in (("plain", False), ("replayed", True)):
+        assert [line["cuda_graph"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] == [used] * epochs
     rates = firing_rates(tmp_path / "plain")
     assert firing_rates(tmp_path / "replayed") == rates
     assert [len(values) for values in rates.values()] == [epochs] * 8
     assert all(0 < rate < 1 for values in rates.values() for rate in values[1:])
 
 
-def test_a_replayed_run_that_was_stopped_ends_as_the_run(capture: CaptureByRecording, tmp_path: Path) -> None:
+def test_a_replayed_run_that_was_stopped_ends_as_the_run(captures: Captures, tmp_path: Path) -> None:
     config = replace(RUN, train=EVERYTHING, model=replace(RUN.model, backend="torch"))
-    train(config, tmp_path / "plain")
-    replays = []
+    train(graph(config, False), tmp_path / "plain")
     with pytest.raises(Interrupted):
-        train(replaying(config), tmp_path / "replayed", after_step=stop_at(7))
-    replays.append(capture.replays)
-    train(replaying(config), tmp_path / "replayed", resume="auto")
-    replays.append(capture.replays)
-    assert 0 < replays[0] < replays[1]
-    assert_same(result_of(tmp_path / "replayed"), result_of(tmp_path / "plain"))
+        train(graph(config, True), tmp_path / "replayed", after_step=stop_at(7))
+    train(graph(config, "auto"), tmp_path / "replayed", resume="auto")
+    assert all(capture.replays > 0 for capture in captures.runs)
+    assert len(captures.runs) == 2
+    # Each time training with labels and with the targets of CutMix, and evaluation.
+    assert [trial.replays for trial in captures.trials] == [3] * 6
+    assert_same(outcome_of(tmp_path / "replayed"), outcome_of(tmp_path / "plain"))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if "CUDA graphs" in each.getMessage() and each.levelno > 20]
+
+
+def test_a_run_whose_captures_fail_is_the_plain_run(
+    captures: Captures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=2))
+    train(graph(config, False), tmp_path / "plain")
+    captures.kind = lambda: Refusing(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
+    train(graph(config, True), tmp_path / "failing")
+    assert_same(outcome_of(tmp_path / "failing"), outcome_of(tmp_path / "plain"))
+    (warning,) = warnings_of(caplog)
+    assert warning.endswith("RuntimeError in a capture: CUDA error: operation not permitted when stream is capturing")
+    assert [line["cuda_graph"] for line in read_metrics(tmp_path / "failing" / "metrics.jsonl")] == [False, False]
+
+    # And if that shows in the trial, nothing is captured in the run.
+    captures.kind, captures.trial = CaptureByRecording, captures.kind
+    caplog.clear()
+    train(graph(config, "auto"), tmp_path / "not tried")
+    assert_same(outcome_of(tmp_path / "not tried"), outcome_of(tmp_path / "plain"))
+    assert len(warnings_of(caplog)) == 1
+    assert captures.runs[-1].captured == 0
+
+
+def test_a_run_that_is_out_of_memory_says_so(
+    captures: Captures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=1))
+    captures.kind = lambda: Refusing(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(graph(config, "auto"), tmp_path / "run")
+    captures.kind, captures.trial = CaptureByRecording, captures.kind
+    with pytest.raises(InputError, match=r"^train\.cuda_graph true: cpu has no memory .*batch_size 18: choose"):
+        train(graph(config, True), tmp_path / "true")
+    assert not (tmp_path / "true").exists()
+    assert not warnings_of(caplog)
+    train(graph(config, "auto"), tmp_path / "auto")
+    (warning,) = warnings_of(caplog)
+    assert warning.endswith("cpu has no memory to try them on a copy of the network")
+
+
+def test_steps_that_hooks_watch_are_not_replayed(captures: Captures, tmp_path: Path) -> None:
+    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=3))
+    called = []
+
+    def watch(trainer: Trainer) -> None:
+        # The fifth step would be the second that is replayed.
+        if trainer.position.step == 5:
+            trainer.network.head.register_forward_hook(lambda module, inputs, output: called.append(module.training))
+
+    train(graph(config, True), tmp_path / "watched", after_step=watch)
+    assert captures.runs[0].captured > 0
+    assert called.count(True) == 12 - 5
+    train(graph(config, False), tmp_path / "plain")
+    assert_same(outcome_of(tmp_path / "watched"), outcome_of(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("coding", ["rate", "latency", "phase"])
 def test_codings_that_read_on_the_host_are_refused(coding: str, tmp_path: Path) -> None:
-    config = replaying(replace(RUN, model=replace(RUN.model, coding=coding)))
-    with pytest.raises(InputError, match=f"train.cuda_graph cannot replay {coding} coding, .* leave it off"):
+    config = graph(replace(RUN, model=replace(RUN.model, coding=coding)), True)
+    with pytest.raises(InputError, match=f"train.cuda_graph cannot replay {coding} coding, .* set it to auto or false"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -218,3 +517,39 @@ def test_codings_that_read_on_the_host_are_refused(coding: str, tmp_path: Path) 
 @pytest.mark.parametrize("coding", [None, "gac", "direct"])
 def test_other_codings_can_be_replayed(coding: str | None) -> None:
     check_capturable(ModelConfig(coding=coding))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "fp16", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"cutmix": "batch", "optimizer": "adamw", "learning_rate": 1e-3}], ids=str)
+def test_a_whole_run_on_a_gpu_replays_by_default(
+    amp: str, options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(RUN, device="cuda", train=replace(RUN.train, epochs=5, amp=amp, **options))
+    losses = {}
+    for cuda_graph in (False, "auto"):
+        train(graph(config, cuda_graph), tmp_path / str(cuda_graph))
+        lines = read_metrics(tmp_path / str(cuda_graph) / "metrics.jsonl")
+        assert [line["cuda_graph"] for line in lines] == [cuda_graph == "auto"] * 5, warnings_of(caplog)
+        losses[cuda_graph] = [line["train_loss"] for line in lines]
+    assert not warnings_of(caplog)
+    # Only rounding differs, but one spike more or less changes all that follow.
+    assert losses["auto"] == pytest.approx(losses[False], rel=0.05)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_after_a_capture_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read(trainer: Trainer) -> None:
+        # From here on the step reads a number on the host, which nothing can capture.
+        if trainer.position.step == 1:
+            network = trainer.step._parallel
+            trainer.step._parallel = lambda images: network(images * (images.sum().item() * 0 + 1))
+
+    config = replace(RUN, device="cuda", train=replace(RUN.train, epochs=3, amp="fp16"))
+    train(graph(config, "auto"), tmp_path / "run", after_step=read)
+    (warning,) = warnings_of(caplog)
+    assert "captur" in warning
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["cuda_graph"] for line in lines] == [False] * 3

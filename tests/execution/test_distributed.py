@@ -353,7 +353,7 @@ def test_divergence_on_one_rank_ends_all_at_the_same_step(launched) -> None:
         ("small", r"2 processes cannot share a batch of 1 images, which train\.batch_size 8 leaves of 17: choose"),
         ("device", r"device cuda:0 is a single one, and there are 2 processes: use --device cuda"),
         ("name", r"unknown network 'resnet'"),
-        ("graph", r"train\.cuda_graph replays the steps of one process, and there are 2: leave it off"),
+        ("graph", r"train\.cuda_graph replays the steps of one process, and there are 2: set it to auto or false"),
         ("folder", r"cannot resume .* \(train\.epochs 2 -> 1\)"),
         ("options", r"rank 1 has train\.seed 11 and rank 0 10: start all processes with the same options, on the same"),
         ("data", r"rank 1 has train_size 8 and rank 0 16: start"),

@@ -89,7 +89,7 @@ def test_both_executions_are_one_network(name: str, seed: int, device: str, laun
     logits = train_step(net, x)
     ran_fused = set(launched)
     expected = train_step(plain, x)
-    assert {"gate_lif_forward", "norm_lif_forward", "residual_lif_forward", "lif_pool_forward"} <= ran_fused
+    assert {"gate_lif_forward", "norm_lif_forward", "residual_lif_forward", "residual_lif_pool_forward"} <= ran_fused
     assert "lif_forward" not in ran_fused
     assert expected.std() > 0.01
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
@@ -392,8 +392,8 @@ def test_a_hook_on_one_neuron_leaves_the_others_fused(layer: str, device: str, l
     assert_same_gradients(net, plain, 5e-5)
     assert [s.shape[0] for s in seen] == [3]
     now = {name: launched.count(name) for name in launched}
-    others = {"norm_lif_forward", "residual_lif_forward", "lif_pool_forward"} - {
-        "lif_pool_forward" if layer == "lif" else ""
+    others = {"norm_lif_forward", "residual_lif_forward", "residual_lif_pool_forward"} - {
+        "residual_lif_pool_forward" if layer == "lif" else ""
     }
     # The layer alone, and with one side of the gate its other side too.
     assert now["lif_forward"] == (2 if layer in ("coding.lif", "stages.0.0.lif1") else 1)

@@ -287,7 +287,7 @@ def scaled(name: str):
     return wrong
 
 
-@pytest.mark.parametrize("name", ["norm_lif", "residual_lif", "lif_pool", "gate_lif"])
+@pytest.mark.parametrize("name", ["norm_lif", "residual_lif", "residual_lif_pool", "gate_lif"])
 def test_finds_wrong_gradients(name, neurons_on_kernels, monkeypatch):
     monkeypatch.setattr(fused, name, scaled(name))
     assert "gradients" in failed()

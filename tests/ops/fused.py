@@ -57,19 +57,19 @@ class Case:
         return (self.T, *self.frame)
 
 
-# Every T, dtype, neuron and reset with a vector of channels a thread, and one by one where C % 8 is not 0.
+# Every T, dtype, neuron and reset with a vector of channels a thread, of fewer where C % 8 is not 0, down to one.
 CASES = [
     Case(1, "fp32", "cifar", (3, 8, 3, 4)),
     Case(1, "fp16", "imagenet", (2, 16, 3, 5)),
-    Case(2, "bf16", "soft", (2, 8, 3, 5)),
+    Case(2, "bf16", "soft", (2, 6, 3, 5)),
     Case(2, "fp32", "imagenet", (2, 1, 7, 5)),
-    Case(4, "fp16", "imagenet", (2, 16, 4, 3)),
+    Case(4, "fp16", "imagenet", (2, 20, 4, 3)),
     Case(4, "fp32", "nonzero", (2, 7, 3, 5)),
     Case(6, "bf16", "cifar", (2, 7, 3, 3)),
     Case(6, "fp16", "cifar", (1, 24, 5, 5)),
     Case(6, "fp32", "cifar", (2, 48, 3, 3)),  # 12 threads for a row: 8 of a block are idle
     Case(6, "fp32", "cifar", (1, 8, 1, 1)),
-    Case(6, "fp32", "cifar", (1, 1040, 2, 3)),  # more channels than a block of threads takes
+    Case(6, "fp32", "cifar", (1, 520, 2, 3)),  # more channels than a block of threads takes
     Case(8, "fp16", "cifar", (2, 8, 3, 3)),
     Case(8, "fp32", "soft", (1, 8, 3, 5)),
     Case(16, "bf16", "nonzero", (1, 8, 3, 3)),
@@ -103,6 +103,17 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+SHORTCUTS = ("plain", "normalized")
+
+
+def leaves_of_sum(case: Case, shortcut: str, device: str, layout: str = "channels_last") -> tuple[Tensor, ...]:
+    """Return y, weight, bias and shortcut of a residual sum, and weight and bias of a shortcut that is normalised."""
+    C = case.frame[1]
+    y, added = (activations(case, device, seed, layout) for seed in (0, 1))
+    of_shortcut = parameters_of_norm(C, device, seed=1) if shortcut == "normalized" else ()
+    return y, *parameters_of_norm(C, device), added, *of_shortcut
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Return whether ``x`` [..., C, H, W] has channels innermost and all else in order."""
     return x.movedim(-3, -1).is_contiguous()
@@ -118,7 +129,7 @@ def parameters_of_norm(channels: int, device: str, seed: int = 0) -> tuple[Tenso
 
 def kernel_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
     """Return the normalisation by the batch's statistics as the kernels compute them."""
-    return BatchNormTransform(weight, bias, *batch_norm.statistics(batch_norm.batch_moments(y.detach()), EPS), True)
+    return BatchNormTransform(weight, bias, *batch_norm.batch_statistics(y.detach(), EPS), True)
 
 
 def reference_statistics(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
@@ -171,21 +182,29 @@ def assert_has_spikes_and_silence(spikes: Tensor) -> None:
 
 
 def assert_gradients_equal(
-    fused: Operation, reference: Operation, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    fused: Operation,
+    reference: Operation,
+    leaves: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    allowed: Sequence[Tensor | float] | None = None,
 ) -> None:
-    """Compare with the reference in float64: gradients within TOLERANCE, for the same spikes (the last output)."""
+    """Compare with the reference in float64: gradients within TOLERANCE, for the same spikes (the last output).
+
+    ``allowed``: errors of each leaf's gradient beside that.
+    """
     outputs, found = run(fused, leaves, gradients)
     exact_outputs, expected = run(reference, [leaf.double() for leaf in leaves], gradients)
     if set(outputs[-1].unique().tolist()) <= {0.0, 1.0}:
         assert torch.equal(outputs[-1].double(), exact_outputs[-1]), "the case should have no neuron at the threshold"
-    for leaf, gradient, exact in zip(leaves, found, expected, strict=True):
+    for leaf, gradient, exact, more in zip(leaves, found, expected, allowed or [0.0] * len(leaves), strict=True):
         assert gradient.dtype == leaf.dtype
         if leaf.ndim >= 4:
             assert is_channels_last(gradient)
         scale = exact.abs().max().item()
         assert scale > 0
         # The parameters' gradients are float32, and as exact for activations in half precision.
-        torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=TOLERANCE[leaf.dtype] * scale)
+        error = (gradient.double() - exact).abs() - more
+        assert error.max() <= TOLERANCE[leaf.dtype] * scale, f"off by {error.max() / scale:.3g} of the largest"
 
 
 def incoming_gradients(*outputs: Tensor) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gac.ops import batch_norm, gate_lif, lif_pool, norm_lif, residual_lif
+from gac.ops import batch_norm, gate_lif, norm_lif, residual_lif, residual_lif_pool
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.neuron import LIFParameters
 from ops import fused
@@ -31,15 +31,17 @@ def network(
 ) -> tuple[Tensor, Tensor]:
     """Return firing rates and membrane stream after the gate and two residual blocks; scaling stands for convolution.
 
-    The second block has a normalised shortcut, and a sum without a neuron is behind it.
+    The second block has a normalised shortcut, and a sum without a neuron is behind it. The rates are the average of
+    those behind a last block with a plain shortcut and of one with a normalised shortcut.
     """
 
     def normalize(y: Tensor, weight: Tensor, bias: Tensor) -> BatchNormTransform:
         with torch.no_grad():
-            moments = batch_norm.batch_moments(y)
             if synchronized:
-                moments = batch_norm.over_all_ranks(moments, y.numel() // y.shape[2])
-            mean, inverse_std = batch_norm.statistics(moments, fused.EPS, 0.1, *running)
+                moments = batch_norm.over_all_ranks(batch_norm.batch_moments(y), y.numel() // y.shape[2])
+                mean, inverse_std = batch_norm.reference_statistics(moments, fused.EPS, 0.1, *running)
+            else:
+                mean, inverse_std = batch_norm.batch_statistics(y, fused.EPS, 0.1, *running)
         return BatchNormTransform(weight, bias, mean, inverse_std, True, synchronized)
 
     first, second, third = zip(parameters[::2], parameters[1::2], strict=True)
@@ -54,7 +56,12 @@ def network(
     )
     y = membrane + spikes
     membrane, _ = residual_lif.residual_lif(y, normalize(y, *third), membrane, None, None)
-    return lif_pool.lif_pool(membrane, neuron), membrane
+    y, shortcut = spikes - membrane, 0.5 * membrane
+    of_shortcut = None, normalize(shortcut, *third)
+    plain, normalized = (
+        residual_lif_pool.residual_lif_pool(y, normalize(y, *first), shortcut, each, neuron) for each in of_shortcut
+    )
+    return 0.5 * (plain + normalized), membrane
 
 
 def gradients_of_network(x: Tensor, temporal: Tensor, *_: Tensor) -> list[Tensor]:

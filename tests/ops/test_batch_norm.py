@@ -83,7 +83,7 @@ def test_constant_channel(device: str) -> None:
     mean, variance, unbiased = batch_norm.batch_moments(y)
     assert mean[3] == y[0, 0, 3, 0, 0]
     assert 0 <= variance[3] <= unbiased[3] < 1e-8
-    _, inverse_std = batch_norm.statistics(torch.stack((mean, variance, unbiased)), fused.EPS)
+    _, inverse_std = batch_norm.batch_statistics(y, fused.EPS)
     assert inverse_std[3].item() == pytest.approx(fused.EPS**-0.5, rel=1e-3)
 
 
@@ -113,27 +113,38 @@ def test_statistics_are_torchs(C: int, device: str) -> None:
     running_mean, running_var = fused.normal([C], 1).to(device), fused.normal([C], 2).abs().to(device)
     module.running_mean.copy_(running_mean)
     module.running_var.copy_(running_var)
+    batches = torch.zeros_like(module.num_batches_tracked)
     for seed in (3, 4):
         y = fused.normal((2, 2, C, 3, 4), seed, 1.0, 2.0).to(device)
         expected = module(y.flatten(0, 1)).unflatten(0, y.shape[:2])
-        moments = batch_norm.batch_moments(y)
-        mean, inverse_std = batch_norm.statistics(moments, module.eps, 0.3, running_mean, running_var)
+        mean, inverse_std = batch_norm.batch_statistics(y, module.eps, 0.3, running_mean, running_var, batches)
         found = batch_norm.reference(y, BatchNormTransform(module.weight, module.bias, mean, inverse_std, True))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(running_mean, module.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(running_var, module.running_var, rtol=1e-6, atol=1e-6)
+    assert batches == module.num_batches_tracked == 2
+
+
+def test_statistics_are_those_of_the_moments(device: str) -> None:
+    y = fused.normal((4, 2, 33, 5, 3), 0, 1.0, 2.0).to(device)
+    found, expected = ([torch.zeros(33, device=device), torch.ones(33, device=device)] for _ in range(2))
+    statistics = batch_norm.batch_statistics(y, 1e-5, 0.3, *found)
+    specified = batch_norm.reference_statistics(batch_norm.batch_moments(y), 1e-5, 0.3, *expected)
+    assert torch.equal(statistics[0], specified[0])
+    torch.testing.assert_close([statistics[1], *found], [specified[1], *expected], rtol=3e-7, atol=1e-7)
+    assert all(map(torch.equal, batch_norm.batch_statistics(y, 1e-5), statistics))
 
 
 def test_statistics_of_moments_that_are_given(device: str) -> None:
     moments = torch.tensor([[1.0, -2.0], [3.0, 0.0], [4.0, 1.0]], device=device)
     before = moments.clone()
     running_mean, running_var = torch.zeros(2, device=device), torch.ones(2, device=device)
-    mean, inverse_std = batch_norm.statistics(moments, 1.0, 0.5, running_mean, running_var)
+    mean, inverse_std = batch_norm.reference_statistics(moments, 1.0, 0.5, running_mean, running_var)
     assert mean.tolist() == [1.0, -2.0]
     assert inverse_std.tolist() == [0.5, 1.0]
     assert running_mean.tolist() == [0.5, -1.0]
     assert running_var.tolist() == [2.5, 1.0]
-    assert torch.equal(batch_norm.statistics(moments, 1.0)[1], inverse_std)
+    assert torch.equal(batch_norm.reference_statistics(moments, 1.0)[1], inverse_std)
     assert torch.equal(moments, before)
 
 
@@ -149,10 +160,9 @@ def test_repeats_bit_for_bit_in_every_order(kernels_on_cpu: KernelsOnCpu) -> Non
 def test_opcheck(device: str) -> None:
     y = fused.normal((4, 2, 8, 3, 3), 0).to(device)
     torch.library.opcheck(torch.ops.gac.batch_moments.default, (y,))
-    moments = batch_norm.batch_moments(y)
-    running = torch.zeros(8, device=device), torch.ones(8, device=device)
-    for statistics in (running, (None, None)):
-        torch.library.opcheck(torch.ops.gac.batch_statistics.default, (moments, *statistics, 1e-5, 0.1))
+    running = torch.zeros(8, device=device), torch.ones(8, device=device), torch.tensor(0, device=device)
+    for statistics in (running, (None, None, None)):
+        torch.library.opcheck(torch.ops.gac.batch_statistics.default, (y, *statistics, 1e-5, 0.1))
 
 
 @pytest.mark.parametrize(

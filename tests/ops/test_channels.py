@@ -46,8 +46,12 @@ def test_fitting_width() -> None:
     x, parameter = torch.zeros(32), torch.zeros(32)
     assert channels.fitting_width(6, 48, x, None, parameter) == 4
     assert channels.fitting_width(6, 48, x.half(), parameter) == 8
-    assert channels.fitting_width(6, 4, x.half(), parameter) == 1
+    assert [channels.fitting_width(6, length, x.half()) for length in (4, 20, 6, 7)] == [4, 4, 2, 1]
     assert channels.fitting_width(6, 7, x) == 1
+    # What the addresses allow: of half precision and of the float32 beside it.
+    half = x.half()
+    assert [channels.fitting_width(6, 48, half[offset:]) for offset in (8, 4, 2, 1)] == [8, 4, 2, 1]
+    assert [channels.fitting_width(6, 48, half, parameter[offset:]) for offset in (4, 2, 1)] == [8, 2, 1]
     for unaligned in [(x[1:], parameter), (x, parameter[1:])]:
         assert channels.fitting_width(6, 48, *unaligned) == 1
 

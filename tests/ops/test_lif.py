@@ -153,8 +153,8 @@ def test_every_length_dtype_and_layout(T: int, dtype: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 6, 17])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_odd_sizes_take_the_scalar_path(T: int, dtype: str, layout: str, device: str) -> None:
-    for shape in [(T, 1, 3, 5, 7), (T, 3, 1, 7, 11)]:
+def test_odd_sizes_take_narrower_vectors(T: int, dtype: str, layout: str, device: str) -> None:
+    for shape in [(T, 1, 3, 5, 7), (T, 3, 1, 7, 11), (T, 1, 3, 2, 5), (T, 1, 3, 2, 2)]:
         x = make_input(shape, DTYPES[dtype], layout, device)
         v = make_input(shape, torch.float32, layout, device, seed=2)[0]
         assert_kernels_equal_reference(x, v, CIFAR)
@@ -373,7 +373,7 @@ def test_kernel_without_a_final_state(device: str) -> None:
     x = make_input((4, 16), torch.float32, "contiguous", device)
     expected, _ = lif.reference(x, 0.0, CIFAR)
     spikes = torch.full_like(x, torch.nan)
-    kernel = lif.forward_kernel(torch.float32, 4, 4, "Reset::hard")
+    kernel = lif.forward_kernel(torch.float32, 4, 4, "Reset::hard, true")
     launch.launch(kernel, (1,), (128,), (x, None, 0.0, CIFAR.struct, spikes, None, 16, 4))
     assert torch.equal(spikes, expected)
 
@@ -431,12 +431,12 @@ def kernels_to_compile(capability: int) -> list[Kernel]:
         variants += [(torch.float16, 17, 4), (torch.float16, 1, 8), (torch.bfloat16, 6, 8), (torch.float32, 17, 1)]
     kernels = []
     for dtype, T, width in variants:
-        kernels.append(lif.forward_kernel(dtype, T, width, "Reset::hard"))
-        kernels.append(lif.backward_kernel(dtype, T, width, "Reset::hard, false, PiecewiseQuadratic"))
+        kernels.append(lif.forward_kernel(dtype, T, width, "Reset::hard, true"))
+        kernels.append(lif.backward_kernel(dtype, T, width, "Reset::hard, true, false, PiecewiseQuadratic"))
     if capability == 90:
-        kernels.append(lif.forward_kernel(torch.float32, 6, 4, "Reset::soft"))
+        kernels.append(lif.forward_kernel(torch.float32, 6, 4, "Reset::soft, true"))
         for kind in ("PiecewiseQuadratic", "Rect", "Sigmoid", "ATan"):
-            for neuron in ("Reset::hard, true", "Reset::soft, false"):
+            for neuron in ("Reset::hard, true, true", "Reset::soft, false, false"):
                 kernels.append(lif.backward_kernel(torch.float32, 6, 4, f"{neuron}, {kind}"))
     return kernels
 
@@ -457,7 +457,7 @@ def test_kernels_compile_for_gpus_without_spills(capability: int) -> None:
 
 def test_vectors_travel_in_16_byte_accesses() -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
-    kernel = lif.forward_kernel(torch.float16, 6, 8, "Reset::hard")
+    kernel = lif.forward_kernel(torch.float16, 6, 8, "Reset::hard, true")
     # No GPU has capability 9.1: the compiler stops at PTX, which can be read.
     ptx = compiler.compile_kernel(kernel, 91).binary.decode()
     assert len(re.findall(r"ld\.global\.nc\.v4\.[bu]32", ptx)) == 6
@@ -475,7 +475,7 @@ def test_a_pointer_chosen_between_input_and_output_is_found(monkeypatch: pytest.
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
     source = compiler.source_text
     monkeypatch.setattr(compiler, "source_text", lambda *names: source(*names).replace(*ONE_LOAD_FROM_EITHER))
-    kernel = lif.backward_kernel(torch.float32, 17, 2, "Reset::hard, false, PiecewiseQuadratic")
+    kernel = lif.backward_kernel(torch.float32, 17, 2, "Reset::hard, true, false, PiecewiseQuadratic")
     assert read_only_loads_of_outputs(kernel) != []
 
 

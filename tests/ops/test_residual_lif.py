@@ -13,9 +13,8 @@ from gac.ops import residual_lif
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.neuron import LIFParameters
 from ops import fused
-from ops.fused import CIFAR, DEFAULT, DTYPES, FEWER_CASES, Case
+from ops.fused import CIFAR, DEFAULT, DTYPES, FEWER_CASES, SHORTCUTS, Case, leaves_of_sum
 
-SHORTCUTS = ("plain", "normalized")
 NO_NEURON = None
 
 
@@ -33,13 +32,6 @@ def block_end(
         return outputs if neuron != NO_NEURON else outputs[:1]
 
     return operation
-
-
-def leaves_of(case: Case, shortcut: str, device: str, layout: str = "channels_last") -> tuple[Tensor, ...]:
-    C = case.frame[1]
-    y, added = (fused.activations(case, device, seed, layout) for seed in (0, 1))
-    of_shortcut = fused.parameters_of_norm(C, device, seed=1) if shortcut == "normalized" else ()
-    return y, *fused.parameters_of_norm(C, device), added, *of_shortcut
 
 
 def assert_kernels_equal_reference(
@@ -67,24 +59,24 @@ def assert_kernels_equal_reference(
 def test_every_length_dtype_and_neuron(case: Case, device: str) -> None:
     # Each kind of shortcut with every other case; both with the default one, below.
     shortcut = SHORTCUTS[FEWER_CASES.index(case) % 2]
-    assert_kernels_equal_reference(leaves_of(case, shortcut, device), case.neuron)
+    assert_kernels_equal_reference(leaves_of_sum(case, shortcut, device), case.neuron)
 
 
 @pytest.mark.parametrize("without", [None, 0, 1], ids=["both", "only-spikes", "only-membrane"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_every_combination_of_gradients(shortcut: str, without: int | None, device: str) -> None:
-    assert_kernels_equal_reference(leaves_of(DEFAULT, shortcut, device), CIFAR, without=without)
+    assert_kernels_equal_reference(leaves_of_sum(DEFAULT, shortcut, device), CIFAR, without=without)
 
 
 @pytest.mark.parametrize("layout", fused.LAYOUTS)
 def test_every_memory_layout(layout: str, device: str) -> None:
-    assert_kernels_equal_reference(leaves_of(DEFAULT, "normalized", device, layout), CIFAR)
+    assert_kernels_equal_reference(leaves_of_sum(DEFAULT, "normalized", device, layout), CIFAR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_without_a_neuron(shortcut: str, dtype: str, device: str) -> None:
-    leaves = leaves_of(replace(DEFAULT, dtype_name=dtype), shortcut, device)
+    leaves = leaves_of_sum(replace(DEFAULT, dtype_name=dtype), shortcut, device)
     assert_kernels_equal_reference(leaves, NO_NEURON)
     y, weight, bias, added = leaves[:4]
     normalization = fused.kernel_statistics(y, weight, bias)
@@ -93,7 +85,7 @@ def test_without_a_neuron(shortcut: str, dtype: str, device: str) -> None:
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_fixed_statistics_have_no_gradient(shortcut: str, device: str) -> None:
-    assert_kernels_equal_reference(leaves_of(DEFAULT, shortcut, device), CIFAR, fixed=True)
+    assert_kernels_equal_reference(leaves_of_sum(DEFAULT, shortcut, device), CIFAR, fixed=True)
 
 
 @pytest.mark.parametrize("neuron", ["cifar", "imagenet"])
@@ -122,7 +114,7 @@ def test_spikes_are_those_of_the_stored_membrane(dtype: str, device: str) -> Non
 
 
 def test_one_tensor_as_shortcut_and_input(device: str) -> None:
-    y, weight, bias, *_ = leaves_of(DEFAULT, "plain", device)
+    y, weight, bias, *_ = leaves_of_sum(DEFAULT, "plain", device)
 
     def doubled(function: Callable, statistics: Callable) -> fused.Operation:
         return lambda y, weight, bias: function(y, statistics(y, weight, bias), y, None, CIFAR)
@@ -137,12 +129,12 @@ def test_one_tensor_as_shortcut_and_input(device: str) -> None:
 def test_gradients_do_not_share_memory(shortcut: str, device: str) -> None:
     # A plain shortcut's gradient is that of the sum: it must not be the gradient of y.
     kernels = block_end(residual_lif.residual_lif, fused.kernel_statistics, CIFAR)
-    fused.assert_gradients_do_not_share_memory(kernels, leaves_of(DEFAULT, shortcut, device))
+    fused.assert_gradients_do_not_share_memory(kernels, leaves_of_sum(DEFAULT, shortcut, device))
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_keeps_only_what_the_backward_pass_reads(shortcut: str, device: str) -> None:
-    y, weight, bias, added, *of_shortcut = (leaf.requires_grad_() for leaf in leaves_of(DEFAULT, shortcut, device))
+    y, weight, bias, added, *of_shortcut = (leaf.requires_grad_() for leaf in leaves_of_sum(DEFAULT, shortcut, device))
     normalization = fused.kernel_statistics(y, weight, bias)
     shortcut_normalization = fused.kernel_statistics(added, *of_shortcut) if of_shortcut else None
     kept = []
@@ -156,7 +148,7 @@ def test_keeps_only_what_the_backward_pass_reads(shortcut: str, device: str) -> 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_opcheck(shortcut: str, device: str, half: str) -> None:
     case = replace(DEFAULT, dtype_name=half)
-    y, weight, bias, added, *of_shortcut = leaves_of(case, shortcut, device, "contiguous")
+    y, weight, bias, added, *of_shortcut = leaves_of_sum(case, shortcut, device, "contiguous")
     tensors = fused.kernel_statistics(y, weight, bias).tensors
     shortcut_tensors = fused.kernel_statistics(added, *of_shortcut).tensors if of_shortcut else (None,) * 4
     constants = CIFAR.flatten()
@@ -184,13 +176,13 @@ def test_opcheck(shortcut: str, device: str, half: str) -> None:
 
 def test_second_derivative_is_refused(device: str) -> None:
     kernels = block_end(residual_lif.residual_lif, fused.kernel_statistics, CIFAR)
-    fused.assert_no_second_derivative(kernels, leaves_of(DEFAULT, "normalized", device))
+    fused.assert_no_second_derivative(kernels, leaves_of_sum(DEFAULT, "normalized", device))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_autocast_casts_nothing(dtype: str, device: str) -> None:
     kernels = block_end(residual_lif.residual_lif, fused.kernel_statistics, CIFAR)
-    fused.assert_autocast_casts_nothing(kernels, leaves_of(DEFAULT, "normalized", device), device, DTYPES[dtype])
+    fused.assert_autocast_casts_nothing(kernels, leaves_of_sum(DEFAULT, "normalized", device), device, DTYPES[dtype])
 
 
 # --- Bad input

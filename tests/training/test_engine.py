@@ -1,10 +1,12 @@
 """The training loop on small real runs."""
 
+import gc
 import logging
 import math
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -85,9 +87,10 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     for line in metrics:
         assert set(line) == TIMES | {
             "epoch", "step", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "learning_rate",
-            "skipped_steps", "skipped_images", "test_skipped_images", "backend",
+            "skipped_steps", "skipped_images", "test_skipped_images", "backend", "cuda_graph",
         }  # fmt: skip
         assert line["backend"] == ("c" if c_kernels.status().ok else "torch")
+        assert line["cuda_graph"] is False
         assert line["images_per_second"] == pytest.approx(40 / line["seconds"])
     last = read_checkpoint(finished / "last.pt")
     assert (last["epoch"], last["step"], last["num_classes"], last["in_channels"]) == (3, 9, 3, 3)
@@ -112,7 +115,7 @@ def test_best_is_the_first_epoch_with_the_highest_accuracy(finished: Path) -> No
 def test_tensorboard_shows_the_metrics(finished: Path) -> None:
     events = EventAccumulator(str(finished)).Reload()
     metrics = read_metrics(finished / "metrics.jsonl")
-    names = set(metrics[0]) - {"epoch", "backend"}
+    names = set(metrics[0]) - {"epoch", "backend", "cuda_graph"}
     for name in names:
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2, 3]
@@ -397,6 +400,24 @@ def test_fp16_is_refused_on_the_cpu_before_anything_is_written(tmp_path: Path) -
     with pytest.raises(InputError, match="fp16 needs a CUDA device"):
         train(replace(TINY, train=replace(TINY.train, amp="fp16")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_garbage_collector_sees_only_what_steps_make_until_the_run_ends(stopped: bool, tmp_path: Path) -> None:
+    frozen = []
+
+    def look(trainer: Trainer) -> None:
+        frozen.append(gc.get_freeze_count())
+        assert not any(each is trainer.network for each in gc.get_objects())
+        if stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    gc.unfreeze()
+    with pytest.raises(Interrupted) if stopped else nullcontext():
+        train(replace(TINY, train=replace(TINY.train, epochs=1)), tmp_path / "run", after_step=look)
+    assert len(frozen) == (1 if stopped else BATCHES)
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.gpu

@@ -202,6 +202,7 @@ def test_where_and_how_fast_it_runs_and_how_it_is_saved_may_change() -> None:
         train=replace(
             stored.train,
             cuda_graph=True,
+            overlap_weight_gradients=True,
             checkpoint_activations=True,
             eval_batch_size=1,
             checkpoint_minutes=1.5,

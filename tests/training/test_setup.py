@@ -9,7 +9,7 @@ from gac.config import Config, DataConfig, ModelConfig, TrainConfig
 from gac.data import Data
 from gac.errors import InputError
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
-from gac.training.setup import check_memory, create_network, open_data
+from gac.training.setup import check_memory, choose_device, create_network, open_data
 
 CONFIG = Config(
     data=DataConfig(name="synthetic", synthetic_classes=3, image_size=4, synthetic_images=17),
@@ -105,3 +105,10 @@ def test_memory_that_cannot_be_had_is_one_line_with_the_fields(
         check_memory(config, data, torch.device("cpu"), SINGLE_PROCESS)
     check_memory(CONFIG, data_of(CONFIG), torch.device("cpu"), SINGLE_PROCESS)
     assert torch.get_rng_state().equal(before), "the initial weights would be others"
+
+
+def test_only_one_process_overlaps_weight_gradients() -> None:
+    config = replace(CONFIG, train=replace(CONFIG.train, overlap_weight_gradients=True))
+    assert choose_device(config, SINGLE_PROCESS).type == "cpu"
+    with pytest.raises(InputError, match=r"^train\.overlap_weight_gradients .* and there are 2: leave it off$"):
+        choose_device(config, Ranks(size=2))

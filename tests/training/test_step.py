@@ -206,3 +206,24 @@ def test_a_part_counts_by_its_share_of_the_batch() -> None:
     decay = CONFIG.learning_rate * CONFIG.weight_decay * before
     moved = [each.network.weight.detach() - before + decay for each in (step, plain)]
     torch.testing.assert_close(4 * moved[0], moved[1])
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_a_step_that_was_broken_off_is_forgotten(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, gradient_clip_norm=limit)
+    step, undisturbed = make_step(config, scale=1024.0), make_step(config, scale=1024.0)
+    images, labels = batch(4, 1)
+
+    def fail(optimizer: torch.optim.Optimizer) -> None:
+        raise RuntimeError("not while a graph is captured")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", fail)
+    with pytest.raises(RuntimeError, match="captured"):
+        step(images, labels, labels)
+    monkeypatch.undo()
+    step.abandon()
+    for each in (step, undisturbed):
+        each(images, labels, labels)
+    assert torch.equal(step.network.weight, undisturbed.network.weight)
+    assert step.totals.read() == undisturbed.totals.read()
+    assert step.scaler.state_dict() == undisturbed.scaler.state_dict()

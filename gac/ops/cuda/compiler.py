@@ -23,7 +23,7 @@ class Kernel:
 
     Args:
         file: Source file in ``gac/ops/kernels``, such as "lif.cu".
-        instance: C++ name, such as "lif_forward<float, 6, true, 4, Reset::hard>".
+        instance: C++ name, such as "lif_forward<float, 6, true, 4, Reset::hard, true>".
         parameters: C++ type of each parameter: "float", "int", "long long", a pointer such as "const float*", or a
             struct of these such as "LIF". A "?" after a pointer or struct allows None (all bytes zero).
     """

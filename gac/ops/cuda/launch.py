@@ -159,7 +159,7 @@ class _Packer:
         return TypeError(f"argument {position} of {self._kernel.instance} is {declared}, got {got}")
 
 
-_DTYPES = {f"dtype_{element}": dtype for dtype, element in compiler.ELEMENTS.items()}
+_DTYPES = {f"dtype_{element}": dtype for dtype, element in compiler.ELEMENTS.items()} | {"dtype_long_long": torch.int64}
 
 
 def _checks(argument: str, names: list[str], members: Sequence[str], is_struct: bool, nullable: bool) -> list[str]:
@@ -170,7 +170,7 @@ def _checks(argument: str, names: list[str], members: Sequence[str], is_struct: 
             allowed.append(f"isinstance({name}, {'Number' if member == 'float' else 'int'})")
         else:
             # A tensor that waits for a negation has other values than its memory.
-            dtype = f"dtype_{member.removeprefix('const ').removesuffix('*')}"
+            dtype = f"dtype_{member.removeprefix('const ').removesuffix('*').replace(' ', '_')}"
             allowed.append(f"{name}.dtype is {dtype} and {name}.device == device and not {name}.is_neg()")
             memory.append(f"{name} = {name}.data_ptr()")
     lines = [f"{', '.join(names)}{',' * is_struct} = {argument}", f"if not ({' and '.join(allowed)}): raise TypeError"]

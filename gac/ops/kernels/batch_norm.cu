@@ -68,10 +68,15 @@ __device__ __forceinline__ double sum_over_slices(double value) {
     return shared[threadIdx.x % kLanes];
 }
 
-// moments [3, channels]: mean, variance and unbiased variance over all rows, from the blocks' partials.
-__global__ void __launch_bounds__(kLanes * kSlices, 1) batch_moments_total(
-    const float* __restrict__ partials, float* __restrict__ moments, int blocks, int channels) {
-    const int channel = blockIdx.x * kLanes + threadIdx.x % kLanes;
+struct Moments {
+    double mean;
+    double variance;
+    double unbiased_variance;
+};
+
+// The moments over all rows from the blocks' partials, of the channel of each of the block's first kLanes threads. All
+// threads must call it.
+__device__ __forceinline__ Moments moments_of(const float* partials, int blocks, int channel, int channels) {
     double count = 0.0, sum = 0.0, sum_of_squares = 0.0;
     if (channel < channels)
 #pragma unroll 4
@@ -85,15 +90,39 @@ __global__ void __launch_bounds__(kLanes * kSlices, 1) batch_moments_total(
     count = sum_over_slices(count);
     sum = sum_over_slices(sum);
     sum_of_squares = sum_over_slices(sum_of_squares);
-    if (threadIdx.x < kLanes && channel < channels) {
-        const double mean = sum / count;
-        double squared_deviations = sum_of_squares - count * mean * mean;
-        // Rounding; not fmax, which would turn a NaN into 0 and hide it.
-        if (squared_deviations < 0.0) squared_deviations = 0.0;
-        moments[channel] = static_cast<float>(mean);
-        moments[channels + channel] = static_cast<float>(squared_deviations / count);
-        moments[2 * channels + channel] = static_cast<float>(squared_deviations / (count - 1.0));
-    }
+    const double mean = sum / count;
+    double squared_deviations = sum_of_squares - count * mean * mean;
+    // Rounding; not fmax, which would turn a NaN into 0 and hide it.
+    if (squared_deviations < 0.0) squared_deviations = 0.0;
+    return {mean, squared_deviations / count, squared_deviations / (count - 1.0)};
+}
+
+// moments [3, channels]: mean, variance and unbiased variance.
+__global__ void __launch_bounds__(kLanes * kSlices, 1) batch_moments_total(
+    const float* __restrict__ partials, float* __restrict__ moments, int blocks, int channels) {
+    const int channel = blockIdx.x * kLanes + threadIdx.x % kLanes;
+    const Moments of_channel = moments_of(partials, blocks, channel, channels);
+    if (threadIdx.x >= kLanes || channel >= channels) return;
+    moments[channel] = static_cast<float>(of_channel.mean);
+    moments[channels + channel] = static_cast<float>(of_channel.variance);
+    moments[2 * channels + channel] = static_cast<float>(of_channel.unbiased_variance);
+}
+
+// mean and inverse_std [channels]; moves the running statistics and counts the batch, where these are not null.
+__global__ void __launch_bounds__(kLanes * kSlices, 1) batch_statistics_total(
+    const float* __restrict__ partials, float* __restrict__ mean, float* __restrict__ inverse_std,
+    float* __restrict__ NULLABLE running_mean, float* __restrict__ NULLABLE running_var,
+    long long* __restrict__ NULLABLE batches, float eps, float momentum, int blocks, int channels) {
+    const int channel = blockIdx.x * kLanes + threadIdx.x % kLanes;
+    const Moments of_channel = moments_of(partials, blocks, channel, channels);
+    if (batches && blockIdx.x == 0 && threadIdx.x == 0) *batches += 1;
+    if (threadIdx.x >= kLanes || channel >= channels) return;
+    const float new_mean = static_cast<float>(of_channel.mean);
+    const float unbiased_variance = static_cast<float>(of_channel.unbiased_variance);
+    mean[channel] = new_mean;
+    inverse_std[channel] = 1.0f / sqrtf(static_cast<float>(of_channel.variance) + eps);
+    if (running_mean) running_mean[channel] += momentum * (new_mean - running_mean[channel]);
+    if (running_var) running_var[channel] += momentum * (unbiased_variance - running_var[channel]);
 }
 
 // totals [quantities, channels] of partials [blocks, quantities, channels], quantity being blockIdx.y. The second and
@@ -114,17 +143,4 @@ __global__ void __launch_bounds__(kLanes * kSlices, 1) total_of_partials(
         const double factor = factors ? factors[channel] : 1.0;
         totals[quantity * channels + channel] = static_cast<float>(sum * factor);
     }
-}
-
-// inverse_std and the running statistics from moments [3, channels]; running_mean and running_var may be null.
-__global__ void batch_statistics(
-    const float* __restrict__ moments, float* __restrict__ NULLABLE running_mean, float* __restrict__ NULLABLE running_var,
-    float* __restrict__ inverse_std, float eps, float momentum, int channels) {
-    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
-    if (channel >= channels) return;
-    const float mean = moments[channel], variance = moments[channels + channel];
-    const float unbiased_variance = moments[2 * channels + channel];
-    inverse_std[channel] = 1.0f / sqrtf(variance + eps);
-    if (running_mean) running_mean[channel] += momentum * (mean - running_mean[channel]);
-    if (running_var) running_var[channel] += momentum * (unbiased_variance - running_var[channel]);
 }

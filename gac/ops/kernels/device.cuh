@@ -29,9 +29,11 @@ __device__ __forceinline__ unsigned short bfloat16_bits_from_float(float value) 
 // cannot prove the address's alignment. The address must be a multiple of 4 kWords.
 template <int kWords>
 __device__ __forceinline__ void store_words(void* address, const unsigned int (&words)[kWords]) {
-    static_assert(kWords == 2 || kWords == 4, "wider than an element, at most 16 bytes");
+    static_assert(kWords == 1 || kWords == 2 || kWords == 4, "at most 16 bytes");
     const auto to = __cvta_generic_to_global(address);
-    if constexpr (kWords == 2)
+    if constexpr (kWords == 1)
+        asm volatile("st.global.b32 [%0], %1;" : : "l"(to), "r"(words[0]) : "memory");
+    else if constexpr (kWords == 2)
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
     else
         asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"

@@ -1,5 +1,5 @@
 // The fused operations on the CPU, float32: the kernels of batch_norm.cu, norm_lif.cu, residual_lif.cu, gate_lif.cu,
-// lif_pool.cu and lif.cu, under their names and with their arguments, which are documented there.
+// residual_lif_pool.cu and lif.cu, under their names and with their arguments, which are documented there.
 //
 // Work goes in tiles of up to TILE neighbouring values of a frame, all time steps of one before the next, so that
 // membrane potentials and all that is computed from them stay in the L1 cache. Each operation rounds on its own
@@ -295,26 +295,50 @@ KERNEL(batch_moments_partials) {
     }
 }
 
+typedef struct {
+    double mean, variance, unbiased_variance;
+} Moments;
+
+INLINE Moments moments_of(const float* partials, int64_t blocks, int64_t channel, int64_t channels) {
+    double count = 0.0, sum = 0.0, sum_of_squares = 0.0;
+    for (int64_t block = 0; block < blocks; block++) {
+        const float* partial = partials + block * 3 * channels + channel;
+        const double n = partial[0], mean = partial[channels], squared_deviations = partial[2 * channels];
+        count += n;
+        sum += n * mean;
+        sum_of_squares += squared_deviations + n * mean * mean;
+    }
+    const double mean = sum / count;
+    double squared_deviations = sum_of_squares - count * mean * mean;
+    if (squared_deviations < 0.0) squared_deviations = 0.0;  // rounding; NaN stays
+    return (Moments){mean, squared_deviations / count, squared_deviations / (count - 1.0)};
+}
+
 void batch_moments_total(const Launch* launch, void** arguments) {
     const Job given = {launch, arguments, 0}, *job = &given;
-    const float* partials = POINTER(0);
     float* moments = POINTER(1);
-    const int64_t blocks = INT(2), channels = INT(3);
+    const int64_t channels = INT(3);
     for (int64_t c = 0; c < channels; c++) {
-        double count = 0.0, sum = 0.0, sum_of_squares = 0.0;
-        for (int64_t block = 0; block < blocks; block++) {
-            const float* partial = partials + block * 3 * channels + c;
-            const double n = partial[0], mean = partial[channels], squared_deviations = partial[2 * channels];
-            count += n;
-            sum += n * mean;
-            sum_of_squares += squared_deviations + n * mean * mean;
-        }
-        const double mean = sum / count;
-        double squared_deviations = sum_of_squares - count * mean * mean;
-        if (squared_deviations < 0.0) squared_deviations = 0.0;  // rounding; NaN stays
-        moments[c] = (float)mean;
-        moments[channels + c] = (float)(squared_deviations / count);
-        moments[2 * channels + c] = (float)(squared_deviations / (count - 1.0));
+        const Moments of_channel = moments_of(POINTER(0), INT(2), c, channels);
+        moments[c] = (float)of_channel.mean;
+        moments[channels + c] = (float)of_channel.variance;
+        moments[2 * channels + c] = (float)of_channel.unbiased_variance;
+    }
+}
+
+void batch_statistics_total(const Launch* launch, void** arguments) {
+    const Job given = {launch, arguments, 0}, *job = &given;
+    float *mean = POINTER(1), *inverse_std = POINTER(2), *running_mean = POINTER(3), *running_var = POINTER(4);
+    int64_t* batches = *(int64_t* const*)arguments[5];
+    const float eps = FLOAT(6), momentum = FLOAT(7);
+    const int64_t channels = INT(9);
+    if (batches) *batches += 1;
+    for (int64_t c = 0; c < channels; c++) {
+        const Moments of_channel = moments_of(POINTER(0), INT(8), c, channels);
+        mean[c] = (float)of_channel.mean;
+        inverse_std[c] = 1.0f / sqrtf((float)of_channel.variance + eps);
+        if (running_mean) running_mean[c] += momentum * (mean[c] - running_mean[c]);
+        if (running_var) running_var[c] += momentum * ((float)of_channel.unbiased_variance - running_var[c]);
     }
 }
 
@@ -330,19 +354,6 @@ void total_of_partials(const Launch* launch, void** arguments) {
             for (int64_t block = 0; block < blocks; block++) sum += partials[(block * quantities + quantity) * channels + c];
             totals[quantity * channels + c] = (float)(sum * (factors ? factors[c] : 1.0));
         }
-    }
-}
-
-void batch_statistics(const Launch* launch, void** arguments) {
-    const Job given = {launch, arguments, 0}, *job = &given;
-    const float* moments = POINTER(0);
-    float *running_mean = POINTER(1), *running_var = POINTER(2), *inverse_std = POINTER(3);
-    const float eps = FLOAT(4), momentum = FLOAT(5);
-    const int64_t channels = INT(6);
-    for (int64_t c = 0; c < channels; c++) {
-        inverse_std[c] = 1.0f / sqrtf(moments[channels + c] + eps);
-        if (running_mean) running_mean[c] += momentum * (moments[c] - running_mean[c]);
-        if (running_var) running_var[c] += momentum * (moments[2 * channels + c] - running_var[c]);
     }
 }
 
@@ -457,6 +468,45 @@ KERNEL(norm_lif_backward_input) {
     }
 }
 
+// --- residual.cuh
+
+// shortcut_norm: null for a shortcut that is added as it is.
+INLINE void residual_sum(
+    const Normalization* restrict norm, const Normalization* restrict shortcut_norm, int64_t n, const float* restrict y,
+    const float* restrict shortcut, float* restrict membrane
+) {
+    if (shortcut_norm) {
+        for (int64_t i = 0; i < n; i++) {
+            membrane[i] = normalized(norm, i, y[i]) + normalized(shortcut_norm, i, shortcut[i]);
+        }
+    } else {
+        for (int64_t i = 0; i < n; i++) membrane[i] = normalized(norm, i, y[i]) + shortcut[i];
+    }
+}
+
+// shortcut: null where it is added as it is, which has no sum of its own.
+INLINE void add_to_gradient_sums(
+    float sums[3][TILE], int64_t n, const float* restrict grad, const float* restrict y, const float* restrict mean,
+    const float* restrict shortcut, const float* restrict shortcut_mean
+) {
+    for (int64_t i = 0; i < n; i++) {
+        sums[0][i] += grad[i];
+        sums[1][i] += grad[i] * (y[i] - mean[i]);
+    }
+    for (int64_t i = 0; shortcut && i < n; i++) sums[2][i] += grad[i] * (shortcut[i] - shortcut_mean[i]);
+}
+
+INLINE void write_gradient_sums(
+    float sums[3][TILE], int64_t quantities, int64_t channel, int64_t width, const Rows* rows, float* partials,
+    int64_t channels
+) {
+    for (int64_t quantity = 0; quantity < quantities; quantity++) {
+        double of_channels[TILE];
+        fold(sums[quantity], width, rows, of_channels);
+        for (int64_t c = 0; c < width; c++) partials[quantity * channels + channel + c] = (float)of_channels[c];
+    }
+}
+
 // --- residual_lif.cu
 
 KERNEL(residual_lif_forward) {
@@ -467,26 +517,16 @@ KERNEL(residual_lif_forward) {
     const int64_t count = LONG(7), channels = INT(8), frame = count * channels;
     const Rows rows = rows_of_block(job->launch, block, count, channels);
     FOR_CHANNELS(channels) {
-        Normalization norm, shortcut_norm;
+        Normalization norm, of_shortcut, *shortcut_norm = job->launch->norm_shortcut ? &of_shortcut : 0;
         normalization(&norm_of, channel, width, &rows, &norm);
-        if (job->launch->norm_shortcut) normalization(&shortcut_norm_of, channel, width, &rows, &shortcut_norm);
+        if (shortcut_norm) normalization(&shortcut_norm_of, channel, width, &rows, shortcut_norm);
         float v[TILE];
         FOR_TILES(rows, channels) {
             fill(v, lif.v_reset, n);
             for (int64_t k = 0; k < job->launch->steps; k++) {
-                const float* restrict y_k = y + k * frame + at;
-                const float* restrict shortcut_k = shortcut + k * frame + at;
-                float* restrict membrane_k = membrane + k * frame + at;
-                if (job->launch->norm_shortcut) {
-                    for (int64_t i = 0; i < n; i++) {
-                        membrane_k[i] = normalized(&norm, i, y_k[i]) + normalized(&shortcut_norm, i, shortcut_k[i]);
-                    }
-                } else {
-                    for (int64_t i = 0; i < n; i++) membrane_k[i] = normalized(&norm, i, y_k[i]) + shortcut_k[i];
-                }
-                if (job->launch->with_spikes) {
-                    steps(job->launch, &lif, 1, n, membrane_k, frame, v, 0, spikes + k * frame + at);
-                }
+                const int64_t here = k * frame + at;
+                residual_sum(&norm, shortcut_norm, n, y + here, shortcut + here, membrane + here);
+                if (job->launch->with_spikes) steps(job->launch, &lif, 1, n, membrane + here, frame, v, 0, spikes + here);
             }
         }
     }
@@ -516,27 +556,14 @@ KERNEL(residual_lif_backward_sums) {
             fill(grad_h, 0.0f, n);
             for (int64_t k = job->launch->steps - 1; k >= 0; k--) {
                 const int64_t here = k * frame + at;
-                const float *restrict y_k = y + here, *restrict shortcut_k = shortcut + here;
-                float* restrict grad_k = grad + here;
                 if (grad_spikes) back(&lif, n, h + k * TILE, grad_spikes + here, grad_v, grad_h);
-                if (grad_membrane) {
-                    const float* restrict direct = grad_membrane + here;
-                    for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i] + direct[i];
-                } else {
-                    for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i];
-                }
-                for (int64_t i = 0; i < n; i++) {
-                    sums[0][i] += grad_k[i];
-                    sums[1][i] += grad_k[i] * (y_k[i] - mean[i]);
-                }
-                for (int64_t i = 0; shortcut && i < n; i++) sums[2][i] += grad_k[i] * (shortcut_k[i] - shortcut_mean[i]);
+                const float* restrict direct = grad_membrane + here;
+                float* restrict grad_k = grad + here;
+                for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i] + direct[i];
+                add_to_gradient_sums(sums, n, grad_k, y + here, mean, shortcut ? shortcut + here : 0, shortcut_mean);
             }
         }
-        for (int64_t quantity = 0; quantity < quantities; quantity++) {
-            double of_channels[TILE];
-            fold(sums[quantity], width, &rows, of_channels);
-            for (int64_t c = 0; c < width; c++) partials[quantity * channels + channel + c] = (float)of_channels[c];
-        }
+        write_gradient_sums(sums, quantities, channel, width, &rows, partials, channels);
     }
 }
 
@@ -552,7 +579,7 @@ KERNEL(residual_lif_backward_inputs) {
     const float *shortcut = POINTER(5), *shortcut_weight = POINTER(6), *shortcut_mean = POINTER(7);
     const float *shortcut_inverse_std = POINTER(8), *sums = POINTER(9), inverse_count = FLOAT(10);
     float *grad_y = POINTER(11), *grad_shortcut = POINTER(12);
-    const int64_t count = LONG(13), channels = INT(14);
+    const int64_t count = LONG(13) * job->launch->steps, channels = INT(14);
     const Rows rows = rows_of_block(job->launch, block, count, channels);
     FOR_CHANNELS(channels) {
         NormalizationGradient norm, shortcut_norm;
@@ -572,21 +599,26 @@ KERNEL(residual_lif_backward_inputs) {
     }
 }
 
-// --- lif_pool.cu
+// --- residual_lif_pool.cu
 
-KERNEL(lif_pool_forward) {
-    const float* x = POINTER(0);
-    const LIF lif = STRUCT(LIF, 1);
-    float* pooled = POINTER(2);
-    const int64_t images = LONG(3), pixels = INT(4), channels = INT(5), frame = images * pixels * channels;
+KERNEL(residual_lif_pool_forward) {
+    const float *y = POINTER(0), *shortcut = POINTER(2);
+    const Norm norm_of = STRUCT(Norm, 1), shortcut_norm_of = STRUCT(Norm, 3);
+    const LIF lif = STRUCT(LIF, 4);
+    float* pooled = POINTER(5);
+    const int64_t images = LONG(6), pixels = INT(7), channels = INT(8), frame = images * pixels * channels;
     const Rows rows = {block * pixels, (block + 1) * pixels, channels < TILE ? TILE / channels : 1};
     FOR_CHANNELS(channels) {
-        float v[TILE], spikes[TILE], counts[MAX_STEPS][TILE];
+        Normalization norm, of_shortcut, *shortcut_norm = job->launch->norm_shortcut ? &of_shortcut : 0;
+        normalization(&norm_of, channel, width, &rows, &norm);
+        if (shortcut_norm) normalization(&shortcut_norm_of, channel, width, &rows, shortcut_norm);
+        float membrane[TILE], v[TILE], spikes[TILE], counts[MAX_STEPS][TILE];
         fill(counts[0], 0.0f, MAX_STEPS * TILE);
         FOR_TILES(rows, channels) {
             fill(v, lif.v_reset, n);
             for (int64_t k = 0; k < job->launch->steps; k++) {
-                steps(job->launch, &lif, 1, n, x + k * frame + at, 0, v, 0, spikes);
+                residual_sum(&norm, shortcut_norm, n, y + k * frame + at, shortcut + k * frame + at, membrane);
+                steps(job->launch, &lif, 1, n, membrane, 0, v, 0, spikes);
                 for (int64_t i = 0; i < n; i++) counts[k][i] += spikes[i];
             }
         }
@@ -599,36 +631,45 @@ KERNEL(lif_pool_forward) {
     }
 }
 
-KERNEL(lif_pool_backward) {
-    const float *grad_pooled = POINTER(0), *x = POINTER(1);
-    const LIF lif = STRUCT(LIF, 2);
-    float* grad_x = POINTER(3);
-    const int64_t images = LONG(4), pixels = INT(5), channels = INT(6), frame = images * pixels * channels;
+KERNEL(residual_lif_pool_backward_sums) {
+    const float *grad_pooled = POINTER(0), *y = POINTER(1), *shortcut = POINTER(3);
+    const Norm norm_of = STRUCT(Norm, 2), shortcut_norm_of = STRUCT(Norm, 4);
+    const LIF lif = STRUCT(LIF, 5);
+    float* grad = POINTER(6);
+    const int64_t images = LONG(8), pixels = INT(9), channels = INT(10), frame = images * pixels * channels;
+    const int64_t quantities = job->launch->norm_shortcut ? 3 : 2;
+    float* partials = POINTER(7) + block * quantities * channels;
     const float share = 1.0f / (float)pixels;
+    const Rows rows = rows_of_block(job->launch, block, images * pixels, channels);
     const StepBack back = step_back_of(job->launch);
-    const Rows of_block = rows_of_block(job->launch, block, images * pixels, channels);
-    // No tile has rows of two images.
-    for (int64_t image = of_block.begin / pixels; image * pixels < of_block.end; image++) {
-        Rows rows = of_block;
-        if (rows.begin < image * pixels) rows.begin = image * pixels;
-        rows.end = least(rows.end, (image + 1) * pixels);
-        FOR_CHANNELS(channels) {
-            float grad_spikes[MAX_STEPS][TILE], h[MAX_STEPS * TILE], v[TILE], grad_v[TILE], grad_h[TILE];
+    FOR_CHANNELS(channels) {
+        Normalization norm, of_shortcut, *shortcut_norm = job->launch->norm_shortcut ? &of_shortcut : 0;
+        normalization(&norm_of, channel, width, &rows, &norm);
+        if (shortcut_norm) normalization(&shortcut_norm_of, channel, width, &rows, shortcut_norm);
+        float membrane[TILE], h[MAX_STEPS * TILE], v[TILE], grad_spikes[TILE], grad_v[TILE], grad_h[TILE], sums[3][TILE];
+        fill(sums[0], 0.0f, 3 * TILE);
+        FOR_TILES(rows, channels) {
+            fill(v, lif.v_reset, n);
             for (int64_t k = 0; k < job->launch->steps; k++) {
-                repeat(grad_pooled + (k * images + image) * channels + channel, 0.0f, width, &rows, grad_spikes[k]);
-                for (int64_t i = 0; i < rows.together * width; i++) grad_spikes[k][i] *= share;
+                residual_sum(&norm, shortcut_norm, n, y + k * frame + at, shortcut + k * frame + at, membrane);
+                steps(job->launch, &lif, 1, n, membrane, 0, v, h + k * TILE, 0);
             }
-            FOR_TILES(rows, channels) {
-                fill(v, lif.v_reset, n);
-                steps(job->launch, &lif, job->launch->steps, n, x + at, frame, v, h, 0);
-                fill(grad_v, 0.0f, n);
-                for (int64_t k = job->launch->steps - 1; k >= 0; k--) {
-                    back(&lif, n, h + k * TILE, grad_spikes[k], grad_v, grad_h);
-                    float* restrict grad_k = grad_x + k * frame + at;
-                    for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i];
+            fill(grad_v, 0.0f, n);
+            for (int64_t k = job->launch->steps - 1; k >= 0; k--) {
+                const int64_t here = k * frame + at;
+                for (int64_t r = 0; r * width < n; r++) {
+                    const float* of_image = grad_pooled + (k * images + (row + r) / pixels) * channels + channel;
+                    for (int64_t c = 0; c < width; c++) grad_spikes[r * width + c] = of_image[c] * share;
                 }
+                back(&lif, n, h + k * TILE, grad_spikes, grad_v, grad_h);
+                float* restrict grad_k = grad + here;
+                for (int64_t i = 0; i < n; i++) grad_k[i] = lif.gain * grad_h[i];
+                add_to_gradient_sums(
+                    sums, n, grad_k, y + here, norm.mean, shortcut_norm ? shortcut + here : 0, of_shortcut.mean
+                );
             }
         }
+        write_gradient_sums(sums, quantities, channel, width, &rows, partials, channels);
     }
 }
 
@@ -693,13 +734,11 @@ KERNEL(gate_lif_backward) {
         const int64_t n = least(TILE, span.end - first), at = span.image * image_size + first;
         const float* restrict spatial_here = spatial + at;
         encode(job->launch, &lif, n, x + at, h);
-        if (grad_spikes) {
-            for (int64_t k = 0; k < steps_of_net; k++) {
-                gated(&lif, temporal[k * images + span.image], n, h + k * TILE, spatial_here, membrane + k * TILE);
-            }
-            fill(v, lif.v_reset, n);
-            steps(job->launch, &lif, steps_of_net, n, membrane, TILE, v, inner, 0);
+        for (int64_t k = 0; k < steps_of_net; k++) {
+            gated(&lif, temporal[k * images + span.image], n, h + k * TILE, spatial_here, membrane + k * TILE);
         }
+        fill(v, lif.v_reset, n);
+        steps(job->launch, &lif, steps_of_net, n, membrane, TILE, v, inner, 0);
         fill(grad_v, 0.0f, n);
         fill(grad_inner_v, 0.0f, n);
         fill(grad_x + at, 0.0f, n);
@@ -707,12 +746,9 @@ KERNEL(gate_lif_backward) {
         for (int64_t k = steps_of_net - 1; k >= 0; k--) {
             const float a = temporal[k * images + span.image];
             const float* h_k = h + k * TILE;
-            fill(grad, 0.0f, n);
-            if (grad_spikes) {
-                back(&lif, n, inner + k * TILE, grad_spikes + k * frame + at, grad_inner_v, grad);
-                for (int64_t i = 0; i < n; i++) grad[i] *= lif.gain;
-            }
-            for (int64_t i = 0; grad_membrane && i < n; i++) grad[i] += grad_membrane[k * frame + at + i];
+            const float* restrict direct = grad_membrane + k * frame + at;
+            back(&lif, n, inner + k * TILE, grad_spikes + k * frame + at, grad_inner_v, grad);
+            for (int64_t i = 0; i < n; i++) grad[i] = lif.gain * grad[i] + direct[i];
             float with_scores[TILE];
             for (int64_t i = 0; i < n; i++) {
                 const float gate = sigmoid(a * spatial_here[i]);

@@ -38,7 +38,7 @@ struct Image {
     }
 };
 
-template <typename Element, int kSteps, int kWidth, Reset kReset>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1) gate_lif_forward(
     const Element* __restrict__ x, const float* __restrict__ temporal, const Element* __restrict__ spatial,
     LIF lif,
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_forward(
         const auto x_here = load_vector<kWidth>(x + neuron);
         const auto spatial_here = load_vector<kWidth>(spatial + neuron);
         Vector<Element, kWidth> gated[kSteps];
-        run_through_time<kSteps, kWidth, kReset>(
+        run_through_time<kSteps, kWidth, kReset, kPlain>(
             lif, lif.v_reset, [&](int, int i) { return to_float(x_here[i]); },
             [&](int k, const float(&h)[kWidth]) {
 #pragma unroll
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_forward(
                         from_float<Element>(lif.fires(h[i]) ? sigmoid<Element>(a[k] * to_float(spatial_here[i])) : 0.0f);
                 store_vector(membrane + k * images * image_size + neuron, gated[k]);
             });
-        run_through_time<kSteps, kWidth, kReset>(
+        run_through_time<kSteps, kWidth, kReset, kPlain>(
             lif, lif.v_reset, [&](int k, int i) { return to_float(gated[k][i]); },
             [&](int k, const float(&h)[kWidth]) {
                 store_spikes(lif, h, spikes + k * images * image_size, neuron);
@@ -84,10 +84,10 @@ __device__ __forceinline__ float sum_over_block(float value) {
     return sum;
 }
 
-// grad_membrane and grad_spikes may be null (zero). grad_temporal_partials: [blocks_per_image, T, images].
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
+// grad_temporal_partials: [blocks_per_image, T, images].
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
-    const Element* __restrict__ NULLABLE grad_membrane, const Element* __restrict__ NULLABLE grad_spikes,
+    const Element* __restrict__ grad_membrane, const Element* __restrict__ grad_spikes,
     const Element* __restrict__ x, const float* __restrict__ temporal, const Element* __restrict__ spatial,
     LIF lif,
     Element* __restrict__ grad_x, float* __restrict__ grad_temporal_partials, Element* __restrict__ grad_spatial,
@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
         const auto x_here = load_vector<kWidth>(x + neuron);
         const auto spatial_here = load_vector<kWidth>(spatial + neuron);
         Vector<Element, kWidth> direct_seq[kSteps], grad_seq[kSteps];
-        if (grad_membrane) load_sequence(grad_membrane, images * image_size, neuron, direct_seq);
-        if (grad_spikes) load_sequence(grad_spikes, images * image_size, neuron, grad_seq);
+        load_sequence(grad_membrane, images * image_size, neuron, direct_seq);
+        load_sequence(grad_spikes, images * image_size, neuron, grad_seq);
 
         float h[kSteps][kWidth];  // the encoder's membrane potentials
-        run_through_time<kSteps, kWidth, kReset>(
+        run_through_time<kSteps, kWidth, kReset, kPlain>(
             lif, lif.v_reset, [&](int, int i) { return to_float(x_here[i]); },
             [&](int k, const float(&h_k)[kWidth]) {
 #pragma unroll
@@ -118,17 +118,17 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
         float grad_v[kWidth], grad_x_here[kWidth], grad_spatial_here[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) grad_v[i] = grad_x_here[i] = grad_spatial_here[i] = 0.0f;
-        run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
+        run_back_through_time<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
             lif, lif.v_reset,
             [&](int k, int i) {
                 const float gate = sigmoid<Element>(a[k] * to_float(spatial_here[i]));
                 return to_float(from_float<Element>(lif.fires(h[k][i]) ? gate : 0.0f));
             },
-            [&](int k, int i) { return grad_spikes ? to_float(grad_seq[k][i]) : 0.0f; },
+            [&](int k, int i) { return to_float(grad_seq[k][i]); },
             [&](int k, const float(&through_spikes)[kWidth]) {
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
-                    const float grad = through_spikes[i] + (grad_membrane ? to_float(direct_seq[k][i]) : 0.0f);
+                    const float grad = through_spikes[i] + to_float(direct_seq[k][i]);
                     const float score_factor = to_float(spatial_here[i]);
                     const float gate = sigmoid<Element>(a[k] * score_factor);
                     const float grad_score = lif.fires(h[k][i]) ? grad * gate * (1.0f - gate) : 0.0f;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_lif_backward(
                     grad_a[k] += score_factor * grad_score;
                     const float grad_h = lif.charge_gradient<kReset, kDetached, Surrogate>(
                         h[k][i], grad * gate, grad_v[i]);
-                    grad_x_here[i] += lif.gain * grad_h;
+                    grad_x_here[i] += lif.input_gradient<kPlain>(grad_h);
                     grad_v[i] = lif.decay * grad_h;
                 }
             });

@@ -17,7 +17,7 @@ __device__ __forceinline__ long long first_neuron() {
 }
 
 // v_init may be null (all neurons start at v_start), v_final may be null (not wanted).
-template <typename Element, int kSteps, bool kWholeSequence, int kWidth, Reset kReset>
+template <typename Element, int kSteps, bool kWholeSequence, int kWidth, Reset kReset, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1) lif_forward(
     const Element* __restrict__ x_seq, const float* __restrict__ NULLABLE v_init, float v_start,
     LIF lif,
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_forward(
 #pragma unroll
             for (int lane = 0; lane < kWidth; ++lane) {
                 float h;
-                v[lane] = lif.step<kReset>(v[lane], to_float(x[k][lane]), h);
+                v[lane] = lif.step<kReset, kPlain>(v[lane], to_float(x[k][lane]), h);
                 s[lane] = from_float<Element>(lif.fires(h) ? 1.0f : 0.0f);
             }
             store_vector(spikes + (start + k) * frame_size + neuron, s);
@@ -50,7 +50,9 @@ __global__ void __launch_bounds__(kThreads, 1) lif_forward(
 // Membrane potentials are not stored by the forward pass but computed again, chunk by chunk from the last one.
 // Where there are several chunks, a first sweep leaves the potential before each chunk but the first in
 // v_boundary [chunks - 1, N]. Each gradient may be null: incoming ones are zero then, outgoing ones not wanted.
-template <typename Element, int kSteps, bool kWholeSequence, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
+template <
+    typename Element, int kSteps, bool kWholeSequence, int kWidth, Reset kReset, bool kPlain, bool kDetached,
+    typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) lif_backward(
     const Element* __restrict__ NULLABLE grad_spikes, const float* __restrict__ NULLABLE grad_v_final,
     const Element* __restrict__ x_seq, const float* __restrict__ NULLABLE v_init, float v_start,
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_backward(
 #pragma unroll
                 for (int lane = 0; lane < kWidth; ++lane) {
                     float h;
-                    v[lane] = lif.step<kReset>(v[lane], to_float(x[k][lane]), h);
+                    v[lane] = lif.step<kReset, kPlain>(v[lane], to_float(x[k][lane]), h);
                 }
             store_floats(v_boundary + chunk * frame_size, neuron, v);
         }
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_backward(
 #pragma unroll
             for (int lane = 0; lane < kWidth; ++lane)
                 if (kWholeSequence || start + k < T)
-                    v[lane] = lif.step<kReset>(v[lane], to_float(x[k][lane]), h[k][lane]);
+                    v[lane] = lif.step<kReset, kPlain>(v[lane], to_float(x[k][lane]), h[k][lane]);
 
 #pragma unroll
         for (int k = kSteps - 1; k >= 0; --k) {
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1) lif_backward(
             for (int lane = 0; lane < kWidth; ++lane) {
                 const float grad_h = lif.charge_gradient<kReset, kDetached, Surrogate>(
                     h[k][lane], grad_spikes ? to_float(grad_s[k][lane]) : 0.0f, grad_v[lane]);
-                grad_x_t[lane] = from_float<Element>(lif.gain * grad_h);
+                grad_x_t[lane] = from_float<Element>(lif.input_gradient<kPlain>(grad_h));
                 grad_v[lane] = lif.decay * grad_h;
             }
             if (grad_x) store_vector(grad_x + (start + k) * frame_size + neuron, grad_x_t);

@@ -15,9 +15,17 @@ struct LIF {
     float surrogate_b;
 
     // Each operation rounds on its own (no fused multiply-add), in the order of the reference in gac/ops/lif.py:
-    // so the spikes are the reference's, bit for bit.
+    // so the spikes are the reference's, bit for bit. kPlain: gain is 1 and bias 0, which need no instructions then.
+    template <bool kPlain>
     __device__ __forceinline__ float charge(float v, float x) const {
-        return __fadd_rn(__fadd_rn(__fmul_rn(decay, v), __fmul_rn(gain, x)), bias);
+        const float leaked = __fmul_rn(decay, v);
+        return kPlain ? __fadd_rn(leaked, x) : __fadd_rn(__fadd_rn(leaked, __fmul_rn(gain, x)), bias);
+    }
+
+    // The gradient of x_t from that of h_t.
+    template <bool kPlain>
+    __device__ __forceinline__ float input_gradient(float grad_h) const {
+        return kPlain ? grad_h : gain * grad_h;
     }
 
     __device__ __forceinline__ bool fires(float h) const { return h > threshold; }
@@ -27,14 +35,14 @@ struct LIF {
         return kReset == Reset::hard ? v_reset : __fadd_rn(h, -threshold);
     }
 
-    template <Reset kReset>
+    template <Reset kReset, bool kPlain>
     __device__ __forceinline__ float step(float v, float x, float& h) const {
-        h = charge(v, x);
+        h = charge<kPlain>(v, x);
         return fires(h) ? after_spike<kReset>(h) : h;
     }
 
-    // The gradient of h_t from grad_s, that of s_t, and grad_v, that of v_t; gain times it is the gradient of
-    // x_t, decay times it that of v_{t-1}. kDetached: the spike inside the reset counts as a constant.
+    // The gradient of h_t from grad_s, that of s_t, and grad_v, that of v_t; decay times it is that of v_{t-1}.
+    // kDetached: the spike inside the reset counts as a constant.
     template <Reset kReset, bool kDetached, typename Surrogate>
     __device__ __forceinline__ float charge_gradient(float h, float grad_s, float grad_v) const {
         const float through_reset = kReset == Reset::hard ? v_reset - h : -threshold;

@@ -7,7 +7,7 @@
 #include "tile.cuh"
 #include "time_steps.cuh"
 
-template <typename Element, int kSteps, int kWidth, Reset kReset>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1) norm_lif_forward(
     const Element* __restrict__ y, Norm norm_of, LIF lif,
     Element* __restrict__ spikes, long long rows, int channels) {
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_forward(
         const long long neuron = row * channels + tile.channel;
         Vector<Element, kWidth> y_seq[kSteps];
         load_sequence(y, frame_size, neuron, y_seq);
-        run_through_time<kSteps, kWidth, kReset>(
+        run_through_time<kSteps, kWidth, kReset, kPlain>(
             lif, lif.v_reset, [&](int k, int i) { return norm.apply(i, to_float(y_seq[k][i])); },
             [&](int k, const float(&h)[kWidth]) { store_spikes(lif, h, spikes + k * frame_size, neuron); });
     }
@@ -29,14 +29,15 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_forward(
 // What both passes of the backward do in a row: emit(k, y, grad) gets the input and the gradient of the normalised
 // input of each time step.
 template <
-    int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate, typename Element, typename Emit>
+    int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate, typename Element,
+    typename Emit>
 __device__ __forceinline__ void norm_lif_row(
     const Element* grad_spikes, const Element* y, const Normalization<kWidth>& norm, const LIF& lif,
     long long frame_size, long long neuron, Emit emit) {
     Vector<Element, kWidth> y_seq[kSteps], grad_seq[kSteps];
     load_sequence(y, frame_size, neuron, y_seq);
     load_sequence(grad_spikes, frame_size, neuron, grad_seq);
-    run_back_through_time<kSteps, kWidth, kReset, kDetached, Surrogate>(
+    run_back_through_time<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
         lif, lif.v_reset,
         [&](int k, int i) { return norm.apply(i, to_float(y_seq[k][i])); },
         [&](int k, int i) { return to_float(grad_seq[k][i]); },
@@ -45,7 +46,7 @@ __device__ __forceinline__ void norm_lif_row(
 
 // Pass 1: partials [gridDim.x, 2, channels] of the sums over all rows and time steps of the gradient of the
 // normalised input, and of that times (y - mean).
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_sums(
     const Element* __restrict__ grad_spikes, const Element* __restrict__ y,
     Norm norm_of, LIF lif,
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_sums(
     if (tile.active) {
         const Normalization<kWidth> norm(norm_of, tile.channel);
         for (long long row = tile.first_row(); row < rows; row += tile.row_step())
-            norm_lif_row<kSteps, kWidth, kReset, kDetached, Surrogate>(
+            norm_lif_row<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
                 grad_spikes, y, norm, lif, rows * channels, row * channels + tile.channel,
                 [&](int, const Vector<Element, kWidth>& y_k, const float(&grad)[kWidth]) {
 #pragma unroll
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_sums(
 // Pass 2: the gradient of y. sums [2, channels]: of the gradient, and of the gradient times the normalised y before
 // weight and bias; inverse_count is one over the number of values that they were taken over, or 0 where mean and
 // inverse_std do not depend on y.
-template <typename Element, int kSteps, int kWidth, Reset kReset, bool kDetached, typename Surrogate>
+template <typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate>
 __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_input(
     const Element* __restrict__ grad_spikes, const Element* __restrict__ y,
     Norm norm_of, LIF lif,
@@ -88,9 +89,10 @@ __global__ void __launch_bounds__(kThreads, 1) norm_lif_backward_input(
         norm_of.weight, norm_of.mean, norm_of.inverse_std, sums, sums + channels, inverse_count, tile.channel);
     const long long frame_size = rows * channels;
 
-    for (long long row = tile.first_row(); row < rows; row += tile.row_step()) {
-        const long long neuron = row * channels + tile.channel;
-        norm_lif_row<kSteps, kWidth, kReset, kDetached, Surrogate>(
+    // Begins with the rows that pass 1 ended with, as some of them are still in the L2 cache.
+    for (long long done = tile.first_row(); done < rows; done += tile.row_step()) {
+        const long long neuron = (rows - 1 - done) * channels + tile.channel;
+        norm_lif_row<kSteps, kWidth, kReset, kPlain, kDetached, Surrogate>(
             grad_spikes, y, norm, lif, frame_size, neuron,
             [&](int k, const Vector<Element, kWidth>& y_k, const float(&grad)[kWidth]) {
                 float grad_y_k[kWidth];

@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_vector(Element* address, const Vector<Elem
     auto* to = reinterpret_cast<typename Packed::Access*>(address);
 #pragma unroll
     for (int i = 0; i < kWidth / Packed::kPerAccess; ++i) {
-        if constexpr (sizeof(to[i]) > 4) {
+        if constexpr (Packed::kPerAccess > 1) {
             unsigned int words[sizeof(to[i]) / 4];
             memcpy(words, &vector.access[i], sizeof words);
             store_words(to + i, words);

@@ -60,7 +60,7 @@ def test_one_and_true_are_different_arguments() -> None:
 
 def test_compiler_errors_show_the_log() -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC")
-    kernel = Kernel("lif.cu", "lif_forward<double, 1, true, 1, Reset::sideways>", ())
+    kernel = Kernel("lif.cu", "lif_forward<double, 1, true, 1, Reset::sideways, true>", ())
     with pytest.raises(RuntimeError, match=r"(?s)does not compile \(-arch=sm_90\).*sideways"):
         compiler.compile_kernel(kernel, 90)
 
@@ -68,7 +68,7 @@ def test_compiler_errors_show_the_log() -> None:
 def test_gpus_newer_than_nvrtc_get_ptx() -> None:
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed; it brings NVRTC").cuda.nvrtc
     newest = max(nvrtc.getSupportedArchs())
-    kernel = lif.forward_kernel(torch.float32, 4, 4, "Reset::hard")
+    kernel = lif.forward_kernel(torch.float32, 4, 4, "Reset::hard, true")
     compiled = compiler.compile_kernel(kernel, newest + 1)
     assert f".target sm_{newest}".encode() in compiled.binary
     assert compiled.name.encode() in compiled.binary
