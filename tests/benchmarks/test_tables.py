@@ -71,6 +71,13 @@ def test_others_count_in_their_faster_order_and_of_equal_ones_the_first():
     ]
 
 
+def test_the_memory_of_others_is_that_of_their_faster_order():
+    cells = [cell("ours-cupy", timed(10), timed(1), peak=2**30), cell("spikingjelly", timed(20), timed(2), peak=2**31)]
+    slower = cell("spikingjelly", timed(30), timed(3), "NCHW", peak=2**32)
+    for order in ([*cells, slower], [slower, *cells]):
+        assert tables.throughput({"cells": order}).endswith("\n| ours-cupy | spikingjelly | 2.00 | 2.00 | 0.50 |")
+
+
 def test_what_had_no_memory_stands_in_the_table(tmp_path):
     content = json.loads((H200 / "throughput.json").read_text())
     for each in content["cells"]:
