@@ -17,7 +17,6 @@ from gac.ops.cuda.compiler import ELEMENTS, Kernel
 _log = logging.getLogger("gac")
 Choice = Literal["cupy", "c", "torch"]
 """What runs an operation: the CUDA kernels, which CuPy loads, their C versions on the CPU, or torch."""
-_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY in cuda.h
 
 
 def cupy_installed() -> bool:
@@ -76,9 +75,6 @@ def cupy_status(device: torch.device) -> Status:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError) as error:
-        # CuPy's error for the driver has its number.
-        if getattr(error, "status", None) == _OUT_OF_MEMORY:
-            raise torch.OutOfMemoryError(f"{device} has no memory left to load a kernel") from error
         hint = "python -m gac.doctor shows the whole error"
         return Status(False, f"a kernel does not run on {device}: {_first_line(error)}", hint)
     return toolchain

@@ -191,15 +191,27 @@ def _describe(argument: Argument) -> str:
     return f"{argument.dtype} on {argument.device}{' that waits for a negation' if argument.is_neg() else ''}"
 
 
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY in cuda.h
+
+
 @functools.cache
 def _loaded_function(kernel: Kernel, device_index: int) -> tuple[Any, Callable[..., None]]:
-    """Return a kernel as CuPy loads it (its ``ptr`` is the driver's handle), and the driver's function to launch it."""
+    """Return a kernel as CuPy loads it (its ``ptr`` is the driver's handle), and the driver's function to launch it.
+
+    Raises torch.OutOfMemoryError if the device has no memory left for it.
+    """
     from cupy.cuda import driver, function
 
     major, minor = torch.cuda.get_device_capability(device_index)
     binary, name = compiler.compile_once(kernel, 10 * major + minor)
     module = function.Module()
-    module.load(binary)
+    try:
+        module.load(binary)
+    except RuntimeError as error:
+        # CuPy's error for the driver has its number.
+        if getattr(error, "status", None) == _OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError(f"cuda:{device_index} has no memory left to load a kernel") from error
+        raise
     return module.get_function(name), driver.launchKernel
 
 

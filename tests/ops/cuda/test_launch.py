@@ -140,3 +140,25 @@ def test_wrong_structs_are_refused(struct: object, with_structs: Path, launched:
     with pytest.raises(TypeError, match="argument 1 of mixed is a Mixed on cpu, got "):
         launch.launch(kernel, (1,), (1,), (torch.zeros(7), struct, None, 7.0))
     assert launched == []
+
+
+@pytest.mark.parametrize(("status", "raised"), [(2, torch.OutOfMemoryError), (999, RuntimeError)])
+def test_no_memory_to_load_a_kernel_is_out_of_memory(
+    status: int, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.function
+    error = RuntimeError("what the driver says")
+    error.status = status
+
+    class Module:
+        def load(self, binary: bytes) -> None:
+            raise error
+
+    monkeypatch.setattr(function, "Module", Module)
+    monkeypatch.setattr(compiler, "compile_once", lambda *_: (b"", "probe"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with pytest.raises(raised) as found:
+        launch._loaded_function(Kernel("probe.cu", "probe", ("float*",)), 0)
+    assert type(found.value) is raised
+    # Asked again, it is tried again.
+    assert launch._loaded_function.cache_info().currsize == 0
