@@ -219,11 +219,13 @@ def _known(block: nn.Module) -> bool:
     """Return whether a block and its layers need not be called: others than this package's run as they were written."""
     if not _bypassable(block, MSBlock):
         return False
-    shortcut = block.__dict__["_modules"]["shortcut"]
-    return not (type(shortcut) is nn.Identity and _hooked(shortcut)) and all(
-        _bypassable(layer, ConvNorm) and _applicable(layer.__dict__["_modules"]["norm"])
-        for layer in _convolutions(block)
-    )
+    shortcut, layers = block.__dict__["_modules"]["shortcut"], _convolutions(block)
+    if type(shortcut) is nn.Identity and _hooked(shortcut):
+        return False
+    if not all(_bypassable(layer, ConvNorm) and _applicable(layer.__dict__["_modules"]["norm"]) for layer in layers):
+        return False
+    # The kernel of the residual sum takes both of its BatchNorms in one mode.
+    return len({(layer.norm.training, layer.norm.synchronized) for layer in layers[1:]}) == 1
 
 
 def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -233,11 +235,11 @@ def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _applicable(norm: nn.Module) -> bool:
     """Return whether the kernels can apply a BatchNorm: not a converted SyncBatchNorm or a half-precision one."""
-    return (
-        _bypassable(norm, BatchNorm2d)
-        and norm.momentum is not None
-        and norm._buffers.get("running_mean") is not None
-        and all(_is_float32(norm._parameters.get(name)) for name in ("weight", "bias"))
+    if not (_bypassable(norm, BatchNorm2d) and norm.momentum is not None and norm.track_running_stats):
+        return False
+    members, batches = norm._parameters | norm._buffers, norm._buffers.get("num_batches_tracked")
+    return (batches is None or batches.dtype == torch.int64) and all(
+        _is_float32(members.get(name)) for name in ("weight", "bias", "running_mean", "running_var")
     )
 
 

@@ -210,6 +210,14 @@ def test_bad_input(y: Tensor, shortcut: Tensor, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("other", [{"from_batch": True}, {"synchronized": True}], ids=lambda other: next(iter(other)))
+def test_two_kinds_of_statistics_are_refused(other: dict) -> None:
+    normalization = fused.fixed_statistics(GOOD, torch.ones(8), torch.ones(8))
+    with pytest.raises(InputError, match="both be in training or both in evaluation mode") as error:
+        residual_lif.residual_lif(GOOD, normalization, GOOD, replace(normalization, **other), CIFAR)
+    assert "\n" not in str(error.value)
+
+
 def test_float64_is_refused_without_a_neuron() -> None:
     normalization = fused.fixed_statistics(GOOD, torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match=r"got torch\.float64; use backend='torch'"):
