@@ -1,4 +1,4 @@
-"""The end of a residual block and the next LIF layer in one pass: specification, CUDA operators, public function.
+"""The end of a residual block and the next LIF layer in one pass: specification, operators, public function.
 
 The kernels (``kernels/residual_lif.cu``) add the normalised output of the block's last convolution to the shortcut,
 write the sum (the membrane stream) and, in the same pass, the spikes of the LIF layer that reads it. The backward
