@@ -170,6 +170,19 @@ def test_a_frozen_batch_norm_stays_as_it_is(device: str) -> None:
         assert torch.equal(buffer, before[key]), key
 
 
+def test_evaluation_with_another_epsilon_in_each_batch_norm(device: str) -> None:
+    net = network().to(device).eval()
+    for i, module in enumerate(module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        module.eps = 0.1 * (i + 1)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = images(device)
+    with torch.no_grad():
+        logits, expected = net(x), plain(x)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("part", ["conv1", "conv2", "shortcut"])
 def test_one_frozen_batch_norm_of_a_block(part: str, device: str) -> None:
     net = network().to(device)

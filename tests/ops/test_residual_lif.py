@@ -62,6 +62,11 @@ def test_every_length_dtype_and_neuron(case: Case, device: str) -> None:
     assert_kernels_equal_reference(leaves_of_sum(case, shortcut, device), case.neuron)
 
 
+@pytest.mark.parametrize("neuron", [fused.SOFT, fused.NONZERO], ids=["soft", "nonzero"])
+def test_neurons_with_a_gain_and_a_bias(neuron: LIFParameters, device: str) -> None:
+    assert_kernels_equal_reference(leaves_of_sum(DEFAULT, "normalized", device), neuron)
+
+
 @pytest.mark.parametrize("without", [None, 0, 1], ids=["both", "only-spikes", "only-membrane"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_every_combination_of_gradients(shortcut: str, without: int | None, device: str) -> None:
