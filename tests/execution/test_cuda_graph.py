@@ -490,14 +490,15 @@ def test_a_run_that_is_out_of_memory_says_so(
     assert warning.endswith("cpu has no memory to try them on a copy of the network")
 
 
-def test_steps_that_hooks_watch_are_not_replayed(captures: Captures, tmp_path: Path) -> None:
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_steps_that_hooks_watch_are_not_replayed(register: str, captures: Captures, tmp_path: Path) -> None:
     config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=3))
     called = []
 
     def watch(trainer: Trainer) -> None:
         # The fifth step would be the second that is replayed.
         if trainer.position.step == 5:
-            trainer.network.head.register_forward_hook(lambda module, inputs, output: called.append(module.training))
+            getattr(trainer.network.head, register)(lambda module, given, found: called.append(module.training))
 
     train(graph(config, True), tmp_path / "watched", after_step=watch)
     assert captures.runs[0].captured > 0
