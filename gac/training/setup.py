@@ -41,6 +41,10 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
                 f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: set it to auto or"
                 " false"
             )
+    if device.type != "cuda":
+        for name in ("cuda_graph", "overlap_weight_gradients"):
+            if getattr(config.train, name) is True:
+                logger.warning("train.%s true is for CUDA devices: on %s it does nothing", name, device)
     return device
 
 
