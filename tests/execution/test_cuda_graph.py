@@ -487,7 +487,7 @@ def test_a_run_that_is_out_of_memory_says_so(
     assert not warnings_of(caplog)
     train(graph(config, "auto"), tmp_path / "auto")
     (warning,) = warnings_of(caplog)
-    assert warning.endswith("cpu has no memory to try them on a copy of the network")
+    assert warning.endswith("cpu has no memory to try graphs on a copy of the network")
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
