@@ -61,7 +61,7 @@ def test_measures_and_reports(tmp_path, capsys, proven_kernels, monkeypatch):
     assert status == 0, printed.err
     assert proven_kernels == [(("tests/ops",), "c_kernels")]
     assert "skipped" not in printed.out
-    for name in ("lif", "norm_lif", "residual_lif", "gate_lif", "lif_pool"):
+    for name in ("lif", "norm_lif", "residual_lif", "gate_lif", "residual_lif_pool"):
         assert any(each.startswith(f"{name}_forward") for each in launched)
         assert any(each.startswith(f"{name}_backward") for each in launched)
     assert "batch_moments_partials" in launched
@@ -101,7 +101,7 @@ def test_sizes_are_those_of_the_network():
 @pytest.mark.c_compiler
 def test_other_types_are_left_out_on_a_cpu(capsys, tmp_path):
     file = tmp_path / "result.json"
-    few = ["--operations", "lif_pool", "--dtype", "float16", "float32", "--json", str(file)]
+    few = ["--operations", "residual_lif_pool", "--dtype", "float16", "float32", "--json", str(file)]
     assert kernels.main([*SMALL, *few]) == 0
     assert (
         capsys.readouterr().out.count("\nskipped       float16: on a CPU there are C kernels for float32 only\n") == 1

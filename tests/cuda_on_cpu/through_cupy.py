@@ -15,7 +15,7 @@ import torch
 from cuda_on_cpu import stand_in_driver
 from cuda_on_cpu.launcher import KernelsOnCpu, parameters
 from cuda_on_cpu.stand_in_driver import BLOCKS, CAPABILITIES, MULTIPROCESSORS, StandInDriver
-from gac.ops import backend, lif
+from gac.ops import backend, batch_norm, lif
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import KERNEL_FOLDER, Kernel
 from ops import fused
@@ -60,6 +60,7 @@ def every_operator() -> list[torch.Tensor]:
     return [
         *run_network(leaves_of_network("cpu"), running=running),
         *running,
+        batch_norm.batch_moments(x),
         *run(lif.lif, x, 0.25, fused.CIFAR, with_grad_v=False),
         *run(lif.lif, x, x[0].float(), fused.CIFAR, with_grad_v=True),
         answer,
