@@ -140,7 +140,9 @@ class Trainer:
         self.step = TrainingStep(
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
-        self._graphs = choose_graphs(config, self.device, ranks, self.network)
+        teacher = None if self.distillation is None else self.distillation.teacher
+        run = [self.network] if teacher is None else [self.network, teacher.network]
+        self._graphs = choose_graphs(config, self.device, ranks, *run)
         self._replayed_step = None if self._graphs is None else self._graphs.replaying(self.step, self.step.abandon)
         evaluation = (self.device, config.train.amp, config.train.channels_last, self._graphs)
         self.networks = {"raw": self.network, **({} if self.average is None else {"ema": self.average.network})}

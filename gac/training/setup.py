@@ -48,12 +48,15 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
     return device
 
 
-def choose_graphs(config: Config, device: torch.device, ranks: Ranks, network: MSResNet) -> Graphs | None:
-    """Return what replays the run's steps: where that is demanded, and with "auto" where it is possible, on CUDA."""
+def choose_graphs(config: Config, device: torch.device, ranks: Ranks, *networks: MSResNet) -> Graphs | None:
+    """Return what replays the run's steps: where that is demanded, and with "auto" where it is possible, on CUDA.
+
+    ``networks`` are those that the steps run: the one that learns and its teacher, if it has one.
+    """
     wanted = config.train.cuda_graph
     if wanted == "auto":
         possible = device.type == "cuda" and ranks.size == 1 and config.model.takes_normalized_images
-        wanted = possible and _runs_own_kernels(network, device)
+        wanted = possible and all(_runs_own_kernels(network, device) for network in networks)
     return select_graphs(wanted, device)
 
 
