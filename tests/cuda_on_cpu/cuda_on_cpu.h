@@ -26,8 +26,6 @@ extern dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
 
 inline unsigned int __float_as_uint(float value) {
     unsigned int bits;

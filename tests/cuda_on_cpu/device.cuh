@@ -14,6 +14,10 @@ inline unsigned short half_bits_from_float(float value) {
     return bits;
 }
 
+inline float approximate_exp2(float x) { return exp2f(x); }
+
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
+
 template <int kWords>
 inline void store_words(void* address, const unsigned int (&words)[kWords]) {
     // By assignment, so that the sanitizer sees a wrong alignment.

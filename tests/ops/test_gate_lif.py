@@ -45,11 +45,12 @@ def gate_error(dtype: torch.dtype, scores: Tensor) -> Tensor:
     """Return the relative error that a gate may have before it is rounded to ``dtype``, as the kernels compute it.
 
     In units in the last place of float32: of the score half of one, which changes the exponential by |score| times as
-    much; of the exponential, the division and the sum what the CUDA C++ Programming Guide states (mathematical
-    functions appendix): expf 2 and a division half of one; __expf 2 + 1.173 |score| and __fdividef 2.
+    much; of the sum half of one; of the exponential and the division what NVIDIA states. In float32 expf 2 and half of
+    one (CUDA C++ Programming Guide, mathematical functions); else, by PTX's manual, ex2.approx 2 and rcp.approx 1, and
+    log2(e) and its product with the score are rounded, each to half of one.
     """
     score = scores.abs()
-    exponential, division = (2, 0.5) if dtype == torch.float32 else (2 + 1.173 * score, 2)
+    exponential, division = (2, 0.5) if dtype == torch.float32 else (2 + score, 1)
     return torch.finfo(torch.float32).eps * (0.5 * score + exponential + 0.5 + division)
 
 

@@ -25,6 +25,20 @@ __device__ __forceinline__ unsigned short bfloat16_bits_from_float(float value) 
 }
 #endif
 
+// 2^x and 1/x within 2^-22 and 1 unit in the last place, and 0 instead of what is subnormal: an instruction each, while
+// __expf and __fdividef scale their argument and their result for subnormal ones.
+__device__ __forceinline__ float approximate_exp2(float x) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
 // One access of 4 kWords bytes. Before sm_100 the compiler splits an assignment into stores of single elements where it
 // cannot prove the address's alignment. The address must be a multiple of 4 kWords.
 template <int kWords>

@@ -12,11 +12,12 @@
 // The block size that gac/ops/gate_lif.py launches with. Each image has blocks_per_image blocks.
 constexpr int kThreads = 128;
 
-// What is stored in half precision is rounded by more than the fast functions' error; an exact division and
+// What is stored in half precision is rounded by more than the approximations' error; an exact division and
 // exponential would take longer than moving the data does.
 template <typename Element>
 __device__ __forceinline__ float sigmoid(float score) {
-    return __fdividef(1.0f, 1.0f + __expf(-score));
+    constexpr float kLog2OfE = 1.44269504f;
+    return approximate_reciprocal(1.0f + approximate_exp2(-kLog2OfE * score));
 }
 
 template <>
