@@ -86,6 +86,7 @@ class Candidate:
         config = TrainConfig(learning_rate=learning_rate, momentum=0.9, weight_decay=5e-5)
         self.optimizer = make_optimizer(self.network.parameters(), config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
+        self._convolution_weights = [parameter for parameter in self.network.parameters() if parameter.dim() == 4]
         self._executor = select_executor(implementation.overlapped, device)
         self._loss: Tensor | None = None
         self._replayed: dict[Callable, Replayed] | None = {} if implementation.replayed else None
@@ -109,8 +110,7 @@ class Candidate:
 
     def _train(self) -> Tensor:
         self.optimizer.zero_grad()
-        weights = [parameter for parameter in self.network.parameters() if parameter.dim() == 4]
-        with nullcontext() if self._executor is None else overlapped(weights, self._executor):
+        with nullcontext() if self._executor is None else overlapped(self._convolution_weights, self._executor):
             with self.setting.autocast():
                 logits = self.network(self.images)
                 loss = F.cross_entropy(logits.float().mean(self.implementation.time_dimension), self.labels)

@@ -274,10 +274,10 @@ class TrainConfig:
     sync_batch_norm: bool = False
     """With several processes: let BatchNorm take its statistics over the images of all of them, not of each one."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Replay each step of training and of evaluation on a CUDA device as one captured graph, which takes the host's
-    time per step away; for training in one process, and not for rate, latency and phase coding. auto: in training
+    """Replay each step of training and of evaluation on a CUDA device as one captured graph, which saves the host's
+    time for each step; for training in one process, and not for rate, latency and phase coding. auto: in training
     with this package's kernels, once replays on a copy of the network have turned out to do what the steps do; true
-    demands it, with other kernels and in eval.py too. No whole run with it was made on a GPU yet."""
+    demands it, with other kernels and in eval.py too. No whole run with it has been made on a GPU yet."""
     channels_last: bool = True
     """Keep activations in channels_last memory order, which convolutions and the CUDA kernels run fastest with; on the
     CPU in evaluation only."""

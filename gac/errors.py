@@ -1,4 +1,4 @@
-"""The one exception for bad input, and lists in its messages."""
+"""The one exception for bad input, and what its messages are made of."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,13 @@ class InputError(ValueError):
             # What was wrong stands at the beginning, what to do at the end.
             message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error that says something, or its type's name."""
+    # Some draw a line above it.
+    lines = (line.strip(" =") for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def first_few(names: Sequence[str]) -> str:

@@ -194,8 +194,8 @@ def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(payload.get(key), kind):
             raise InputError(f"its entry {key} is missing or damaged")
     # Not all files have these.
-    for key, kind in (("epoch", int | None), ("weights", str | None), ("backend", str | None)):
-        if not isinstance(payload.get(key), kind):
+    for key, kind in (("epoch", int), ("weights", str), ("backend", str), ("backend_reason", str)):
+        if not isinstance(payload.get(key), kind | None):
             raise InputError(f"its entry {key} is damaged")
     model = read_config(payload).with_neuron().model
     arguments = (

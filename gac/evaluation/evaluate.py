@@ -138,5 +138,6 @@ def evaluate(
 
 
 def has_hooks(network: nn.Module) -> bool:
-    """Return whether a module of ``network`` has a hook for its forward pass, which a replay would not call."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    """Return whether a module of ``network`` has a hook on its forward or backward pass: no replay calls it."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in network.modules() for kind in kinds)

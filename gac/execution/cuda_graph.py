@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gac.config import ModelConfig
-from gac.errors import InputError
+from gac.errors import InputError, first_line
 
 logger = logging.getLogger("gac")
 
@@ -166,12 +166,6 @@ class Graphs:
 def select_graphs(wanted: bool, device: torch.device) -> Graphs | None:
     """Return what replays the work of a run on ``device`` if that is ``wanted``; None on other devices than CUDA's."""
     return Graphs(functools.partial(CaptureOnDevice, device)) if wanted and device.type == "cuda" else None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message that says something, or its type's name."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
 
 
 class CaptureOnDevice:

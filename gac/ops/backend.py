@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gac.errors import InputError
+from gac.errors import InputError, first_line
 from gac.ops import c_kernels
 from gac.ops.c_kernels import Status
 from gac.ops.cuda import launch
@@ -37,7 +37,7 @@ def toolchain_status() -> Status:
         import cupy
         from cupy.cuda import driver, nvrtc
     except (ImportError, AttributeError) as error:  # CuPy 13 asks NumPy 2 for names that it no longer has
-        return Status(False, f"CuPy cannot be imported: {_first_line(error)}", command)
+        return Status(False, f"CuPy cannot be imported: {first_line(error)}", command)
     cupy_major = driver.get_build_version() // 1000
     if cupy_major != major:
         return Status(
@@ -49,7 +49,7 @@ def toolchain_status() -> Status:
         version = nvrtc.getVersion()
     except (RuntimeError, ImportError, OSError) as error:
         package = "nvidia-cuda-nvrtc" if major >= 13 else f"nvidia-cuda-nvrtc-cu{major}"
-        return Status(False, f"CuPy cannot load NVRTC: {_first_line(error)}", f"pip install {package}")
+        return Status(False, f"CuPy cannot load NVRTC: {first_line(error)}", f"pip install {package}")
     return Status(True, f"CuPy {cupy.__version__} with NVRTC {version[0]}.{version[1]}")
 
 
@@ -76,7 +76,7 @@ def cupy_status(device: torch.device) -> Status:
         raise
     except (RuntimeError, OSError) as error:
         hint = "python -m gac.doctor shows the whole error"
-        return Status(False, f"a kernel does not run on {device}: {_first_line(error)}", hint)
+        return Status(False, f"a kernel does not run on {device}: {first_line(error)}", hint)
     return toolchain
 
 
@@ -90,11 +90,6 @@ def probe(device: torch.device) -> None:
     launch.launch(Kernel("probe.cu", "probe", ("float*",)), (1,), (1,), (answer,))
     if answer.item() != 42.0:
         raise RuntimeError("it was launched but left no result")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip(" =") for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)
 
 
 def choose_backend(

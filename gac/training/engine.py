@@ -26,8 +26,6 @@ from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
 from gac.execution.environment import describe_backend
 from gac.files import writing
-from gac.neuron import LIFNode
-from gac.ops.backend import Choice
 from gac.training.checkpoints import CheckpointInterval, StateAdapter
 from gac.training.distillation import make_distillation
 from gac.training.ema import MovingAverage
@@ -142,7 +140,9 @@ class Trainer:
         self.step = TrainingStep(
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
-        self._graphs = choose_graphs(config, self.device, ranks, self.network)
+        teacher = None if self.distillation is None else self.distillation.teacher
+        run = [self.network] if teacher is None else [self.network, teacher.network]
+        self._graphs = choose_graphs(config, self.device, ranks, *run)
         self._replayed_step = None if self._graphs is None else self._graphs.replaying(self.step, self.step.abandon)
         evaluation = (self.device, config.train.amp, config.train.channels_last, self._graphs)
         self.networks = {"raw": self.network, **({} if self.average is None else {"ema": self.average.network})}
@@ -299,9 +299,10 @@ class Trainer:
         skipped, test_skipped = self.ranks.sum(position.skipped_images, self.data.test.skipped)
         self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
         self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
+        backend = describe_backend(self.network, self.device)["backend"]
         graphs = self._graphs is not None and self._graphs.in_use
         metrics = epoch_metrics(
-            self.config.train, position, totals, scores, self.batches, skipped, test_skipped, self._backend(), graphs
+            self.config.train, position, totals, scores, self.batches, skipped, test_skipped, backend, graphs
         )
         measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
         measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
@@ -324,11 +325,6 @@ class Trainer:
         if best is not None:
             with writing(self.folder.best):
                 write_checkpoint(self.folder.best, self._payload(best))
-
-    def _backend(self) -> Choice:
-        """Return what runs the neurons: they decide it call by call, by the device and the type of their input."""
-        lif = self.network.lif
-        return lif.chosen_backend(torch.empty(0, device=self.device)) if isinstance(lif, LIFNode) else "torch"
 
     def _check_health(self) -> None:
         """Raise TrainingDiverged on all ranks unless every loss, gradient and weight is finite; waits for the device.

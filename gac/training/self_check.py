@@ -1,4 +1,4 @@
-"""Whether replays of training and evaluation steps do what these do: tried on a copy before a run relies on them."""
+"""Whether replays of training and evaluation steps do what the steps do, tried on a copy before a run needs them."""
 
 import copy
 import gc
@@ -23,9 +23,9 @@ from gac.training.totals import Totals
 
 logger = logging.getLogger("gac")
 
-# How far a replay may be from a step, in what a step changes and in what two steps differ by. Our kernels repeat their
-# results; cuDNN's weight gradients need not, and round by about 1e-3 in half precision. A stale input, a stale learning
-# rate or a kernel that is missing changes all of what it works on.
+# How far a replay may be from a step, as parts of what the step changes and of what two steps differ by. Our kernels
+# repeat their results; cuDNN's weight gradients need not, and round by about 1e-3 in half precision. A stale input, a
+# stale learning rate or a missing kernel shows in all of what it works on.
 _OF_CHANGE = 0.01
 _OF_NOISE = 10.0
 # Gradients at this loss scale do not overflow, which would let a step change nothing.
@@ -51,9 +51,10 @@ class State(NamedTuple):
 def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data) -> None:
     """Let a run do without graphs, with one warning, unless replays of its steps do what the steps do.
 
-    Compared is what both change in a copy of all that there is, and what both say in evaluation, on two random batches
-    as large as the run's; the run's own state and its random generators stay as they are. The copy is gone when this
-    returns. There has to be memory for a step and for its graph at the same time, which the run may need as well.
+    What both change in a copy of the network, its optimiser and average, and what both return in evaluation, is
+    compared on two random batches as large as the run's. The run's own state and its random generators stay as they
+    are, and the copy is gone when this returns. There has to be memory for a step and for its graph at the same time,
+    which the run may need as well.
 
     Raises:
         InputError: If there is no memory for this and ``train.cuda_graph`` is true.
@@ -72,7 +73,7 @@ def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data
     except CaptureFailed as error:
         fault = str(error)
     except torch.OutOfMemoryError as error:
-        fault = f"{step.device} has no memory to try them on a copy of the network"
+        fault = f"{step.device} has no memory to try graphs on a copy of the network"
         if train.cuda_graph is True:
             raise InputError(
                 f"train.cuda_graph true: {fault} with train.batch_size {train.batch_size}: choose a smaller one, or set"
@@ -84,7 +85,7 @@ def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
     if fault is None:
-        logger.info("CUDA graphs are used: replays of the steps do what these do, tried on a copy of the network")
+        logger.info("CUDA graphs are used: tried on a copy of the network, replays did what the steps do")
     else:
         graphs.give_up(fault)
 
@@ -205,7 +206,7 @@ def _reset(step: TrainingStep, state: State) -> None:
 
 
 def _compare(before: State, stepped: State, again: State, replayed: State) -> str | None:
-    """Return what a replay did otherwise than two steps from the same state, in one line, or None.
+    """Return what a replay did differently from two steps from the same state, in one line, or None.
 
     ``before`` is that state, or what an evaluation step returned for another batch.
     """
@@ -214,10 +215,10 @@ def _compare(before: State, stepped: State, again: State, replayed: State) -> st
         here = stepped.tensors[name]
         change, noise, off = (_distance(here, other.tensors[name]) for other in (before, again, replayed))
         if not off <= _OF_CHANGE * change + _OF_NOISE * noise:
-            return f"a replay changed {name} by {off:.3g} otherwise than the step, which changed it by {change:.3g}"
+            return f"{name} differs by {off:.3g} between a replay and the step, which changes it by {change:.3g}"
         changed, judged = changed + (change > 0), judged + (_OF_NOISE * noise < change)
     if judged <= changed / 2:
-        return f"of {changed} tensors that a step changes, it changes {changed - judged} each time in another way"
+        return f"of {changed} tensors that a step changes, {changed - judged} come out differently each time"
     if replayed.scaler != stepped.scaler:
         return f"a replay left the loss scaler with {replayed.scaler}, the step with {stepped.scaler}"
     return None

@@ -41,15 +41,22 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
                 f"train.cuda_graph replays the steps of one process, and there are {ranks.size}: set it to auto or"
                 " false"
             )
+    if device.type != "cuda":
+        for name in ("cuda_graph", "overlap_weight_gradients"):
+            if getattr(config.train, name) is True:
+                logger.warning("train.%s true is for CUDA devices: on %s it does nothing", name, device)
     return device
 
 
-def choose_graphs(config: Config, device: torch.device, ranks: Ranks, network: MSResNet) -> Graphs | None:
-    """Return what replays the run's steps: where that is demanded, and with "auto" where it is possible, on CUDA."""
+def choose_graphs(config: Config, device: torch.device, ranks: Ranks, *networks: MSResNet) -> Graphs | None:
+    """Return what replays the run's steps: where that is demanded, and with "auto" where it is possible, on CUDA.
+
+    ``networks`` are those that the steps run: the one that learns and its teacher, if it has one.
+    """
     wanted = config.train.cuda_graph
     if wanted == "auto":
         possible = device.type == "cuda" and ranks.size == 1 and config.model.takes_normalized_images
-        wanted = possible and _runs_own_kernels(network, device)
+        wanted = possible and all(_runs_own_kernels(network, device) for network in networks)
     return select_graphs(wanted, device)
 
 

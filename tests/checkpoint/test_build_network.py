@@ -126,6 +126,7 @@ def bare_but(**changes):
         (ours_but(epoch=torch.zeros(2)), "entry epoch is damaged"),
         (ours_but(weights=[]), "entry weights is damaged"),
         (ours_but(backend=3), "entry backend is damaged"),
+        (ours_but(backend_reason=["a"]), "entry backend_reason is damaged"),
         (ours_but(format=wide()), "format a list is not known"),
         (bare_but(head__bias=torch.zeros(4).to_sparse()), r"head\.bias is no plain tensor"),
         (

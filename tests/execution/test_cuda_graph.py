@@ -302,8 +302,9 @@ def test_only_a_gpu_that_is_asked_to_replays() -> None:
 def test_auto_replays_where_that_is_possible(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cuda, auto = torch.device("cuda", 0), Config()
     assert auto.train.cuda_graph == "auto"
-    network = create_model("gac_msresnet18_cifar", 3, 2, width=4, depth=[1, 1, 1])
-    backends = dict.fromkeys((each for each in network.modules() if isinstance(each, LIFNode)), "cupy")
+    network, teacher = (create_model("gac_msresnet18_cifar", 3, 2, width=4, depth=[1, 1, 1]) for _ in range(2))
+    modules = (*network.modules(), *teacher.modules())
+    backends = dict.fromkeys((each for each in modules if isinstance(each, LIFNode)), "cupy")
     monkeypatch.setattr(LIFNode, "chosen_backend", lambda neuron, x: backends[neuron])
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, device: empty(*sizes))
@@ -313,12 +314,25 @@ def test_auto_replays_where_that_is_possible(monkeypatch: pytest.MonkeyPatch, ca
     for coding in ("rate", "latency", "phase"):
         config = replace(auto, model=replace(auto.model, coding=coding))
         assert choose_graphs(config, cuda, SINGLE_PROCESS, network) is None
+    assert choose_graphs(auto, cuda, SINGLE_PROCESS, network, teacher) is not None
+    backends[teacher.lif] = "torch"
+    assert choose_graphs(auto, cuda, SINGLE_PROCESS, network, teacher) is None
     backends[network.lif] = "torch"
     assert choose_graphs(auto, cuda, SINGLE_PROCESS, network) is None
     # Where it does not apply nobody has to be told.
     assert not caplog.records
     for demanded in (True, False):
         assert (choose_graphs(graph(auto, demanded), cuda, SINGLE_PROCESS, network) is not None) is demanded
+
+
+def test_what_a_teacher_runs_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(engine, "choose_graphs", lambda config, device, ranks, *networks: asked.append(networks))
+    train(replace(RUN, train=replace(RUN.train, epochs=1)), tmp_path / "teacher")
+    learning = replace(RUN.train, epochs=1, teacher=str(tmp_path / "teacher" / "best.pt"))
+    train(replace(RUN, train=learning), tmp_path / "run")
+    assert [len(networks) for networks in asked] == [1, 2]
+    assert not any(parameter.requires_grad for parameter in asked[1][1].parameters())
 
 
 # 4 steps and 6 batches of the test set an epoch, the last of them smaller; enough epochs to replay those too.
@@ -487,17 +501,18 @@ def test_a_run_that_is_out_of_memory_says_so(
     assert not warnings_of(caplog)
     train(graph(config, "auto"), tmp_path / "auto")
     (warning,) = warnings_of(caplog)
-    assert warning.endswith("cpu has no memory to try them on a copy of the network")
+    assert warning.endswith("cpu has no memory to try graphs on a copy of the network")
 
 
-def test_steps_that_hooks_watch_are_not_replayed(captures: Captures, tmp_path: Path) -> None:
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_steps_that_hooks_watch_are_not_replayed(register: str, captures: Captures, tmp_path: Path) -> None:
     config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=3))
     called = []
 
     def watch(trainer: Trainer) -> None:
         # The fifth step would be the second that is replayed.
         if trainer.position.step == 5:
-            trainer.network.head.register_forward_hook(lambda module, inputs, output: called.append(module.training))
+            getattr(trainer.network.head, register)(lambda module, given, found: called.append(module.training))
 
     train(graph(config, True), tmp_path / "watched", after_step=watch)
     assert captures.runs[0].captured > 0

@@ -112,3 +112,15 @@ def test_only_one_process_overlaps_weight_gradients() -> None:
     assert choose_device(config, SINGLE_PROCESS).type == "cpu"
     with pytest.raises(InputError, match=r"^train\.overlap_weight_gradients .* and there are 2: leave it off$"):
         choose_device(config, Ranks(size=2))
+
+
+def test_what_only_cuda_devices_do_is_said_on_others(caplog: pytest.LogCaptureFixture) -> None:
+    for value in (False, "auto"):
+        choose_device(replace(CONFIG, train=replace(CONFIG.train, cuda_graph=value)), SINGLE_PROCESS)
+    assert not caplog.records
+    asked = replace(CONFIG.train, cuda_graph=True, overlap_weight_gradients=True)
+    choose_device(replace(CONFIG, train=asked), SINGLE_PROCESS)
+    assert caplog.messages == [
+        f"train.{name} true is for CUDA devices: on cpu it does nothing"
+        for name in ("cuda_graph", "overlap_weight_gradients")
+    ]
