@@ -14,6 +14,8 @@ inline unsigned short half_bits_from_float(float value) {
     return bits;
 }
 
+inline float maximum(float a, float b) { return a < b || b != b ? b : a; }
+
 inline float approximate_exp2(float x) { return exp2f(x); }
 
 inline float approximate_reciprocal(float x) { return 1.0f / x; }

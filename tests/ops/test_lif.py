@@ -205,6 +205,19 @@ def test_subnormal_potentials_count(device: str) -> None:
     assert lif.lif(x, 0.0, neuron)[0].tolist() == [[1.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("kind", ["PiecewiseQuadratic", "Rect", "Sigmoid", "ATan"])
+def test_nan_shows_in_the_gradients(kind: str, device: str) -> None:
+    neuron = LIFParameters(2.0, False, 1.0, 0.0, True, getattr(surrogate, kind)(alpha=1.5))
+    x = make_input((6, 4, 8), torch.float32, "contiguous", device)
+    x[2, 0] = float("nan")
+    _, expected_v, expected = run(lif.reference, x, 0.0, neuron, with_grad_v=True)
+    _, v, gradient = run(lif.lif, x, 0.0, neuron, with_grad_v=True)
+    assert torch.equal(v.isnan(), expected_v.isnan())
+    # Before a spike the kernels have 0, as the reset ends the gradient, where the reference has 0 times NaN.
+    assert torch.equal(gradient[2:].isnan(), expected[2:].isnan())
+    assert gradient[2:].isnan().any() == (kind != "Rect")
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_order_of_threads_does_not_matter(order: str, kernels_on_cpu: KernelsOnCpu) -> None:
     kernels_on_cpu.order = order

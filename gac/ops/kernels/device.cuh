@@ -25,6 +25,17 @@ __device__ __forceinline__ unsigned short bfloat16_bits_from_float(float value) 
 }
 #endif
 
+// The larger one, or NaN where one of them is; fmaxf would hide a NaN.
+__device__ __forceinline__ float maximum(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float value;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+#else
+    return a < b || b != b ? b : a;
+#endif
+}
+
 // 2^x and 1/x within 2^-22 and 1 unit in the last place, and 0 instead of what is subnormal: an instruction each, while
 // __expf and __fdividef scale their argument and their result for subnormal ones.
 __device__ __forceinline__ float approximate_exp2(float x) {

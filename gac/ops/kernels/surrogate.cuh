@@ -1,11 +1,12 @@
 // Surrogate gradients ds/dh at u = h - threshold. The host computes the two constants a and b from SpikingJelly's
 // alpha in double precision (gac/ops/neuron.py), as SpikingJelly's own expressions do.
 #pragma once
+#include "device.cuh"
 
 // max(0, a - b |u|), a = alpha, b = alpha^2
 struct PiecewiseQuadratic {
     static __device__ __forceinline__ float gradient(float u, float a, float b) {
-        return fmaxf(0.0f, a - b * fabsf(u));
+        return maximum(0.0f, a - b * fabsf(u));
     }
 };
 
