@@ -26,7 +26,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.synchronized = False
 
     def forward(self, x: Tensor, repeats: int = 1) -> Tensor:
-        if not self.training or (repeats == 1 and not self.synchronized):
+        tracked = self.track_running_stats and self.running_mean is not None
+        if not self.training or (not self.synchronized and (repeats == 1 or not tracked)):
             return super().forward(x)
         n = x.numel() // x.shape[1]
         if self.synchronized:
@@ -38,11 +39,21 @@ class BatchNorm2d(nn.BatchNorm2d):
             mean, unbiased = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
             y = F.batch_norm(x, mean, unbiased, self.weight, self.bias, True, 1.0, self.eps)
             unbiased = unbiased * ((n - 1) * repeats / (n * repeats - 1))
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
-            self.num_batches_tracked.add_(1)
+        if tracked:
+            self._move_running_statistics(mean, unbiased)
         return y
+
+    @torch.no_grad()
+    def _move_running_statistics(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        share = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if share is None:
+                share = 1.0 / float(self.num_batches_tracked)
+        # As torch where there is neither a momentum nor a number of batches.
+        share = share or 0.0
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(unbiased_variance, share)
 
     @torch.no_grad()
     def normalization(self, y: Tensor, inverse_std: Tensor | None) -> BatchNormTransform:

@@ -219,11 +219,14 @@ def _known(block: nn.Module) -> bool:
     """Return whether a block and its layers need not be called: others than this package's run as they were written."""
     if not _bypassable(block, MSBlock):
         return False
-    shortcut = block.__dict__["_modules"]["shortcut"]
-    return not (type(shortcut) is nn.Identity and _hooked(shortcut)) and all(
-        _bypassable(layer, ConvNorm) and _applicable(layer.__dict__["_modules"]["norm"])
-        for layer in _convolutions(block)
-    )
+    shortcut, layers = block.__dict__["_modules"]["shortcut"], _convolutions(block)
+    if type(shortcut) is nn.Identity and _hooked(shortcut):
+        return False
+    if not all(_bypassable(layer, ConvNorm) for layer in layers):
+        return False
+    norms = [layer.__dict__["_modules"]["norm"] for layer in layers]
+    # The kernel of the residual sum takes both of its BatchNorms in one mode.
+    return all(map(_applicable, norms)) and len({(norm.training, norm.synchronized) for norm in norms[1:]}) == 1
 
 
 def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -233,16 +236,21 @@ def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _applicable(norm: nn.Module) -> bool:
     """Return whether the kernels can apply a BatchNorm: not a converted SyncBatchNorm or a half-precision one."""
+    if not (_bypassable(norm, BatchNorm2d) and norm.momentum is not None and norm.track_running_stats):
+        return False
+    parameters, buffers = norm._parameters, norm._buffers
+    batches = buffers.get("num_batches_tracked")
     return (
-        _bypassable(norm, BatchNorm2d)
-        and norm.momentum is not None
-        and norm._buffers.get("running_mean") is not None
-        and all(_is_float32(norm._parameters.get(name)) for name in ("weight", "bias"))
+        _is_float32(parameters.get("weight"))
+        and _is_float32(parameters.get("bias"))
+        and _is_float32(buffers.get("running_mean"))
+        and _is_float32(buffers.get("running_var"))
+        and (batches is None or batches.dtype is torch.int64)
     )
 
 
 def _is_float32(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype == torch.float32
+    return tensor is not None and tensor.dtype is torch.float32
 
 
 def _hooked(module: nn.Module) -> bool:

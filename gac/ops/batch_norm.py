@@ -34,19 +34,23 @@ class BatchNormTransform:
 
     def check_fits(self, y: Tensor) -> None:
         """Raise InputError unless the kernels can apply this to ``y`` [T, B, C, H, W]."""
-        C, device = y.shape[2], y.device
         for name, tensor in zip(("weight", "bias", "mean", "inverse_std"), self.tensors, strict=True):
-            fits = tensor.shape == (C,) and tensor.dtype is torch.float32 and tensor.device == device
-            if not (fits and tensor.is_contiguous()):
-                raise InputError(
-                    f"BatchNorm's {name} must be a contiguous float32 [C={C}] on {y.device}, "
-                    f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
-                )
+            _check_fits(name, tensor, y)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """weight, bias, mean and inverse_std, in the order of ``SCHEMA``."""
         return self.weight, self.bias, self.mean, self.inverse_std
+
+
+def _check_fits(name: str, tensor: Tensor, y: Tensor) -> None:
+    C = y.shape[2]
+    fits = tensor.shape == (C,) and tensor.dtype is torch.float32 and tensor.device == y.device
+    if not (fits and tensor.is_contiguous()):
+        raise InputError(
+            f"BatchNorm's {name} must be a contiguous float32 [C={C}] on {y.device}, "
+            f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+        )
 
 
 def reference_moments(y: Tensor) -> Tensor:
@@ -140,8 +144,14 @@ def batch_statistics(
         running_mean: Running mean [C], changed in place, or None.
         running_var: Running (unbiased) variance [C], changed in place, or None.
         batches: Number of batches so far, an int64 scalar, increased in place, or None.
+
+    Raises:
+        InputError: For activations that :func:`batch_moments` refuses, and running statistics that do not fit them.
     """
     channels.check_activations("BatchNorm's input", y)
+    for name, tensor in (("running mean", running_mean), ("running variance", running_var)):
+        if tensor is not None:
+            _check_fits(name, tensor, y)
     return operators.call("gac::batch_statistics", y, running_mean, running_var, batches, eps, momentum)
 
 

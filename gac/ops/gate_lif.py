@@ -1,4 +1,4 @@
-"""The gate of gated attention coding with the LIF layers on both of its sides: specification, CUDA operators, function.
+"""The gate of gated attention coding with the LIF layers on both of its sides: specification, operators, function.
 
 An image is the same at every time step, so the kernels (``kernels/gate_lif.cu``) read one frame of it and of the
 spatial-channel attention and write T frames of membrane stream and spikes.

@@ -1,6 +1,6 @@
-"""The leaky integrate-and-fire neuron over T time steps: specification, CUDA operator and public function.
+"""The leaky integrate-and-fire neuron over T time steps: specification, operators and public function.
 
-``reference`` is the specification and the CPU path. ``lif`` runs the same neuron as one CUDA kernel each way
+``reference`` is the specification, and what runs without kernels. ``lif`` runs the same neuron as one kernel each way
 (``kernels/lif.cu``), registered as ``gac::lif_forward`` and ``gac::lif_backward``.
 """
 
@@ -75,7 +75,7 @@ def reference(x_seq: Tensor, v: Tensor | float, neuron: LIFParameters) -> tuple[
 
 
 def lif(x_seq: Tensor, v: Tensor | float, neuron: LIFParameters) -> tuple[Tensor, Tensor]:
-    """Run the neuron over T time steps in one CUDA kernel each way; spikes are bit-equal to ``reference``.
+    """Run the neuron over T time steps in one kernel each way; spikes are bit-equal to ``reference``.
 
     For the backward pass only ``x_seq`` is kept, and ``v`` where it is a tensor; membrane potentials are computed
     again. The memory layout of frames (contiguous, channels_last) is that of ``x_seq`` in all results. Nothing is

@@ -1,4 +1,4 @@
-"""BatchNorm, then the LIF neuron over T time steps, in one pass: specification, CUDA operators, public function.
+"""BatchNorm, then the LIF neuron over T time steps, in one pass: specification, operators, public function.
 
 The kernels (``kernels/norm_lif.cu``) read the convolution's output and write spikes, nothing else. The backward pass
 computes normalised input and membrane potentials again: once for the two sums per channel that BatchNorm's gradient

@@ -155,4 +155,4 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor | None) -> None:
-        raise NotImplementedError(f"{ctx.name} has no second derivative: the CUDA kernels have none of second order")
+        raise NotImplementedError(f"{ctx.name} has no second derivative: the kernels have none of second order")

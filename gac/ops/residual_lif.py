@@ -1,4 +1,4 @@
-"""The end of a residual block and the next LIF layer in one pass: specification, CUDA operators, public function.
+"""The end of a residual block and the next LIF layer in one pass: specification, operators, public function.
 
 The kernels (``kernels/residual_lif.cu``) add the normalised output of the block's last convolution to the shortcut,
 write the sum (the membrane stream) and, in the same pass, the spikes of the LIF layer that reads it. The backward
@@ -9,6 +9,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
+from gac.errors import InputError
 from gac.ops import batch_norm, channels, lif, operators
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.cuda import compiler, launch
@@ -78,11 +79,16 @@ def terms_of_sum(
     channels.check_activations("input of the residual sum", y)
     channels.check_activations("shortcut", shortcut, like=y)
     normalization.check_fits(y)
+    of_shortcut, kind = (None,) * 4, (normalization.from_batch, normalization.synchronized)
     if shortcut_normalization is not None:
         shortcut_normalization.check_fits(shortcut)
-    of_shortcut = (None,) * 4 if shortcut_normalization is None else shortcut_normalization.tensors
-    from_batch, synchronized = normalization.from_batch, normalization.synchronized
-    return y, *normalization.tensors, shortcut, *of_shortcut, from_batch, synchronized
+        of_shortcut = shortcut_normalization.tensors
+        if (shortcut_normalization.from_batch, shortcut_normalization.synchronized) != kind:
+            raise InputError(
+                "the BatchNorms of a residual sum must both be in training or both in evaluation mode, and their "
+                "statistics of the same ranks; use backend='torch'"
+            )
+    return y, *normalization.tensors, shortcut, *of_shortcut, *kind
 
 
 # Without spikes the neuron chooses a kernel and is not used.

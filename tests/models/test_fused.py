@@ -170,6 +170,58 @@ def test_a_frozen_batch_norm_stays_as_it_is(device: str) -> None:
         assert torch.equal(buffer, before[key]), key
 
 
+def test_evaluation_with_another_epsilon_in_each_batch_norm(device: str) -> None:
+    net = network().to(device).eval()
+    for i, module in enumerate(module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        module.eps = 0.1 * (i + 1)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = images(device)
+    with torch.no_grad():
+        logits, expected = net(x), plain(x)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["conv1", "conv2", "shortcut"])
+def test_one_frozen_batch_norm_of_a_block(part: str, device: str) -> None:
+    net = network().to(device)
+    norm = net.stages[0][0].get_submodule(part).norm.eval()
+    norm.running_mean.fill_(0.1)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    x = images(device)
+    # The two of a residual sum are in one mode, or the modules run.
+    assert fused.possible(net, x) is (part == "conv1")
+    torch.testing.assert_close(train_step(net, x), train_step(plain, x), rtol=0, atol=1e-6)
+    assert_same_gradients(net, plain, 5e-5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"momentum": None},
+        {"track_running_stats": False},
+        {"num_batches_tracked": None},
+        {"num_batches_tracked": torch.tensor(0, dtype=torch.int32)},
+    ],
+    ids=["average", "untracked", "uncounted", "int32"],
+)
+def test_running_statistics_of_other_kinds(changed: dict, device: str) -> None:
+    net = network().to(device)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for name, value in changed.items():
+                setattr(module, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
+    plain = copy.deepcopy(net)
+    plain.set_backend("torch")
+    for seed in range(2):
+        x = images(device) + seed
+        torch.testing.assert_close(train_step(net, x), train_step(plain, x), rtol=0, atol=1e-6)
+    for (key, a), b in zip(net.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=key)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_compiles_without_graph_breaks(mode: str, device: str, request: pytest.FixtureRequest) -> None:
     # Of the C kernels a compiler sees nothing: it compiles the modules, whose results are others by rounding.

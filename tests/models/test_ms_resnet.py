@@ -83,10 +83,25 @@ def test_an_image_equals_the_sequence_that_repeats_it(name, coding):
     torch.testing.assert_close(once(images), repeated(images.repeat(3, 1, 1, 1, 1)), atol=1e-12, rtol=0)
 
 
-def test_static_batch_norm_is_that_of_all_frames():
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"momentum": None},
+        {"num_batches_tracked": None},
+        {"momentum": None, "num_batches_tracked": None},
+        {"track_running_stats": False},
+        {"running_mean": None, "running_var": None},
+    ],
+    ids=lambda changed: "-".join(changed) or "default",
+)
+def test_static_batch_norm_is_that_of_all_frames(changed):
     ours, torchs = BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    for module in (ours, torchs):
+        for name, value in changed.items():
+            setattr(module, name, value)
     for _ in range(3):
+        x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
         torch.testing.assert_close(ours(x, repeats=4), torchs(x.repeat(4, 1, 1, 1))[:2], atol=1e-12, rtol=0)
     for (key, a), b in zip(ours.named_buffers(), torchs.buffers(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-13, rtol=0, msg=key)

@@ -125,6 +125,18 @@ def test_frozen_statistics_stay(execution: str) -> None:
     assert all(torch.equal(buffer, before[key]) for key, buffer in checkpointed.named_buffers())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_that_changes_before_the_backward_pass(training: bool, execution: str) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    nets = networks()
+    for net in nets:
+        logits = net.train(training)(x)
+        net.train(not training)
+        F.cross_entropy(logits.mean(0), torch.arange(4)).backward()
+        assert all(module.training is not training for module in net.modules())
+    assert_same(nets[1], nets[0])
+
+
 def test_evaluation_computes_once(execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, checkpointed = networks()
     refuse: Callable = lambda *_, **__: pytest.fail("checkpointed without a backward pass to come")  # noqa: E731

@@ -236,6 +236,9 @@ def assert_gradients_do_not_share_memory(function: Operation, leaves: Sequence[T
     """Assert that writing to one leaf's .grad, as an optimiser may, changes no other."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     outputs = function(*leaves)
+    # Autograd may copy what it makes the .grad; this is what it got.
+    given = torch.autograd.grad(outputs, leaves, incoming_gradients(*outputs), retain_graph=True)
+    assert len({gradient.data_ptr() for gradient in given}) == len(given)
     torch.autograd.backward(outputs, incoming_gradients(*outputs))
     expected = [leaf.grad.clone() for leaf in leaves]
     for written, gradient in zip(leaves, expected, strict=True):

@@ -183,3 +183,16 @@ def test_bad_input(shape: tuple[int, ...], message: str) -> None:
 def test_float64_is_refused(device: str) -> None:
     with pytest.raises(InputError, match=r"got torch\.float64; use backend='torch'"):
         batch_norm.batch_moments(torch.ones(4, 2, 8, 3, 3, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["mean", "variance"])
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.zeros(7), torch.zeros(8, 2)[:, 0], torch.zeros(8, dtype=torch.float64)],
+    ids=["shape", "strides", "dtype"],
+)
+def test_running_statistics_that_do_not_fit_are_refused(wrong: Tensor, which: int) -> None:
+    running = [torch.zeros(8), torch.zeros(8)]
+    running[which] = wrong
+    with pytest.raises(InputError, match=r"BatchNorm's running .* must be a contiguous float32 \[C=8\] on cpu"):
+        batch_norm.batch_statistics(torch.ones(4, 2, 8, 3, 3), 1e-5, 0.1, *running)

@@ -2,11 +2,14 @@
 
 import ctypes
 import functools
+import itertools
 import mmap
 import os
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.sass import figures, recorded
-from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, run_under_sanitizers
-from gac.ops import batch_norm, gate_lif, norm_lif, residual_lif, residual_lif_pool
+from cuda_on_cpu.launcher import ORDERS, KernelsOnCpu, parameters, run_under_sanitizers
+from gac.ops import batch_norm, c_kernels, gate_lif, norm_lif, residual_lif, residual_lif_pool
+from gac.ops.catalogue import OPERATIONS, Layer
 from gac.ops.cuda import compiler, launch
 from gac.ops.cuda.compiler import Kernel
 from gac.ops.neuron import LIFParameters
@@ -61,6 +65,68 @@ def test_repeats_bit_for_bit_in_every_order(T: int, C: int, dtype: str, kernels_
         results.append(run_network(leaves))
     for result in results:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+# --- Addresses
+
+BYTES = {"float": 4, "Float16": 2, "BFloat16": 2, "long long": 8}
+
+
+class AddressesOnly:
+    """A CPU launcher that runs nothing, but checks that vectors of the width which was chosen fit all addresses."""
+
+    def __init__(self) -> None:
+        self.widths: dict[str, int] = {}
+
+    def __call__(self, kernel: Kernel, grid: tuple, block: tuple, packed: launch.Packed) -> None:
+        name, _, arguments = kernel.instance.removesuffix(">").partition("<")
+        names = c_kernels._template_parameters(kernel.file, name)
+        width = int(dict(zip(names, arguments.split(", "), strict=True)).get("kWidth", 1))
+        self.widths[name] = width
+        for declared, memory in zip(kernel.parameters, parameters(kernel, packed), strict=True):
+            kind = declared.removesuffix("?")
+            members = compiler.struct_fields(kind) if kind in ("Norm", "LIF") else [kind]
+            pointers = [member for member in members if member.endswith("*")]
+            addresses = struct.unpack(f"{len(pointers)}Q", memory[: 8 * len(pointers)])
+            for pointer, address in zip(pointers, addresses, strict=True):
+                size = BYTES[pointer.removeprefix("const ").removesuffix("*")]
+                assert address % min(16, width * size) == 0, f"{kernel.instance}: {declared}"
+
+
+def off_by_one(tensor: Tensor) -> Tensor:
+    """Return a copy that is not where vectors are, one value behind the beginning of its memory."""
+    memory = tensor.detach().new_empty(tensor.numel() + 1)
+    moved = memory.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor.detach())
+    return moved.requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "batch_statistics"])
+def test_vectors_fit_every_address(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation, checked = OPERATIONS[name], AddressesOnly()
+    layer = Layer((2, 2, 16, 3, 3), dtype, CIFAR, torch.device("cpu"), kernels=True)
+    monkeypatch.setattr(launch, "_cpu_launcher", checked)
+    statistics, inputs = batch_norm.batch_statistics, operation.inputs(layer)
+
+    def run(which: int | None) -> None:
+        """Run both passes with one tensor that is not where vectors are: an input, a statistic, or a gradient."""
+        count = itertools.count()
+
+        def perhaps_moved(*tensors: Tensor) -> list[Tensor]:
+            return [off_by_one(tensor) if next(count) == which else tensor for tensor in tensors]
+
+        leaves = perhaps_moved(*inputs)
+        if name == "gate_lif":
+            leaves[1] = inputs[1]  # temporal attention, which is read one by one
+        with mock.patch.object(batch_norm, "batch_statistics", lambda *of: perhaps_moved(*statistics(*of))):
+            outputs = operation.run(layer, *leaves)
+        torch.autograd.grad(outputs, leaves, perhaps_moved(*map(torch.ones_like, outputs)))
+
+    run(None)
+    assert all(width > 1 for kernel, width in checked.widths.items() if "total" not in kernel)
+    # At most two BatchNorms with two statistics each, and two outputs.
+    for which in range(len(inputs) + 6):
+        run(which)
 
 
 # --- Two processes

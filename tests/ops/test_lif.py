@@ -178,8 +178,15 @@ def test_imagenet_preset(device: str, half: str) -> None:
     assert_kernels_equal_reference(make_input((4, 2, 8, 4, 4), DTYPES[half], "channels_last", device), 0.0, IMAGENET)
 
 
-def test_long_soft_reset_sequence_with_a_state(device: str) -> None:
-    neuron = LIFParameters(3.0, False, 1.0, None, False, surrogate.ATan())
+@pytest.mark.parametrize(
+    "neuron",
+    [
+        LIFParameters(3.0, False, 1.0, None, False, surrogate.ATan()),
+        LIFParameters(3.0, True, 0.3, 0.1, False, surrogate.ATan()),
+    ],
+    ids=["soft", "gain-and-bias"],
+)
+def test_long_sequence_with_a_state(neuron: LIFParameters, device: str) -> None:
     x = make_input((40, 2, 16), torch.float32, "contiguous", device)
     assert_kernels_equal_reference(x, make_input((40, 2, 16), torch.float32, "contiguous", device, 2)[0], neuron)
 

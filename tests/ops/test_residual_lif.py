@@ -62,6 +62,11 @@ def test_every_length_dtype_and_neuron(case: Case, device: str) -> None:
     assert_kernels_equal_reference(leaves_of_sum(case, shortcut, device), case.neuron)
 
 
+@pytest.mark.parametrize("neuron", [fused.SOFT, fused.NONZERO], ids=["soft", "nonzero"])
+def test_neurons_with_a_gain_and_a_bias(neuron: LIFParameters, device: str) -> None:
+    assert_kernels_equal_reference(leaves_of_sum(DEFAULT, "normalized", device), neuron)
+
+
 @pytest.mark.parametrize("without", [None, 0, 1], ids=["both", "only-spikes", "only-membrane"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_every_combination_of_gradients(shortcut: str, without: int | None, device: str) -> None:
@@ -207,6 +212,14 @@ def test_bad_input(y: Tensor, shortcut: Tensor, message: str) -> None:
     normalization = fused.fixed_statistics(y, torch.ones(8), torch.ones(8))
     with pytest.raises(InputError, match=message) as error:
         residual_lif.residual_lif(y, normalization, shortcut, None, CIFAR)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"from_batch": True}, {"synchronized": True}], ids=lambda other: next(iter(other)))
+def test_two_kinds_of_statistics_are_refused(other: dict) -> None:
+    normalization = fused.fixed_statistics(GOOD, torch.ones(8), torch.ones(8))
+    with pytest.raises(InputError, match="both be in training or both in evaluation mode") as error:
+        residual_lif.residual_lif(GOOD, normalization, GOOD, replace(normalization, **other), CIFAR)
     assert "\n" not in str(error.value)
 
 

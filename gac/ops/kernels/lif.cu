@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, 1) lif_backward(
     const Element* __restrict__ NULLABLE grad_spikes, const float* __restrict__ NULLABLE grad_v_final,
     const Element* __restrict__ x_seq, const float* __restrict__ NULLABLE v_init, float v_start,
     LIF lif,
-    Element* __restrict__ NULLABLE grad_x, float* __restrict__ NULLABLE grad_v_init, float* NULLABLE v_boundary, long long frame_size, int T) {
+    Element* __restrict__ NULLABLE grad_x, float* __restrict__ NULLABLE grad_v_init, float* NULLABLE v_boundary,
+    long long frame_size, int T) {
     const long long neuron = first_neuron<kWidth>();
     if (neuron >= frame_size) return;
     const int chunks = kWholeSequence ? 1 : (T + kSteps - 1) / kSteps;

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) residual_lif_pool_forward(
         });
 }
 
-// Pass 1: `grad`, the gradient of the membrane, and partials as in GradientSums. Pass 2 is residual_lif_backward_inputs.
+// Pass 1: `grad`, the gradient of the membrane, and partials as in GradientSums. Pass 2 is that of residual_lif.cu.
 template <
     typename Element, int kSteps, int kWidth, Reset kReset, bool kPlain, bool kDetached, typename Surrogate,
     bool kNormShortcut>
