@@ -1,11 +1,12 @@
 """Write the tables of docs/performance.md from the files in benchmarks/results: python -m benchmarks.tables (--help).
 
 In the page a comment such as <!-- throughput h200/throughput.json --> says what is made of which files; what was made
-stands below it, up to <!-- end -->. "throughput", "kernels" and "events" take what the benchmarks of these names wrote;
-"others" makes a section for each GPU's folder whose throughput the page does not name.
+stands below it, up to <!-- end -->. "throughput", "kernels", "events" and "deploy" take what the benchmarks of these
+names wrote; "others" makes a section for each GPU's folder whose throughput the page does not name.
 """
 
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -137,7 +138,22 @@ def events(content: Content) -> str:
     return markdown(["Density of spikes", *(f"{what.capitalize()}, {order}" for what, order in columns)], lines)
 
 
-MADE_OF_FILES = {"throughput": throughput, "kernels": kernels, "events": events}
+def deploy(content: Content) -> str:
+    """Return the table of benchmarks.deploy: what each program takes, and how it scores beside ours."""
+    first = next(row["fidelity"] for row in content["rows"] if "fidelity" in row)
+    ours = {"correct_exported": first["correct"], "images": first["images"], "predictions_differ": "-"}
+    lines = []
+    for row in content["rows"]:
+        scores = row.get("fidelity", ours)
+        times = " ".join(_texts([[row["median_ms"], *row["quartiles_ms"]]], math.inf, 1))
+        top1 = f"{100 * scores['correct_exported'] / scores['images']:.1f} %"
+        rates = f"{row['images_per_second']:,.0f}", f"{row['times_ours']:.2f}"
+        lines.append([row["program"], row["batch"], times, *rates, top1, scores["predictions_differ"]])
+    titles = ["Program", "Batch", "ms [quartiles]", "Images/s", "Times ours", "Top-1", "Predictions that differ"]
+    return markdown(titles, lines)
+
+
+MADE_OF_FILES = {"throughput": throughput, "kernels": kernels, "events": events, "deploy": deploy}
 COMMENT = rf"(?P<comment><!-- (?P<kind>{'|'.join(MADE_OF_FILES)}|others)(?P<files>(?: [\w./-]+)*) -->)"
 
 

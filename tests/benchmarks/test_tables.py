@@ -46,6 +46,16 @@ def cell(name: str, train: Any, evaluation: Any, layout: str = "NHWC", peak: int
     return place | {"train": train, "evaluation": evaluation, "peak_bytes": peak}
 
 
+def test_programs_stand_beside_ours_with_what_they_score():
+    fidelity = {"images": 8, "correct": 6, "correct_exported": 5, "predictions_differ": 2}
+    row = timed(40) | {"batch": 4, "times_ours": 1.0}
+    rows = [row | {"program": "ours"}, row | {"program": "openvino-int8", "fidelity": fidelity}]
+    assert tables.deploy({"rows": rows}).splitlines()[2:] == [
+        "| ours | 4 | 40.0 [30.0, 60.0] | 100 | 1.00 | 75.0 % | - |",
+        "| openvino-int8 | 4 | 40.0 [30.0, 60.0] | 100 | 1.00 | 62.5 % | 2 |",
+    ]
+
+
 def test_others_count_in_their_faster_order_and_of_equal_ones_the_first():
     first = [cell("ours-c", timed(400), timed(10)), cell("step-loop", timed(1000), timed(30), "NCHW")]
     second = [cell("ours-c", timed(100), timed(1)), cell("step-loop", timed(2000), timed(20))]
