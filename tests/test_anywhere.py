@@ -59,7 +59,7 @@ def test_training_in_a_thread_says_that_signals_are_not_handled(tmp_path: Path, 
     assert said.startswith("training runs in a thread, so Ctrl-C and SIGTERM do not save it")
 
 
-@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+@pytest.mark.parametrize("home", [None, pytest.param("/proc/nowhere", marks=pytest.mark.slow)])
 def test_no_home_directory_or_none_that_can_be_written_and_temporary_files_on_another_disk(home, tmp_path) -> None:
     (tmp_path / "run.yaml").write_text(TINY)
     program = """

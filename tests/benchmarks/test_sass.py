@@ -13,7 +13,7 @@ from gac.errors import InputError
 from gac.ops import backend
 from gac.ops.cuda import compiler
 
-CHOSEN = [(80, 4, torch.bfloat16), (90, 6, torch.float16), (100, 6, torch.bfloat16), (120, 4, torch.float16)]
+CHOSEN = [(80, 4, torch.bfloat16), (90, 6, torch.float16), (120, 4, torch.float16)]
 OTHERS = [
     each
     for capability in sass.MULTIPROCESSORS
