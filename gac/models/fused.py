@@ -79,7 +79,7 @@ _InverseStds = list[Tensor | None]
 
 def _running_inverse_stds(blocks: list[MSBlock]) -> list[_InverseStds]:
     """Return those of each block's BatchNorms: of the first convolution, the second, and the shortcut if it has one."""
-    norms = [[layer.norm for layer in _convolutions(block)] for block in blocks]
+    norms = [[_norm(layer) for layer in _convolutions(block)] for block in blocks]
     found = iter(running_inverse_stds([norm for of_block in norms for norm in of_block]))
     return [[next(found) for _ in of_block] for of_block in norms]
 
@@ -87,6 +87,10 @@ def _running_inverse_stds(blocks: list[MSBlock]) -> list[_InverseStds]:
 def _convolutions(block: MSBlock) -> list[ConvNorm]:
     modules = block.__dict__["_modules"]
     return [modules[name] for name in ("conv1", "conv2", "shortcut") if type(modules[name]) is not nn.Identity]
+
+
+def _norm(layer: ConvNorm) -> nn.Module:
+    return layer.__dict__["_modules"]["norm"]
 
 
 def _encode(net: nn.Module, x: Tensor, following: LIFNode) -> tuple[Tensor, Tensor]:
@@ -224,7 +228,7 @@ def _known(block: nn.Module) -> bool:
         return False
     if not all(_bypassable(layer, ConvNorm) for layer in layers):
         return False
-    norms = [layer.__dict__["_modules"]["norm"] for layer in layers]
+    norms = [*map(_norm, layers)]
     # The kernel of the residual sum takes both of its BatchNorms in one mode.
     return all(map(_applicable, norms)) and len({(norm.training, norm.synchronized) for norm in norms[1:]}) == 1
 
