@@ -226,7 +226,8 @@ class CaptureOnDevice:
                     raise
         except Exception:
             # Else the allocator of earlier versions of torch believes that a capture which cannot be ended goes on.
-            with suppress(RuntimeError):
+            # Later ones need not have the function, whose absence must not hide what failed.
+            with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
             torch.cuda.synchronize(self._device)
             if first is None:
