@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gac.command_line import Parser, finish
-from gac.execution.device import describe_device
+from gac.execution.device import describe_device, unused_gpus
 from gac.execution.environment import describe_environment
 from gac.neuron import PRESETS
 from gac.ops import backend, c_kernels, channels, event_conv, lif
@@ -60,7 +60,8 @@ def backends() -> Iterator[Check]:
     """Yield each device and what runs the neurons on it."""
     yield Check(True, f"cpu: neurons run in {'the C kernels' if c_kernels.status().ok else 'torch'}")
     if not torch.cuda.is_available():
-        yield Check(True, "no CUDA device")
+        unused = unused_gpus()
+        yield Check(True, f"no CUDA device: {unused}" if unused else "no CUDA device")
     other = torch.accelerator.current_accelerator(check_available=True)
     if other is not None and other.type != "cuda":
         yield Check(True, f"{other.type}: neurons run in torch, which has not been tried there")

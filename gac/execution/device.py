@@ -1,7 +1,10 @@
 """The device of a run and the precision it computes in."""
 
+import functools
 import logging
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +23,13 @@ def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
     """Return the device that a ``device`` setting means: auto, cpu, cuda, cuda:N or PyTorch's name of another one.
 
     A CUDA device becomes current. Each of several ranks gets its own CUDA device, in their order on the machine. Raises
-    InputError for any other name, for a device that is not there and for one that several ranks would share.
+    InputError for any other name, for a device that is not there and for one that several ranks would share. Warns
+    where auto means the CPU of a machine with an NVIDIA GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if unused := unused_gpus():
+            logger.warning("device auto is the CPU: %s", unused)
     if name == "cpu":
         return torch.device("cpu")
     kind, _, number = name.partition(":")
@@ -60,6 +66,26 @@ def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
     # Libraries that use the current device would otherwise open a context and allocate on device 0.
     torch.cuda.set_device(device)
     return device
+
+
+@functools.cache
+def unused_gpus() -> str | None:
+    """Return which NVIDIA GPUs of this machine torch cannot use, why and what to do; None if there is no such GPU.
+
+    Nor are there any where CUDA_VISIBLE_DEVICES is set: whoever did that chose.
+    """
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ or shutil.which("nvidia-smi") is None:
+        return None
+    gpus = [line.partition(": ")[2].partition(" (UUID")[0] for line in ask("nvidia-smi", "-L").splitlines()]
+    names = ", ".join(sorted({name for name in gpus if name}))
+    if not names:
+        return None
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and finds no device"
+    remedy = "update the NVIDIA driver, or install a torch for the CUDA version that nvidia-smi shows"
+    if torch.version.cuda is None:
+        built = f"torch {torch.__version__} is built without CUDA"
+        remedy = "install a CUDA build of torch (https://pytorch.org/get-started/locally)"
+    return f"there is a GPU ({names}), but {built}; {remedy}"
 
 
 def _other_accelerator(device: torch.device, ranks: Ranks) -> torch.device:

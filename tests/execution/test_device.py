@@ -1,10 +1,20 @@
 """Device names."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 from gac.errors import InputError
-from gac.execution.device import autocast, check_precision, describe_precision, network_input, select_device
+from gac.execution.device import (
+    autocast,
+    check_precision,
+    describe_precision,
+    network_input,
+    select_device,
+    unused_gpus,
+)
 from gac.execution.distributed import Ranks
 
 
@@ -14,6 +24,54 @@ def test_cpu() -> None:
 
 def test_auto_is_cuda_where_there_is_one() -> None:
     assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make this a machine whose torch sees no GPU and whose nvidia-smi is a script."""
+
+    def install(script: str) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    unused_gpus.cache_clear()
+    yield install
+    unused_gpus.cache_clear()
+
+
+TWO_GPUS = """[ "$1" = -L ] && echo 'GPU 0: NVIDIA H100 (UUID: GPU-5e)' && echo 'GPU 1: NVIDIA H100 (UUID: GPU-5f)'"""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"),
+    [
+        (None, "is built without CUDA; install a CUDA build of torch"),
+        ("13.0", "is built for CUDA 13.0 and finds no device; update the NVIDIA driver, or install"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_named(driver, monkeypatch, caplog, cuda, reason):
+    driver(TWO_GPUS)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert select_device("auto").type == "cpu"
+    assert f"there is a GPU (NVIDIA H100), but torch {torch.__version__} {reason}" in caplog.text
+
+
+def test_the_cpu_is_taken_quietly_where_it_was_chosen_or_is_all_there_is(driver, monkeypatch, caplog):
+    assert select_device("auto").type == "cpu"
+    for script in ("echo No devices found; exit 6", "echo no driver >&2; exit 9", "echo"):
+        driver(script)
+        unused_gpus.cache_clear()
+        assert select_device("auto").type == "cpu"
+    driver(TWO_GPUS)
+    unused_gpus.cache_clear()
+    assert select_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert select_device("auto").type == "cpu"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "cpu:0", "mps:x", "vulkan!"])
