@@ -7,6 +7,7 @@ import torch
 from spikingjelly.activation_based import functional
 
 from gac.execution.device import describe_device
+from gac.models import fused
 from gac.models.ms_resnet import MSResNet
 from gac.neuron import LIFNode
 from gac.ops.backend import explain_backend, toolchain_status
@@ -37,5 +38,8 @@ def describe_backend(network: MSResNet, device: torch.device) -> dict[str, str]:
     """Return what runs a network's neurons on a device in float32, "cupy", "c" or "torch", and why, in a line."""
     backend, reason = "torch", "it has no spiking neurons"
     if isinstance(network.lif, LIFNode):
-        backend, reason = network.lif.explain_backend(torch.empty(0, device=device))
+        nothing = torch.empty(0, device=device)
+        backend, reason = network.lif.explain_backend(nothing)
+        if explanation := fused.explain(network, fused.obstacle(network, nothing)):
+            reason += f"; {explanation}"
     return {"backend": backend, "backend_reason": reason}

@@ -7,6 +7,8 @@ convolution to convolution, and a block's end computes the spikes of the next bl
 The modules themselves (:mod:`gac.models.ms_resnet`) are the specification, and what runs wherever this cannot.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -29,29 +31,61 @@ from gac.ops.overlap import conv2d, is_overlapped
 from gac.ops.residual_lif import residual_lif
 from gac.ops.residual_lif_pool import residual_lif_pool
 
+_log = logging.getLogger("gac")
 
-def possible(net: nn.Module, x: Tensor) -> bool:
-    """Return whether the fused execution computes what calling the modules of ``net``, an MSResNet, on ``x`` would.
+Obstacle = tuple[nn.Module, str]
+"""A module that keeps a network from the fused execution, and why."""
 
-    It does not where the modules are not the ones it knows, for more than 16 time steps, in step mode "s", and where
-    someone has a hook on a module that it would not call. Only LIF layers may have hooks: those are called.
+
+def obstacle(net: nn.Module, x: Tensor) -> Obstacle | None:
+    """Return why the fused execution would not compute what calling the modules of ``net``, an MSResNet, on ``x`` does.
+
+    None where it would. It would not where the modules are not the ones it knows, for more than 16 time steps, in step
+    mode "s", and where someone has a hook on a module that it would not call. Only LIF layers may have hooks: those
+    are called.
     """
-    return (
-        net.step_mode == "m"
-        and net.T <= MAX_T
-        and not _global_hooks()
-        and all(_bypassable(stage, nn.Sequential) and all(map(_known, stage)) for stage in net.stages)
-        and _all_run_kernels([*_neurons(net)], x)
-    )
+    if net.step_mode != "m":
+        return net, "runs step by step"
+    if net.T > MAX_T:
+        return net, f"has more than {MAX_T} time steps"
+    if _global_hooks():
+        return net, "runs under hooks on all modules"
+    for stage in net.stages:
+        if found := _obstacle(stage, nn.Sequential):
+            return found
+        for block in stage:
+            if found := _obstacle_in_block(block):
+                return found
+    return _obstacle_in_neurons([*_neurons(net)], x)
 
 
-def _all_run_kernels(neurons: list[LIFNode], x: Tensor) -> bool:
-    if not all(type(neuron) is LIFNode for neuron in neurons):
-        return False
-    if torch.compiler.is_compiling():
-        return all(neuron.runs_kernels(x) for neuron in neurons)
-    # One neuron of each kind is asked: for one input the answer depends on nothing else.
-    return all(neuron.runs_kernels(x) for neuron in {_kind(neuron): neuron for neuron in neurons}.values())
+def explain(net: nn.Module, found: Obstacle | None) -> str:
+    """Return why layers run one by one, in words; "" where they do not, where the choice of a backend says it, and for
+    a network of ReLUs."""
+    if found is None or type(found[0]) in (LIFNode, nn.ReLU):
+        return ""
+    module, reason = found
+    name = next((name for name, each in net.named_modules() if each is module and name), "the network")
+    return f"layers run one by one, more slowly, because {name} {reason}"
+
+
+@functools.cache
+def log_once(device_type: str, explanation: str) -> None:
+    """Log what :func:`explain` returned, once; as a warning on a CUDA device."""
+    _log.log(logging.WARNING if device_type == "cuda" else logging.INFO, "%s: %s", device_type, explanation)
+
+
+def _obstacle_in_neurons(neurons: list[LIFNode], x: Tensor) -> Obstacle | None:
+    for neuron in neurons:
+        if type(neuron) is not LIFNode:
+            return neuron, f"is of class {type(neuron).__name__}, not gac's LIFNode"
+    if not torch.compiler.is_compiling():
+        # One neuron of each kind is asked: for one input the answer depends on nothing else.
+        neurons = [*{_kind(neuron): neuron for neuron in neurons}.values()]
+    for neuron in neurons:
+        if not neuron.runs_kernels(x):
+            return neuron, "runs in torch"
+    return None
 
 
 def _kind(neuron: LIFNode) -> tuple:
@@ -219,38 +253,55 @@ def _neurons(net: nn.Module) -> Iterator[LIFNode]:
     yield net.lif
 
 
-def _known(block: nn.Module) -> bool:
-    """Return whether a block and its layers need not be called: others than this package's run as they were written."""
-    if not _bypassable(block, MSBlock):
-        return False
+def _obstacle_in_block(block: nn.Module) -> Obstacle | None:
+    """Return why a block and its layers need be called: others than this package's run as they were written."""
+    if found := _obstacle(block, MSBlock):
+        return found
     shortcut, layers = block.__dict__["_modules"]["shortcut"], _convolutions(block)
     if type(shortcut) is nn.Identity and _hooked(shortcut):
-        return False
-    if not all(_bypassable(layer, ConvNorm) for layer in layers):
-        return False
-    norms = [*map(_norm, layers)]
-    # The kernel of the residual sum takes both of its BatchNorms in one mode.
-    return all(map(_applicable, norms)) and len({(norm.training, norm.synchronized) for norm in norms[1:]}) == 1
+        return shortcut, _HOOKS
+    for layer in layers:
+        if found := _obstacle(layer, ConvNorm) or _obstacle_in_norm(_norm(layer)):
+            return found
+    norms = [_norm(layer) for layer in layers[1:]]
+    if len({(norm.training, norm.synchronized) for norm in norms}) != 1:
+        # The kernel of the residual sum takes both of its BatchNorms in one mode.
+        return block, "has one of its last two BatchNorms in training and one in evaluation mode, or one synchronized"
+    return None
+
+
+_HOOKS = "has hooks, which need its call"
+
+
+def _obstacle(module: nn.Module, kind: type[nn.Module]) -> Obstacle | None:
+    """Return why something but ``kind.forward`` would run if ``module`` were called."""
+    if type(module) is not kind:
+        return module, f"is of class {type(module).__name__}, not {kind.__module__.partition('.')[0]}'s {kind.__name__}"
+    return (module, _HOOKS) if _hooked(module) else None
 
 
 def _bypassable(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether nothing but ``kind.forward`` would run if ``module`` were called."""
-    return type(module) is kind and not _hooked(module)
+    return _obstacle(module, kind) is None
 
 
-def _applicable(norm: nn.Module) -> bool:
-    """Return whether the kernels can apply a BatchNorm: not a converted SyncBatchNorm or a half-precision one."""
-    if not (_bypassable(norm, BatchNorm2d) and norm.momentum is not None and norm.track_running_stats):
-        return False
+def _obstacle_in_norm(norm: nn.Module) -> Obstacle | None:
+    """Return why the kernels cannot apply a BatchNorm, such as a converted SyncBatchNorm or a half-precision one."""
+    if found := _obstacle(norm, BatchNorm2d):
+        return found
+    if norm.momentum is None or not norm.track_running_stats:
+        return norm, "has no momentum or does not track running statistics"
     parameters, buffers = norm._parameters, norm._buffers
     batches = buffers.get("num_batches_tracked")
-    return (
+    if not (
         _is_float32(parameters.get("weight"))
         and _is_float32(parameters.get("bias"))
         and _is_float32(buffers.get("running_mean"))
         and _is_float32(buffers.get("running_var"))
         and (batches is None or batches.dtype is torch.int64)
-    )
+    ):
+        return norm, "has no float32 weight, bias and running statistics"
+    return None
 
 
 def _is_float32(tensor: Tensor | None) -> bool:

@@ -219,7 +219,10 @@ class MSResNet(nn.Module, base.StepModule):
         # reads it sees the networks that come and go elsewhere.
         stateful = resetting.collect(self)
         resetting.reset(stateful)
-        logits = fused.forward(self, x) if fused.possible(self, x) else self._run(x)
+        obstacle = fused.obstacle(self, x)
+        if not torch.compiler.is_compiling() and (explanation := fused.explain(self, obstacle)):
+            fused.log_once(x.device.type, explanation)
+        logits = fused.forward(self, x) if obstacle is None else self._run(x)
         resetting.reset([each for each in stateful if getattr(each, "keeps_state", True)])
         return logits
 

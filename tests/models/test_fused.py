@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from cuda_on_cpu.launcher import KernelsOnCpu
 from devices import KERNELS
+from gac.execution.environment import describe_backend
 from gac.models import create_model, fused
 from gac.models.ms_resnet import MSBlock, MSResNet
 from gac.neuron import LIFNode
@@ -192,7 +193,7 @@ def test_one_frozen_batch_norm_of_a_block(part: str, device: str) -> None:
     plain.set_backend("torch")
     x = images(device)
     # The two of a residual sum are in one mode, or the modules run.
-    assert fused.possible(net, x) is (part == "conv1")
+    assert (fused.obstacle(net, x) is None) is (part == "conv1")
     torch.testing.assert_close(train_step(net, x), train_step(plain, x), rtol=0, atol=1e-6)
     assert_same_gradients(net, plain, 5e-5)
 
@@ -245,9 +246,9 @@ def test_a_training_step_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backend, "cupy_status", lambda device: backend.Status(True, "fake tensors run nowhere"))
     with FakeTensorMode():
         net, x = network(), torch.randn(4, 3, 16, 16)
-        assert not fused.possible(net, x)
+        assert fused.obstacle(net, x) is not None
         net.set_backend("cupy")
-        assert fused.possible(net, x)
+        assert fused.obstacle(net, x) is None
         loss = net(x).logsumexp(-1).sum()
         loss.backward()
         assert net.stem.conv.weight.grad.shape == (8, 3, 3, 3)
@@ -523,9 +524,9 @@ def _other_stage(net: MSResNet) -> None:
 def test_what_fusion_does_not_know_runs_by_modules(change: Callable, device: str) -> None:
     net = network(coding="direct").to(device)
     x = images(device)
-    assert fused.possible(net, x)
+    assert fused.obstacle(net, x) is None
     change(net)
-    assert not fused.possible(net, x.double() if change is MSResNet.double else x)
+    assert fused.obstacle(net, x.double() if change is MSResNet.double else x) is not None
 
 
 @pytest.mark.parametrize("part", ["coding", "coding.gate"])
@@ -587,6 +588,10 @@ def _no_running_statistics(net: MSResNet) -> None:
     net.stages[0][0].conv2.norm.running_mean = None
 
 
+def _average(net: MSResNet) -> None:
+    net.stages[0][0].conv1.norm.momentum = None
+
+
 def _hook_on_a_norm(net: MSResNet) -> None:
     net.stages[0][0].conv1.norm.register_forward_hook(lambda *_: None)
 
@@ -614,10 +619,51 @@ def test_what_changes_between_two_calls_counts_at_the_next(change: Callable, dev
     for mode in (True, False):
         net.train(mode)
         net(x)
-        assert fused.possible(net, x)
+        assert fused.obstacle(net, x) is None
     change(net)
-    assert not fused.possible(net, x)
-    assert fused.possible(before, x)
+    assert fused.obstacle(net, x) is not None
+    assert fused.obstacle(before, x) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_convert, "stages.0.0.conv1.norm is of class BatchNorm2d, not gac's BatchNorm2d"),
+        (_subclass, "lif is of class Own, not gac's LIFNode"),
+        (_average, "stages.0.0.conv1.norm has no momentum or does not track running statistics"),
+        (_hook_on_a_norm, "stages.0.0.conv1.norm has hooks, which need its call"),
+        (_more_steps, "the network has more than 16 time steps"),
+    ],
+)
+def test_why_layers_run_one_by_one_is_said_once(
+    change: Callable, reason: str, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = network(coding="direct").to(device).eval()
+    change(net)
+    fused.log_once.cache_clear()
+    caplog.set_level("INFO", logger="gac")
+    for _ in range(2):
+        net(images(device, batch=2, side=8))
+    said = [record for record in caplog.records if "one by one" in record.getMessage()]
+    assert [record.getMessage() for record in said] == [
+        f"{device}: layers run one by one, more slowly, because {reason}"
+    ]
+    assert said[0].levelname == ("WARNING" if device == "cuda" else "INFO")
+    assert reason in describe_backend(net, torch.device(device))["backend_reason"]
+
+
+def test_a_cuda_device_without_the_fused_walk_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    fused.log_once.cache_clear()
+    fused.log_once("cuda", "layers run one by one, more slowly, because head has hooks")
+    assert caplog.messages == ["cuda: layers run one by one, more slowly, because head has hooks"]
+
+
+def test_nothing_is_said_of_what_was_asked_for(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    nets = [network(), network(backend="torch"), network(coding="direct", activation="relu")]
+    caplog.set_level("INFO", logger="gac")
+    for net in nets:
+        net.to(device).eval()(images(device, batch=2, side=8))
+    assert "one by one" not in caplog.text
 
 
 def test_constants_that_change_between_two_calls_count_at_the_next(device: str) -> None:

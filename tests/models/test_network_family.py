@@ -143,7 +143,7 @@ def test_the_fused_walk_leaves_them_to_their_modules(prefix: str, name: str, neu
     assert not torch.equal(expected[:, 0], expected[:, 1])
     net.set_backend("auto")
     assert all(node.runs_kernels(images()) for node in (net.lif, net.stages[0][0].lif1))
-    assert not fused.possible(net, images())
+    assert fused.obstacle(net, images()) is not None
     torch.testing.assert_close(net(images()), expected, rtol=0, atol=1e-6)
 
 
