@@ -13,7 +13,7 @@ from gac.errors import InputError, did_you_mean
 from gac.ops import backend, lif, lif_cpu
 from gac.ops.backend import Choice
 from gac.ops.neuron import SURROGATES, LIFParameters, Surrogate, compiled_constant, unsupported_reason
-from gac.ops.watchers import refuse_symbolic, watched
+from gac.ops.watchers import constant_when_compiled, refuse_symbolic, watched
 
 Backend = Literal["auto", "cupy", "c", "torch"]
 
@@ -31,7 +31,7 @@ _FUSED_IN_SPIKINGJELLY = (
 
 
 # Under torch.compile a constant of the graph, which reading a tensor on the host would break in two.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _next_float32(number: float) -> float:
     return float(np.nextafter(np.float32(number), np.float32(np.inf)))
 

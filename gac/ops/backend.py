@@ -13,6 +13,7 @@ from gac.ops import c_kernels
 from gac.ops.c_kernels import Status
 from gac.ops.cuda import launch
 from gac.ops.cuda.compiler import ELEMENTS, Kernel
+from gac.ops.watchers import constant_when_compiled
 
 _log = logging.getLogger("gac")
 Choice = Literal["cupy", "c", "torch"]
@@ -117,7 +118,7 @@ def explain_backend(
 
 
 # Under torch.compile the choice is a constant of the graph; Dynamo does not trace into imports and logging.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _choose_backend(requested: str, device: torch.device, dtype: torch.dtype, unsupported: str | None) -> Choice:
     choice, status = _decide(requested, device, dtype, unsupported)
     _log_choice(device.type, choice, status)

@@ -149,18 +149,31 @@ def test_the_seed_decides_the_run(finished: Path, tmp_path: Path) -> None:
     assert result_of(tmp_path / "other")[1] != result_of(finished)[1]
 
 
+TWO_EPOCHS = {
+    name: replace(config, train=replace(config.train, epochs=2))
+    for name, config in {"tiny": TINY, "random": RANDOM, "everything": EVERYTHING, "adamw": ADAMW}.items()
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """A configuration of ``TWO_EPOCHS`` and the folder of its run."""
+    config, folder = TWO_EPOCHS[request.param], tmp_path_factory.mktemp(request.param)
+    train(config, folder)
+    return config, folder
+
+
 @pytest.mark.parametrize("stop_after", [1, BATCHES, BATCHES + 2], ids=["first epoch", "epoch's end", "second epoch"])
-@pytest.mark.parametrize("config", [TINY, RANDOM, EVERYTHING, ADAMW], ids=["tiny", "random", "everything", "adamw"])
+@pytest.mark.parametrize("uninterrupted", TWO_EPOCHS, indirect=True)
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
-    config: Config, stop_after: int, tmp_path: Path
+    uninterrupted: tuple[Config, Path], stop_after: int, tmp_path: Path
 ) -> None:
-    config = replace(config, train=replace(config.train, epochs=2))
-    train(config, tmp_path / "whole")
+    config, whole = uninterrupted
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "parts", after_step=stop_at(stop_after))
-    assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_after
-    train(config, tmp_path / "parts", resume="auto")
-    assert_same(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
+        train(config, tmp_path, after_step=stop_at(stop_after))
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == stop_after
+    train(config, tmp_path, resume="auto")
+    assert_same(result_of(tmp_path), result_of(whole))
 
 
 @pytest.mark.c_compiler
