@@ -1,6 +1,8 @@
 """The floors of the package (floors.toml): nothing imports upwards, in a circle, or CuPy outside its place."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -80,3 +82,12 @@ def test_a_broken_rule_is_found(module, statement, expected):
     sources[module] = statement
     (found,) = violations(imports_of(sources))
     assert found.startswith(expected)
+
+
+def test_what_takes_long_to_load_is_loaded_by_who_needs_it():
+    program = (
+        "import sys, gac, gac.cli; gac.load_pretrained('digits')\n"
+        "print(*sorted({'torch._dynamo', 'torchvision', 'sklearn'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "\n"

@@ -9,18 +9,17 @@ import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gac import models
 from gac.checkpoint.build import build_network, initialise, trained_parts
 from gac.checkpoint.download import cache_folder, download, matches
 from gac.checkpoint.format import read_checkpoint
 from gac.checkpoint.weights_file import SUFFIX, card_of
+from gac.data import DataInfo
+from gac.data.normalization import Normalization
 from gac.errors import InputError, did_you_mean, quoted
 from gac.models.ms_resnet import MSResNet
-
-if TYPE_CHECKING:
-    from gac.data.normalization import Normalization
 
 logger = logging.getLogger("gac")
 
@@ -90,7 +89,7 @@ class Pretrained(NamedTuple):
     """
 
     network: MSResNet
-    transform: "Normalization"
+    transform: Normalization
     card: dict[str, Any]
 
 
@@ -123,10 +122,6 @@ def pretrained(payload: dict[str, Any]) -> Pretrained:
 
     Raises InputError if something is missing or damaged.
     """
-    # Opening data sets needs scikit-learn and torchvision, whose import takes longer than this package's.
-    from gac.data.interface import DataInfo
-    from gac.data.normalization import Normalization
-
     network = build_network(payload).eval()
     info = DataInfo.from_dict(payload.get("data"))
     return Pretrained(network, Normalization(info.mean, info.std, "cpu"), card_of(payload))

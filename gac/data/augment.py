@@ -5,13 +5,16 @@ Every augmentation is a function of the images and of the generator's seed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms import v2
 
 from gac.data.seeding import Stream, derive_seed
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 """Takes uint8 images [B, C, H, W], or event frames [B, T, C, H, W], and a freshly seeded generator on their device.
@@ -19,13 +22,26 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 Returns new ones of the same shape. All frames of a sample are augmented alike.
 """
 
-POLICIES: dict[str, Callable[[], v2.Transform]] = {
-    "autoaugment_cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-    "autoaugment_imagenet": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET),
-    "randaugment": v2.RandAugment,
-    "trivialaugment": v2.TrivialAugmentWide,
-}
+POLICIES = ("autoaugment_cifar10", "autoaugment_imagenet", "randaugment", "trivialaugment")
 """Torchvision's policies by the values of data.augment."""
+
+
+def make_policy(name: str) -> "v2.Transform":
+    """Return one of :data:`POLICIES`."""
+    # Not imported above, here and below: it takes as long as torch.
+    from torchvision.transforms import v2
+
+    match name:
+        case "autoaugment_cifar10":
+            return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+        case "autoaugment_imagenet":
+            return v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
+        case "randaugment":
+            return v2.RandAugment()
+        case "trivialaugment":
+            return v2.TrivialAugmentWide()
+        case _:
+            raise AssertionError(f"{name} is not one of torchvision's policies")
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
@@ -93,7 +109,7 @@ class Policy:
 
     def __init__(self, name: str, group: int) -> None:
         self.group = group
-        self._transform = POLICIES[name]()
+        self._transform = make_policy(name)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         # torchvision draws from the CPU's global generator.
@@ -135,6 +151,8 @@ class Erasing:
     """
 
     def __init__(self, probability: float, color: Sequence[int]) -> None:
+        from torchvision.transforms import v2
+
         self.probability = probability
         self.color = torch.tensor(color, dtype=torch.uint8).view(-1, 1, 1)
         self._rectangle = v2.RandomErasing()

@@ -7,22 +7,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from gac.config import EVENT_SETS, DataConfig
 from gac.data.arrays import ArrayLoader, ArraySet
 from gac.data.augment import Augmentation, Compose, CropAndFlip, Cutout, Erasing, Policy, Roll, mean_color
-from gac.data.cifar import load_cifar
-from gac.data.class_folders import ClassFolders, open_folders
-from gac.data.digits import load_digits
-from gac.data.event_sets import load_event_set, warn_of_events
-from gac.data.image_folder import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageFolderLoader,
-    evaluation_transform,
-    train_transform,
-)
 from gac.data.interface import WHOLE, Data, DataInfo, Loader, Shard, digest
 from gac.data.normalization import Normalization
 from gac.data.npz import load_npz
@@ -65,8 +53,11 @@ def build_data(
     _check_arguments(batch_size, eval_batch_size, seed, splits)
     device = torch.device(device)
     if config.name == "imagefolder":
-        folders = open_folders(config.root, splits, unlabelled)
-        info = _folders_info(config, folders)
+        # Not imported above, here and below: torchvision and scikit-learn take longer than this package.
+        from gac.data import class_folders, image_folder
+
+        folders = class_folders.open_folders(config.root, splits, unlabelled)
+        info = image_folder.describe(config, folders)
     else:
         arrays = _load_arrays(config, splits, trained_on, frames)
         info = _arrays_info(config, arrays, splits)
@@ -80,6 +71,8 @@ def build_data(
             else {split: arrays.splits[split].labels.numpy() for split in splits},
         )
         if config.name in EVENT_SETS:
+            from gac.data.event_sets import warn_of_events
+
             warn_of_events(config, info)
     if not normalize:
         info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
@@ -98,9 +91,12 @@ def build_data(
             "shard": shard,
         }
         if config.name == "imagefolder":
-            transform = train_transform(config, info.mean) if training else evaluation_transform(config)
+            if training:
+                transform = image_folder.train_transform(config, info.mean)
+            else:
+                transform = image_folder.evaluation_transform(config)
             options |= {"workers": config.workers, "replace_unreadable": training}
-            return ImageFolderLoader(folders[split], transform, **options)
+            return image_folder.ImageFolderLoader(folders[split], transform, **options)
         augment = _augmentation(config, info.mean) if training else None
         return ArrayLoader(arrays.splits[split], augment=augment, **options)
 
@@ -139,14 +135,18 @@ def _load_arrays(
 ) -> ArraySet:
     match config.name:
         case "digits":
+            from gac.data.digits import load_digits
+
             return load_digits()
-        case "cifar10":
-            return load_cifar(CIFAR10, config.root, download=config.download, splits=splits)
-        case "cifar100":
-            return load_cifar(CIFAR100, config.root, download=config.download, splits=splits)
+        case "cifar10" | "cifar100":
+            from gac.data.cifar import load_cifar
+
+            return load_cifar(config.name, config.root, download=config.download, splits=splits)
         case "npz":
             return load_npz(config.root, splits, trained_on)
         case name if name in EVENT_SETS:
+            from gac.data.event_sets import load_event_set
+
             return load_event_set(config, frames, splits, trained_on)
         case "synthetic":
             return load_synthetic(
@@ -195,22 +195,4 @@ def _arrays_info(config: DataConfig, arrays: ArraySet, splits: Collection[str]) 
         train_labels=digest(arrays.splits["train"].labels.numpy()) if "train" in splits else None,
         frames=frames[0] if frames else None,
         split=arrays.split,
-    )
-
-
-def _folders_info(config: DataConfig, folders: Mapping[str, ClassFolders]) -> DataInfo:
-    sizes = {split: len(folder) for split, folder in folders.items()}
-    class_names = next(iter(folders.values())).class_names
-    return DataInfo(
-        name=config.name,
-        num_classes=len(class_names),
-        channels=3,
-        height=config.image_size,
-        width=config.image_size,
-        class_names=class_names or None,
-        train_size=sizes.get("train"),
-        test_size=sizes.get("test"),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        train_labels=digest(folders["train"].labels) if "train" in folders else None,
     )

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from gac.config import DataConfig
-from gac.data.augment import POLICIES, mean_color
+from gac.data.augment import make_policy, mean_color
 from gac.data.class_folders import ClassFolders
-from gac.data.interface import TOLERATED_PERCENT, WHOLE, Shard, check_start, tolerated
+from gac.data.interface import TOLERATED_PERCENT, WHOLE, DataInfo, Shard, check_start, digest, tolerated
 from gac.data.normalization import Normalization
 from gac.data.seeding import Stream, derive_seed, epoch_order
 from gac.data.transfer import copy_ahead
@@ -32,6 +32,25 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def describe(config: DataConfig, folders: Mapping[str, ClassFolders]) -> DataInfo:
+    """Return what the loaders of these folders yield; 0 classes for images without labels."""
+    sizes = {split: len(folder) for split, folder in folders.items()}
+    class_names = next(iter(folders.values())).class_names
+    return DataInfo(
+        name=config.name,
+        num_classes=len(class_names),
+        channels=3,
+        height=config.image_size,
+        width=config.image_size,
+        class_names=class_names or None,
+        train_size=sizes.get("train"),
+        test_size=sizes.get("test"),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        train_labels=digest(folders["train"].labels) if "train" in folders else None,
+    )
+
+
 def train_transform(config: DataConfig, mean: Sequence[float] = IMAGENET_MEAN) -> v2.Transform:
     """Random resized crop, then flip, policy and erasing as configured: PIL image to uint8 [3, size, size].
 
@@ -41,7 +60,7 @@ def train_transform(config: DataConfig, mean: Sequence[float] = IMAGENET_MEAN) -
     if config.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.augment != "off":
-        steps.append(POLICIES[config.augment]())
+        steps.append(make_policy(config.augment))
     steps.append(v2.PILToTensor())
     if config.random_erasing > 0:
         steps.append(v2.RandomErasing(config.random_erasing, value=mean_color(mean)))

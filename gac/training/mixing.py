@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from gac.config import TrainConfig
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, collective
@@ -18,6 +17,12 @@ class Mixing:
     def __init__(self, config: TrainConfig, num_classes: int, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.config = config
         self.ranks = ranks
+        self._cutmix = self._mixup = None
+        if config.cutmix == "off" and config.mixup_alpha <= 0:
+            return
+        # Not imported above: it takes as long as torch.
+        from torchvision.transforms import v2
+
         self._cutmix = v2.CutMix(alpha=config.cutmix_beta, num_classes=num_classes)
         self._mixup = v2.MixUp(alpha=config.mixup_alpha, num_classes=num_classes) if config.mixup_alpha > 0 else None
 

@@ -38,7 +38,7 @@ def small_cifar10(tmp_path, monkeypatch):
 
 def test_reads_images_and_labels(small_cifar10):
     root, contents = small_cifar10
-    data = load_cifar(CIFAR10, str(root), download=False, splits=BOTH)
+    data = load_cifar("cifar10", str(root), download=False, splits=BOTH)
     for split, names in (("train", ("data_batch_1", "data_batch_2")), ("test", ("test_batch",))):
         pixels = np.concatenate([contents[name]["data"] for name in names]).reshape(-1, 3, 32, 32)
         assert np.array_equal(data.splits[split].images.numpy(), pixels)
@@ -53,13 +53,13 @@ def test_reads_images_and_labels(small_cifar10):
 
 def test_reads_only_the_split_asked_for(small_cifar10):
     root, _ = small_cifar10
-    assert set(load_cifar(CIFAR10, str(root), download=False, splits=("test",)).splits) == {"test"}
+    assert set(load_cifar("cifar10", str(root), download=False, splits=("test",)).splits) == {"test"}
 
 
 @pytest.mark.parametrize("dataset", [CIFAR10, CIFAR100])
 def test_missing_files_name_the_folder_and_the_download(tmp_path, dataset):
     with pytest.raises(InputError) as caught:
-        load_cifar(dataset, str(tmp_path), download=False, splits=BOTH)
+        load_cifar(dataset.__name__.lower(), str(tmp_path), download=False, splits=BOTH)
     message = str(caught.value)
     assert str(tmp_path / dataset.base_folder) in message
     assert "--data.download true" in message
@@ -72,11 +72,11 @@ def test_damaged_file_is_refused(small_cifar10, name):
     path = root / CIFAR10.base_folder / name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="CIFAR10 is missing or damaged"):
-        load_cifar(CIFAR10, str(root), download=False, splits=BOTH)
+        load_cifar("cifar10", str(root), download=False, splits=BOTH)
 
 
 def test_failed_download_says_why(tmp_path, monkeypatch):
     # An address nobody serves: the real download code fails without leaving the machine.
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(InputError, match=r"CIFAR10 could not be downloaded into .*check the network"):
-        load_cifar(CIFAR10, str(tmp_path), download=True, splits=BOTH)
+        load_cifar("cifar10", str(tmp_path), download=True, splits=BOTH)
