@@ -180,6 +180,7 @@ def test_a_counter_round_the_forward_pass_only() -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5 * scale, msg=key)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     net, checkpointed = networks(T=2, depth=[1, 1, 1], coding="direct")
     compiled = torch.compile(checkpointed, backend="aot_eager", fullgraph=True)
