@@ -48,8 +48,8 @@ def translate(key: str) -> str | None:
 def convert(state: dict[str, Tensor], strict: bool = True) -> dict[str, Tensor]:
     """Return the authors' state dict in our names.
 
-    Every key is used; without ``strict`` those that are unknown keep their names. The weights of the temporal attention,
-    [T // 2, T, 1, 1, 1] and [T, T // 2, 1, 1, 1] in the authors' files, become matrices.
+    Every key is used; without ``strict`` those that are unknown keep their names. The weights of the temporal
+    attention, [T // 2, T, 1, 1, 1] and [T, T // 2, 1, 1, 1] in the authors' files, become matrices.
 
     Raises:
         InputError: If keys are unknown (with ``strict``), or if two names of one tensor hold different values.
