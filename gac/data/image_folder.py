@@ -20,6 +20,7 @@ from gac.data.augment import POLICIES, mean_color
 from gac.data.class_folders import ClassFolders
 from gac.data.interface import TOLERATED_PERCENT, WHOLE, Shard, check_start, tolerated
 from gac.data.normalization import Normalization
+from gac.data.npz import UNREADABLE
 from gac.data.seeding import Stream, derive_seed, epoch_order
 from gac.data.transfer import copy_ahead
 from gac.errors import InputError
@@ -61,8 +62,8 @@ def read_image(path: str) -> Image.Image:
     one counts.
 
     Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: If the file is damaged or no image, or if
-            floating-point values are outside [0, 1].
+        ValueError: If floating-point values are outside [0, 1].
+        One of UNREADABLE, Image.DecompressionBombError: If the file is damaged or no image; it depends on the format.
     """
     with Image.open(path) as image:
         if image.mode == "F" or image.mode.startswith("I"):
@@ -147,8 +148,7 @@ class _Images(Dataset):
             return read_image(os.fsdecode(self.folders.paths[number]))
         except UnidentifiedImageError:
             return "not an image of a known format"
-        # Which of these a damaged file raises depends on its format.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
             return getattr(error, "strerror", None) or " ".join(str(error).split())
 
     def _transform(self, image: Image.Image, epoch: int, number: int) -> Tensor:

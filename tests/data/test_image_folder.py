@@ -379,6 +379,36 @@ def test_the_reason_is_given(tmp_path, caplog, damage, reason):
     assert re.match(rf"{path} cannot be read \(.*{reason}", record.getMessage())
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode image"), TypeError("'str' object"), IndexError("no")])
+def test_whatever_a_decoder_raises_is_a_damaged_image(error, tmp_path, caplog, monkeypatch):
+    # Pillow's AVIF decoder and its reader of TIFF tags do so for damaged bytes.
+    write_split(tmp_path / "val", images=100)
+
+    def read(path):
+        if path.endswith("flower/1_cmyk.JPEG"):
+            raise error
+        return read_image(path)
+
+    monkeypatch.setattr("gac.data.image_folder.read_image", read)
+    loader = build(tmp_path, splits=("test",), workers=0).test
+    list(loader.epoch(0))
+    assert loader.skipped == 1
+    assert f"cannot be read ({error})" in caplog.text
+
+
+def test_a_damaged_avif_file_is_left_out(tmp_path):
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow does not write AVIF")
+    write_split(tmp_path / "val", images=100)
+    content = encode(PHOTOGRAPHS[REAL_CLASSES[0]], "AVIF")
+    # The box that says where the picture is.
+    (tmp_path / "val" / "flower" / "1_cmyk.JPEG").write_bytes(content.replace(b"iloc", b"free"))
+    loader = build(tmp_path, splits=("test",), workers=0).test
+    list(loader.epoch(0))
+    assert loader.skipped == 1
+
+
 def test_an_iteration_that_is_never_finished_does_not_keep_python_from_ending(root):
     # At exit multiprocessing ends workers by SIGTERM, and waits for them.
     program = f"""
