@@ -427,11 +427,20 @@ batches.gi_frame.f_locals['self']._loader._iterator._shutdown = True  # DataLoad
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
-def tiff(pixels: np.ndarray) -> bytes:
+def tiff(pixels: np.ndarray, white_is_zero: bool = False) -> bytes:
     """Return an uncompressed grey TIFF file of any type of numbers."""
     data, (height, width) = pixels.tobytes(), pixels.shape
     kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
-    numbers = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    numbers = {
+        256: width,
+        257: height,
+        258: 8 * pixels.itemsize,
+        259: 1,
+        262: int(not white_is_zero),
+        273: 8,
+        277: 1,
+        278: height,
+    }
     numbers |= {279: len(data), 339: kind}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in numbers.items())
     directory = struct.pack("<H", len(numbers)) + entries + struct.pack("<I", 0)
@@ -449,6 +458,9 @@ def tiff(pixels: np.ndarray) -> bytes:
         ("i32.tif", tiff(np.rint(RAMP * (2147483647 / 255)).astype(np.int32))),
         ("f32.tif", tiff((RAMP / 255).astype(np.float32))),
         ("8.tif", tiff(RAMP)),
+        ("8_negative.tif", tiff(255 - RAMP, white_is_zero=True)),
+        ("u16_negative.tif", tiff((255 - RAMP).astype(np.uint16) * 257, white_is_zero=True)),
+        ("f32_negative.tif", tiff((1 - RAMP / 255).astype(np.float32), white_is_zero=True)),
     ],
 )
 def test_images_of_more_bits_keep_their_range(name: str, content: bytes, tmp_path: Path) -> None:
