@@ -270,7 +270,7 @@ class LIFNode(neuron.LIFNode):
         v = states[0]
         if isinstance(v, Tensor) and v.shape == frame.shape:
             return (v.to(device=frame.device, dtype=dtype),)
-        start = v if isinstance(v, float) else self.v_reset or 0.0
+        start = v if isinstance(v, int | float) else self.v_reset or 0.0
         if step_mode == "m" and not self.store_v_seq and self.runs_kernels(inputs[0]):
             return (start,)
         return (torch.full_like(frame, start, dtype=dtype, requires_grad=False),)

@@ -146,6 +146,16 @@ def test_state_continues_until_reset_and_carries_gradient():
     assert node(second).item() == 0
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("start", [1, 1.0])
+def test_a_potential_may_be_set_as_a_number(backend, start):
+    x = torch.linspace(0, 1, 12).view(3, 1, 4)
+    node, whole = LIFNode(backend=backend), LIFNode(backend=backend)
+    node.v, whole.v = start, torch.ones(1, 4)
+    assert torch.equal(node(x), whole(x))
+    assert node(x).any()
+
+
 def test_another_input_shape_starts_afresh():
     node = LIFNode(backend="torch")
     node(torch.full((1, 2), 0.75))
