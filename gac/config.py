@@ -425,9 +425,10 @@ class FieldDescription(NamedTuple):
 
         Text that spells nothing of the kind is returned as it is, for the configuration to refuse.
         """
-        if not text or (self.is_text and not (self.is_optional and text in ("null", "Null", "NULL", "~"))):
+        # YAML 1.1 takes 1:30 for the number 90, 010 for an octal one, and 1e-5 for a text.
+        is_null = self.is_optional and text in ("null", "Null", "NULL", "~")
+        if not text or ":" in text or (self.is_text and not is_null):
             return text
-        # YAML 1.1 takes 010 for an octal number, and 1e-5 for a text.
         decimal = _LEADING_ZEROS.sub("", text)
         try:
             value = yaml.safe_load(decimal)

@@ -1,6 +1,7 @@
 """The one exception for bad input, and what its messages are made of."""
 
 import difflib
+import numbers
 from collections.abc import Mapping, Sequence
 
 _LONGEST_VALUE = 120
@@ -20,6 +21,13 @@ class InputError(ValueError):
             # What was wrong stands at the beginning, what to do at the end.
             message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+def check_size(name: str, value: object) -> int:
+    """Return a whole number, of any library's type, as Python's. Raises InputError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+    return int(value)
 
 
 def first_line(error: Exception) -> str:

@@ -131,10 +131,15 @@ def writing(path: Path, what_is_left: str = "") -> Iterator[None]:
 def check_writable(path: Path, option: str) -> Path:
     """Return ``path``, the value of a command-line option; raise InputError if it cannot be written.
 
-    Checked before hours of work rather than after them.
+    Checked before hours of work rather than after them. Of a link the file that it leads to is returned: an atomic
+    write puts a file in the place of whatever has the name, be it /dev/null.
     """
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"{option} {path}: expected a file in a folder that exists")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: expected a file, not a device or a pipe")
     _check_parent(path, option)
     return path
 

@@ -14,6 +14,7 @@ from gac.checkpoint.weights import pretrained
 from gac.checkpoint.weights_file import card_of, digest_of, write_weights
 from gac.errors import InputError
 from gac.export.packages import require
+from gac.files import atomic_write
 
 (hub,) = require("hub", "huggingface_hub")
 logger = logging.getLogger("gac")
@@ -67,18 +68,22 @@ class HubNetwork(nn.Module, hub.PyTorchModelHubMixin, library_name=LIBRARY, lice
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> hub.ModelCard:
-        """Return the model card, made from the card of the weights."""
-        return hub.ModelCard(model_card(self._card_now()))
+    def generate_model_card(self, license: str = LICENSE) -> hub.ModelCard:
+        """Return the model card, made from the card of the weights, whose licence is named by its SPDX identifier.
+
+        ``save_pretrained`` and ``push_to_hub`` pass it on: ``model_card_kwargs={"license": "MIT"}``.
+        """
+        return hub.ModelCard(model_card(self._card_now(), license))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         card = self._card_now()
         if card is not self.card:
             logger.warning("the weights are not those that the card is of: scores, command and seed are left out")
-        with (save_directory / FILE).open("wb") as file:
+        with atomic_write(save_directory / FILE) as file:
             write_weights(file, self.network.state_dict(), card)
         # In place of what the mixin would write, which is the card that came.
-        (save_directory / "config.json").write_text(json.dumps({"card": card}, indent=2, sort_keys=True) + "\n")
+        with atomic_write(save_directory / "config.json") as file:
+            file.write(f"{json.dumps({'card': card}, indent=2, sort_keys=True)}\n".encode())
 
     @classmethod
     def _from_pretrained(

@@ -2,12 +2,13 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
-from torch import Tensor
+from torch import Tensor, nn
 
 from gac.errors import InputError, did_you_mean
 from gac.ops import backend, lif, lif_cpu
@@ -104,6 +105,21 @@ def make_parameters(
     return replace(neuron, **changed)
 
 
+def check_step_mode(name: str, layer: nn.Module, step_mode: str) -> None:
+    """Raise InputError if a neuron layer is in the other step mode, in which it takes time steps for images or back."""
+    if getattr(layer, "step_mode", step_mode) != step_mode:
+        raise InputError(
+            f"{name} is in step mode {layer.step_mode!r}, the network in {step_mode!r}: use"
+            f" functional.set_step_mode(network, {step_mode!r})"
+        )
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not (isinstance(value, Real) and abs(value) <= torch.finfo(torch.float32).max):
+        raise InputError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
 class LIFNode(neuron.LIFNode):
     """SpikingJelly's leaky integrate-and-fire neuron with a strict threshold, a float32 membrane and fast kernels.
 
@@ -137,7 +153,8 @@ class LIFNode(neuron.LIFNode):
             work, with CuPy on a CUDA device and with a C compiler on the CPU, else torch).
 
     Raises:
-        InputError: For tau <= 1 or an unknown backend; in forward, for backend "cupy" or "c" where it cannot run.
+        InputError: For tau <= 1, values of another type or not finite, or an unknown backend; in forward, for backend
+            "cupy" or "c" where it cannot run.
     """
 
     keeps_state = True
@@ -155,13 +172,22 @@ class LIFNode(neuron.LIFNode):
         backend: Backend = "auto",
     ) -> None:
         surrogate_function = surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0)
-        # SpikingJelly asserts without a message; this raises InputError.
+        # SpikingJelly asserts without a message, or takes what gives no spikes.
         LIFParameters(tau, decay_input, v_threshold, v_reset, detach_reset, surrogate_function)
+        flags = {"decay_input": decay_input, "detach_reset": detach_reset, "store_v_seq": store_v_seq}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise InputError(f"{name} must be True or False, got {value!r}")
+        if isinstance(surrogate_function, type) or not callable(surrogate_function):
+            raise InputError(
+                "surrogate_function must be one of SpikingJelly's, such as surrogate.ATan(), got"
+                f" {surrogate_function!r}"
+            )
         super().__init__(
             tau=float(tau),
             decay_input=decay_input,
-            v_threshold=float(v_threshold),
-            v_reset=None if v_reset is None else float(v_reset),
+            v_threshold=_finite("v_threshold", v_threshold),
+            v_reset=None if v_reset is None else _finite("v_reset", v_reset),
             surrogate_function=surrogate_function,
             detach_reset=detach_reset,
             step_mode=step_mode,
@@ -244,7 +270,7 @@ class LIFNode(neuron.LIFNode):
         v = states[0]
         if isinstance(v, Tensor) and v.shape == frame.shape:
             return (v.to(device=frame.device, dtype=dtype),)
-        start = v if isinstance(v, float) else self.v_reset or 0.0
+        start = v if isinstance(v, int | float) else self.v_reset or 0.0
         if step_mode == "m" and not self.store_v_seq and self.runs_kernels(inputs[0]):
             return (start,)
         return (torch.full_like(frame, start, dtype=dtype, requires_grad=False),)

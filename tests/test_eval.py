@@ -260,6 +260,17 @@ def test_a_checkpoint_that_says_another_T_than_its_weights(
     assert "T=6 was asked for, but its gated attention is made for T=2" in error
 
 
+def test_pictures_in_a_folder_need_no_word_on_the_cutout_of_training(run: Path, tmp_path: Path) -> None:
+    payload = read_checkpoint(run / "best.pt")
+    payload["config"]["data"]["cutout"] = 4
+    write_checkpoint(tmp_path / "best.pt", payload)
+    pictures = ["--data.name", "imagefolder", "--data.root", str(tmp_path)]
+    assert parse_eval(["--checkpoint", str(tmp_path / "best.pt"), *pictures]).config.data.name == "imagefolder"
+    assert parse_eval(["--checkpoint", str(tmp_path / "best.pt")]).config.data.cutout == 4
+    with pytest.raises(InputError, match=r"data\.cutout must be 0 with data\.name imagefolder"):
+        parse_eval(["--checkpoint", str(tmp_path / "best.pt"), *pictures, "--data.cutout", "4"])
+
+
 @pytest.mark.parametrize("coding", ["gac", "rate"])
 def test_energy_is_that_of_the_test_images_and_repeats(
     coding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,7 +7,7 @@ import pytest
 
 from gac import files
 from gac.errors import InputError
-from gac.files import atomic_folder, atomic_write, remove_leftovers, user_path, writing
+from gac.files import atomic_folder, atomic_write, check_writable, remove_leftovers, user_path, writing
 
 
 def test_the_file_appears_whole(tmp_path):
@@ -169,3 +169,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert os.listdir(target) == ["three"]
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "results"]
+
+
+def test_devices_and_pipes_are_not_replaced_by_results(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out").symlink_to("pipe")
+    for path in (Path("/dev/null"), tmp_path / "pipe", tmp_path / "out"):
+        with pytest.raises(InputError, match=r"^--json \S+: expected a file, not a device or a pipe$"):
+            check_writable(path, "--json")
+
+
+def test_a_result_goes_to_where_a_link_leads(tmp_path):
+    (tmp_path / "latest").symlink_to("today")
+    with atomic_write(check_writable(tmp_path / "latest", "--json")) as file:
+        file.write(b"new")
+    assert (tmp_path / "latest").is_symlink()
+    assert (tmp_path / "today").read_bytes() == b"new"

@@ -66,6 +66,27 @@ def test_a_network_that_was_trained_on_says_nothing_of_the_old_scores(folder, tm
     assert "Top-1 99.17 % on the 360 test images" in (folder / "README.md").read_text()
 
 
+def test_the_licence_is_the_one_that_was_named(folder, tmp_path):
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
+    HubNetwork.from_pretrained(folder).save_pretrained(tmp_path, model_card_kwargs={"license": "MIT"})
+    assert "license: mit" in (tmp_path / "README.md").read_text()
+
+
+def test_weights_that_cannot_be_written_leave_those_that_were_there(folder, tmp_path, monkeypatch):
+    network = HubNetwork.from_pretrained(folder)
+    network.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(file, *_):
+        file.write(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gac.hub.write_weights", full)
+    with pytest.raises(OSError, match="No space left"):
+        network.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_an_upload_holds_the_same_files(folder, monkeypatch):
     uploaded = {}
 

@@ -146,6 +146,16 @@ def test_state_continues_until_reset_and_carries_gradient():
     assert node(second).item() == 0
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("start", [1, 1.0])
+def test_a_potential_may_be_set_as_a_number(backend, start):
+    x = torch.linspace(0, 1, 12).view(3, 1, 4)
+    node, whole = LIFNode(backend=backend), LIFNode(backend=backend)
+    node.v, whole.v = start, torch.ones(1, 4)
+    assert torch.equal(node(x), whole(x))
+    assert node(x).any()
+
+
 def test_another_input_shape_starts_afresh():
     node = LIFNode(backend="torch")
     node(torch.full((1, 2), 0.75))
@@ -276,3 +286,29 @@ def test_chosen_constants_are_those_of_the_formula(tau: float, name: str, detach
 def test_constants_that_make_no_neuron_are_refused(constants: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_parameters(**{"neuron": "cifar"} | constants)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"v_threshold": math.nan}, "v_threshold must be a finite number, got nan"),
+        ({"v_threshold": 1e39}, "v_threshold must be a finite number"),
+        ({"v_threshold": "1"}, "v_threshold must be a finite number, got '1'"),
+        ({"v_threshold": torch.tensor(1.0)}, "v_threshold must be a finite number"),
+        ({"v_reset": math.nan}, "v_reset must be a finite number"),
+        ({"v_reset": False}, "v_reset must be a finite number"),
+        ({"decay_input": "no"}, "decay_input must be True or False, got 'no'"),
+        ({"detach_reset": 1}, "detach_reset must be True or False, got 1"),
+        ({"store_v_seq": "torch"}, "store_v_seq must be True or False, got 'torch'"),
+        ({"surrogate_function": "atan"}, r"must be one of SpikingJelly's, such as surrogate\.ATan\(\), got"),
+        ({"surrogate_function": surrogate.ATan}, "surrogate_function must be one of SpikingJelly's"),
+    ],
+)
+def test_arguments_that_spikingjelly_takes_without_a_word_are_refused(argument: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LIFNode(**argument)
+
+
+def test_numbers_of_other_types_are_numbers() -> None:
+    node = LIFNode(v_threshold=np.float32(0.5), v_reset=-1)
+    assert [(type(value), value) for value in (node.v_threshold, node.v_reset)] == [(float, 0.5), (float, -1.0)]

@@ -83,6 +83,8 @@ def test_a_text_means_the_same_on_the_command_line_and_in_a_file(name: str, text
         ("train.epochs", "1.0", "a whole number"),
         ("train.epochs", "1e3", "a whole number"),
         ("train.epochs", "true", "a whole number"),
+        ("train.epochs", "1:30", "a whole number"),
+        ("train.learning_rate", "0:30.5", "a number"),
         ("train.epochs", "2024-13-01", "a whole number"),
         ("train.epochs", "-1", "at least 1 and at most 1000000"),
         ("train.nesterov", "0", "true or false"),
@@ -123,6 +125,22 @@ def test_a_rule_between_fields_names_the_line_of_the_field_that_breaks_it(tmp_pa
     with pytest.raises(InputError) as error:
         parse_train(["--config", str(path)])
     assert str(error.value) == f"{path} line 3: train.warmup_epochs must be below train.epochs (2); got 5"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  epochs: 3\ntrain.epochs: 5\n", r"line 3: train\.epochs is there twice; keep one"),
+        ("train.epochs: 5\ntrain:\n  epochs: 3\n", "line 3: epochs is there twice; keep one"),
+        ("data:\n  root: [a, b]\n", r"line 2: data\.root must be a text$"),
+        ("train:\n  freeze: [stem.*]\n", r"line 2: train\.freeze must be a text$"),
+        ("train:\n  epochs: [3]\n", r"line 2: train\.epochs must be a whole number; got \[3\]"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        parse_train(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_a_trial_is_for_one_process(tmp_path: Path) -> None:

@@ -45,14 +45,14 @@ def translate(key: str) -> str | None:
     return None if rest is None else f"stages.{stage}.{block['index']}.{rest}"
 
 
-def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert(state: dict[str, Tensor], strict: bool = True) -> dict[str, Tensor]:
     """Return the authors' state dict in our names.
 
-    Every key is used. The weights of the temporal attention, [T // 2, T, 1, 1, 1] and [T, T // 2, 1, 1, 1] in the
-    authors' files, become matrices.
+    Every key is used; without ``strict`` those that are unknown keep their names. The weights of the temporal
+    attention, [T // 2, T, 1, 1, 1] and [T, T // 2, 1, 1, 1] in the authors' files, become matrices.
 
     Raises:
-        InputError: If keys are unknown, or if two names of one tensor hold different values.
+        InputError: If keys are unknown (with ``strict``), or if two names of one tensor hold different values.
     """
     converted: dict[str, Tensor] = {}
     source: dict[str, str] = {}
@@ -68,11 +68,11 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
             converted[name], source[name] = value, key
         elif not torch.equal(converted[name], value):
             disagreeing.append(f"{source[name]} and {key}")
-    if unknown:
+    if unknown and strict:
         raise InputError(f"not a checkpoint of these networks, unknown keys: {first_few(unknown)}")
     if disagreeing:
         raise InputError(f"names of one tensor hold different values: {first_few(disagreeing)}")
-    return converted
+    return converted | {key: state[key] for key in unknown}
 
 
 def _first_match(names: list[tuple[str, str]], key: str) -> str | None:

@@ -129,7 +129,7 @@ def build_network(
                 raise InputError(f"{name}={asked[name]} was asked for, but it was trained with {arguments[name]}")
         arguments |= asked
     else:
-        state, arguments = _bare_parts(payload, asked)
+        state, arguments = _bare_parts(payload, asked, strict)
     # The backend that the network was trained with does not matter here.
     arguments["backend"] = "auto"
     if _SQUEEZE in state and arguments["T"] != (fixed := _shape(state, _SQUEEZE, 2)[1]):
@@ -167,7 +167,7 @@ def initialise(network: MSResNet, payload: dict) -> list[str]:
     That is the head if the number of classes is another one, and the temporal attention if T is; everything else has to
     fit. Raises InputError if it does not.
     """
-    state = _checked_state(payload.get("model")) if is_ours(payload) else _bare_state(payload)
+    state = _checked_state(payload.get("model")) if is_ours(payload) else _bare_state(payload)[0]
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     anew = []
     for prefix, what in (("head.", "the head"), ("coding.gate.temporal.", "the temporal attention")):
@@ -179,10 +179,14 @@ def initialise(network: MSResNet, payload: dict) -> list[str]:
     return anew
 
 
-def _bare_state(payload: dict) -> dict[str, Tensor]:
-    """Return the tensors of a state dict in our names."""
+def _bare_state(payload: dict, strict: bool = True) -> tuple[dict[str, Tensor], bool]:
+    """Return the tensors of a state dict in our names, and whether it is in our names itself."""
     state = _unwrapped(payload)
-    return state if "stem.conv.weight" in state else authors.convert(state)
+    if "stem.conv.weight" in state:
+        return state, True
+    # Before tensors with several names are compared, which not every type can be.
+    _check_values({key: value for key, value in state.items() if authors.translate(key) is not None})
+    return authors.convert(state, strict), False
 
 
 def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -212,14 +216,9 @@ def trained_parts(payload: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, arguments
 
 
-def _bare_parts(payload: dict, asked: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _bare_parts(payload: dict, asked: dict[str, Any], strict: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the same for a state dict, which shows only sizes; what was ``asked`` for says the rest."""
-    state = _unwrapped(payload)
-    in_our_names = "stem.conv.weight" in state
-    if not in_our_names:
-        # Before tensors with several names are compared, which not every type can be.
-        _check_values(state)
-        state = authors.convert(state)
+    state, in_our_names = _bare_state(payload, strict)
     arguments = _infer_arguments(state)
     gated = "gate" in arguments
     known = {"T": arguments.get("T", DEFAULT_T), "coding": "gac" if gated else "direct", "neuron": None}
@@ -250,8 +249,9 @@ def _unwrapped(payload: dict) -> dict[str, Tensor]:
         state = state[found[0]]
     state = _checked_state(state)
     # torch.optim.swa_utils.AveragedModel counts its updates.
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) or k == "n_averaged" for k in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key != "n_averaged"}
+    state.pop("n_averaged", None)
+    while state and (prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     # torch.compile of a part renames only that part.
     return {key.replace("._orig_mod.", "."): value for key, value in state.items()}
 

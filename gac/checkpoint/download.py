@@ -17,6 +17,7 @@ import filelock
 from tqdm import tqdm
 
 from gac.errors import InputError
+from gac.files import user_path
 from gac.version import __version__
 
 logger = logging.getLogger("gac")
@@ -32,9 +33,10 @@ class _Failed(Exception):
 def cache_folder() -> Path:
     """Return the folder in which downloaded weights are kept. Raises InputError if it is not known."""
     if chosen := os.environ.get("GAC_WEIGHTS_CACHE"):
-        return Path(chosen)
+        return user_path(chosen, "GAC_WEIGHTS_CACHE")
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gac" / "weights"
+        caches = os.environ.get("XDG_CACHE_HOME")
+        return (user_path(caches, "XDG_CACHE_HOME") if caches else Path.home() / ".cache") / "gac" / "weights"
     except RuntimeError as error:
         raise InputError("the home directory is not known: name a folder for weights with GAC_WEIGHTS_CACHE") from error
 

@@ -102,7 +102,7 @@ def find_released(name: str) -> Released:
     """Return an entry of the registry. Raises InputError for an unknown name."""
     names = list_pretrained()
     if name not in names:
-        close = did_you_mean(name, {each: each for each in names})
+        close = did_you_mean(str(name), {each: each for each in names})
         raise InputError(f"no trained network is called {quoted(name)}{close}; there are: {', '.join(names)}")
     return Released(**json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
 
@@ -144,7 +144,8 @@ def create_model(
     Raises:
         InputError: As that function does; for weights that do not fit, and as :func:`load_pretrained` does.
     """
-    asked = options | {key: value for key, value in (("num_classes", num_classes), ("T", T)) if value is not None}
+    given = options | {"num_classes": num_classes, "T": T}
+    asked = {key: value for key, value in given.items() if value is not None}
     if weights is None:
         if num_classes is None:
             raise InputError("num_classes is missing: give the number of classes, or weights that say it")

@@ -6,7 +6,7 @@ import torch
 from spikingjelly.activation_based import base, encoding
 from torch import Tensor, nn
 
-from gac.errors import InputError
+from gac.errors import InputError, check_size
 from gac.ops.watchers import refuse_symbolic, watched
 
 _ENCODERS = {
@@ -45,6 +45,7 @@ class BaselineCoding(nn.Module, base.MultiStepModule):
 
     @T.setter
     def T(self, value: int) -> None:
+        value = check_size("T", value)
         if self.coding == "latency" and value < 2:
             raise InputError("latency coding needs T >= 2: in one time step every pixel would spike")
         self.__dict__["T"] = value
@@ -59,13 +60,14 @@ class BaselineCoding(nn.Module, base.MultiStepModule):
                 "phase coding cannot be exported: SpikingJelly's encoder reads values on the host; use torch.jit.trace"
             )
         low, high = torch.aminmax(images)
-        outside = (low < 0) | (high > 1)
+        # Of NaN neither is true.
+        inside = (low >= 0) & (high <= 1)
         if torch.compiler.is_compiling() or watched(images):
             # As an operation: what a recording is run on later has to be checked too.
             if torch.jit.is_tracing():
                 warnings.warn("torch.jit.trace drops the check that intensities lie in [0, 1]", stacklevel=2)
-            torch._assert_async(~outside, f"{self.coding} coding takes intensities in [0, 1]")
-        elif outside:
+            torch._assert_async(inside, f"{self.coding} coding takes intensities in [0, 1]")
+        elif not inside:
             raise InputError(
                 f"{self.coding} coding takes intensities in [0, 1], got [{low.item():.3g}, {high.item():.3g}]: "
                 "give it images that are not standardised"

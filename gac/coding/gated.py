@@ -7,8 +7,8 @@ from spikingjelly.activation_based import base
 from spikingjelly.activation_based.functional import seq_to_ann_forward
 from torch import Tensor, nn
 
-from gac.errors import InputError
-from gac.neuron import LIFNode
+from gac.errors import InputError, check_size
+from gac.neuron import LIFNode, check_step_mode
 from gac.ops.watchers import refuse_symbolic
 
 TemporalInit = Literal["default", "alive"]
@@ -152,8 +152,8 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
         gate: "both" attentions, or for ablations "temporal" or "spatial_channel" alone.
 
     Raises:
-        InputError: For T, channels, kernel_size or reduction below 1, unknown names, and in forward for an input whose
-            shape does not fit.
+        InputError: For T, channels, kernel_size or reduction below 1, unknown names, a neuron that is none, and in
+            forward for an input whose shape does not fit and a neuron in step mode "s".
     """
 
     def __init__(
@@ -168,12 +168,12 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
     ) -> None:
         super().__init__()
         sizes = {"T": T, "channels": channels, "kernel_size": kernel_size, "reduction": reduction}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+        T, channels, kernel_size, reduction = (check_size(name, value) for name, value in sizes.items())
         for name, value, choices in (("temporal_init", temporal_init, TemporalInit), ("gate", gate, Gate)):
             if value not in get_args(choices):
                 raise InputError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        if neuron is not None and not callable(getattr(neuron, "reset", None)):
+            raise InputError(f"neuron must be a spiking layer, such as gac.neuron.LIFNode(), got {neuron!r}")
         self.step_mode = "m"
         self.channels = channels
         self.lif = neuron if neuron is not None else LIFNode()
@@ -195,7 +195,7 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
                 f"T of gated attention coding is fixed, as its temporal attention has weights for {self.T} time steps: "
                 f"make a network with T={value!r} instead"
             )
-        self.gate.temporal.T = value
+        self.gate.temporal.T = check_size("T", value)
 
     def extra_repr(self) -> str:
         return f"T={self.T}, channels={self.channels}"
@@ -209,6 +209,7 @@ class GatedAttentionCoding(nn.Module, base.MultiStepModule):
                 f"expected a sequence [T={self.T}, B, C={self.channels}, H, W] or a frame "
                 f"[B, C={self.channels}, H, W], got {list(x.shape)}"
             )
+        check_step_mode("neuron", self.lif, "m")
         x_seq = x if x.dim() == 5 else x.expand(self.T, *x.shape)
         self.lif.reset()
         spikes = self.lif(x_seq)

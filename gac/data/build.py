@@ -70,6 +70,8 @@ def build_data(
             if config.name == "imagefolder"
             else {split: arrays.splits[split].labels.numpy() for split in splits},
         )
+        if "train" in splits:
+            _warn_of_options(config)
         if config.name in EVENT_SETS:
             from gac.data.event_sets import warn_of_events
 
@@ -116,6 +118,16 @@ def _warn_of_labels(info: DataInfo, labels: Mapping[str, np.ndarray]) -> None:
         elif len(missing):
             few = first_few([repr(info.class_names[k]) if info.class_names else str(k) for k in missing])
             logger.warning("%d of the %d classes have no %s images: %s", len(missing), info.num_classes, kind, few)
+
+
+def _warn_of_options(config: DataConfig) -> None:
+    """Say which options were set and are none of this data set's."""
+    for option, does_nothing in (
+        ("roll", config.roll != 0 and config.name == "imagefolder"),
+        ("event_pool", config.event_pool != 1 and config.name not in EVENT_SETS),
+    ):
+        if does_nothing:
+            logger.warning("data.%s %d does nothing with data.name %s", option, getattr(config, option), config.name)
 
 
 def _check_arguments(batch_size: int, eval_batch_size: int, seed: int, splits: Collection[str]) -> None:

@@ -36,7 +36,7 @@ _OFFICIALLY_SPLIT = ("dvs128gesture",)
 _SIZES = {"cifar10dvs": {"train": 9000, "test": 1000}, "dvs128gesture": {"train": 1176, "test": 288}}
 _WHITE = 255
 # What reading archives and converting what is in them raises for damaged ones.
-_UNUSABLE = (*UNREADABLE, IndexError, tarfile.TarError)
+_UNUSABLE = (*UNREADABLE, tarfile.TarError)
 
 
 class _Sample(NamedTuple):

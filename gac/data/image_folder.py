@@ -20,6 +20,7 @@ from gac.data.augment import make_policy, mean_color
 from gac.data.class_folders import ClassFolders
 from gac.data.interface import TOLERATED_PERCENT, WHOLE, DataInfo, Shard, check_start, digest, tolerated
 from gac.data.normalization import Normalization
+from gac.data.npz import UNREADABLE
 from gac.data.seeding import Stream, derive_seed, epoch_order
 from gac.data.transfer import copy_ahead
 from gac.errors import InputError
@@ -28,6 +29,7 @@ logger = logging.getLogger("gac")
 
 # Tags of TIFF files.
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -80,8 +82,8 @@ def read_image(path: str) -> Image.Image:
     one counts.
 
     Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: If the file is damaged or no image, or if
-            floating-point values are outside [0, 1].
+        ValueError: If floating-point values are outside [0, 1].
+        One of UNREADABLE, Image.DecompressionBombError: If the file is damaged or no image; it depends on the format.
     """
     with Image.open(path) as image:
         if image.mode == "F" or image.mode.startswith("I"):
@@ -92,17 +94,19 @@ def read_image(path: str) -> Image.Image:
 def _brightness(image: Image.Image) -> np.ndarray:
     """Return a grey image of more than 8 bits as numbers from 0 (black) to 1 (white). Raises ValueError for others."""
     pixels, white = np.asarray(image), 1.0
+    tags = image.tag_v2 if image.format == "TIFF" else {}
     if image.mode != "F":
         # Where the format has no 32-bit numbers Pillow holds 16-bit ones in the mode for 32 bits.
-        bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
-        signed = image.format == "TIFF" and image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
         if bits == 32 and not signed:
             pixels = pixels.view(np.uint32)
         white = 2 ** (bits - signed) - 1
     # NaN is not in the range either.
     if not (pixels.min() >= 0 and pixels.max() <= white):
         raise ValueError(f"its values are not all from 0 to {white}")
-    return pixels / white
+    # Pillow turns this round in images of 8 bits only.
+    return 1 - pixels / white if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else pixels / white
 
 
 class _Unreadable(NamedTuple):
@@ -166,8 +170,7 @@ class _Images(Dataset):
             return read_image(os.fsdecode(self.folders.paths[number]))
         except UnidentifiedImageError:
             return "not an image of a known format"
-        # Which of these a damaged file raises depends on its format.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
             return getattr(error, "strerror", None) or " ".join(str(error).split())
 
     def _transform(self, image: Image.Image, epoch: int, number: int) -> Tensor:

@@ -78,10 +78,11 @@ def load_npz(path: str, splits: Collection[str], trained_on: DataInfo | None = N
 
 
 UNREADABLE = (
-    *(ValueError, TypeError, SyntaxError, KeyError, OverflowError, UnicodeError, struct.error),
+    *(ValueError, TypeError, SyntaxError, LookupError, OverflowError, UnicodeError, struct.error),
     *(OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-"""What zipfile, its decompressors and numpy's reader of headers raise for damaged bytes depends on where those are."""
+"""What zipfile, its decompressors, numpy's reader of headers and Pillow raise for damaged bytes depends on where those
+are."""
 
 
 class _Archive:

@@ -104,8 +104,10 @@ def forward(net: nn.Module, x: Tensor) -> Tensor:
         membrane, spikes = _block(block, inverse_stds, membrane, spikes, _membrane_and_spikes, following.lif1)
     last = blocks[-1], running[-1], membrane, spikes
     if _runs_by_itself(net.lif):
-        return net.head(net.lif(_block(*last, _membrane)).mean((-2, -1)))
-    return net.head(_block(*last, _firing_rates, net.lif))
+        rates = net.lif(_block(*last, _membrane)).mean((-2, -1))
+    else:
+        rates = _block(*last, _firing_rates, net.lif)
+    return net.head(net.dropout(rates))
 
 
 _InverseStds = list[Tensor | None]
@@ -309,10 +311,12 @@ def _is_float32(tensor: Tensor | None) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
+    """Return whether a call of a module does more than its class says: it has hooks, or a forward of its own."""
     # Not by attribute, here and where modules are walked: nn.Module's take several times as long to find.
     members = module.__dict__
     return bool(
-        members["_forward_hooks"]
+        "forward" in members
+        or members["_forward_hooks"]
         or members["_forward_pre_hooks"]
         or members["_backward_hooks"]
         or members["_backward_pre_hooks"]

@@ -22,8 +22,9 @@ def replace_input_neuron(network: nn.Module, x: Tensor, **options: object) -> Ga
             :class:`~gac.coding.gated.GatedAttentionCoding`.
 
     Raises:
-        InputError: If no neuron runs; if the first gets no sequence of maps, runs more than once in a call or has a
-            gate already; if something goes around it to the scores, as a membrane shortcut does.
+        InputError: If no neuron runs, or the network returns anything but a tensor; if the first gets no sequence of
+            maps, runs more than once in a call or has a gate already; if something goes around it to the scores, as a
+            membrane shortcut does.
     """
     names = {module: name for name, module in network.named_modules() if isinstance(module, neuron.BaseNode)}
     calls: list[tuple[nn.Module, Tensor]] = []
@@ -48,6 +49,8 @@ def replace_input_neuron(network: nn.Module, x: Tensor, **options: object) -> Ga
         functional.reset_net(network)
     if not calls:
         raise InputError(f"{type(network).__name__} runs none of SpikingJelly's neurons, so that none can be replaced")
+    if not isinstance(scores, Tensor):
+        raise InputError(f"{type(network).__name__} returns a {type(scores).__name__}, expected one tensor of scores")
     first, features = calls[0]
     name = names[first]
     parent, _, child = name.rpartition(".")
@@ -60,7 +63,8 @@ def replace_input_neuron(network: nn.Module, x: Tensor, **options: object) -> Ga
         raise InputError(f"{name}, the first neuron, is that of gated attention coding already")
     if sum(module is first for module, _ in calls) > 1:
         raise InputError(f"{name}, the first neuron, runs more than once in a call, so that it is not only the first")
-    if torch.autograd.grad(scores.sum(), x, allow_unused=True)[0] is not None:
+    # Of a frozen network nothing asks for a gradient but what goes around.
+    if scores.requires_grad and torch.autograd.grad(scores.sum(), x, allow_unused=True)[0] is not None:
         raise InputError(
             f"something goes around {name}, the first neuron, to the scores: put GatedAttentionCoding between the stem"
             " and the first block instead"

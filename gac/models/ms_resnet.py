@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from gac.coding import Coding
 from gac.coding.baselines import BaselineCoding
 from gac.coding.gated import Gate, GatedAttentionCoding, TemporalInit
-from gac.errors import InputError
+from gac.errors import InputError, check_size
 from gac.models import fused, resetting
 from gac.models.blocks import ConvNorm, DeepStem, Downsampling, MSBlock
-from gac.neuron import Backend, LIFNode, make_parameters
+from gac.neuron import Backend, LIFNode, check_step_mode, make_parameters
 from gac.ops.neuron import LIFParameters
 from gac.ops.watchers import refuse_symbolic
 
@@ -94,7 +94,8 @@ class MSResNet(nn.Module, base.StepModule):
 
     Raises:
         InputError: For sizes below 1, a depth that does not have one number per stage, unknown names; in forward
-            for integers and for a wrong number of dimensions, time steps or channels.
+            for integers, for a wrong number of dimensions, time steps or channels, and for a neuron in place of the
+            network's that is in another step mode.
     """
 
     def __init__(
@@ -116,9 +117,7 @@ class MSResNet(nn.Module, base.StepModule):
     ) -> None:
         super().__init__()
         sizes = {"num_classes": num_classes, "T": T, "in_channels": in_channels, "width": width}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+        num_classes, T, in_channels, width = (check_size(name, value) for name, value in sizes.items())
         stages = len(family.widths)
         blocks_fit = isinstance(depth, Sequence) and all(isinstance(n, int) and n >= 1 for n in depth)
         if not blocks_fit or len(depth) != stages:
@@ -185,8 +184,7 @@ class MSResNet(nn.Module, base.StepModule):
 
     @T.setter
     def T(self, value: int) -> None:
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"T must be an integer >= 1, got {value!r}")
+        value = check_size("T", value)
         coding = self._modules.get("coding")
         if isinstance(coding, (GatedAttentionCoding, BaselineCoding)):
             coding.T = value
@@ -213,11 +211,13 @@ class MSResNet(nn.Module, base.StepModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if self.step_mode == "s":
-            return self._run(x)
         # Not reset_net: its cache, shared by all networks, misses a neuron that was replaced, and a compiler that
         # reads it sees the networks that come and go elsewhere.
         stateful = resetting.collect(self)
+        if any(getattr(each, "step_mode", self.step_mode) != self.step_mode for each in stateful):
+            self._check_step_modes(self)
+        if self.step_mode == "s":
+            return self._run(x)
         resetting.reset(stateful)
         obstacle = fused.obstacle(self, x)
         if not torch.compiler.is_compiling() and (explanation := fused.explain(self, obstacle)):
@@ -241,6 +241,14 @@ class MSResNet(nn.Module, base.StepModule):
         frame = self.coding(self.stem(x, repeats=self.T))
         # Repeated by torch.cat, which keeps channels_last; flattening an expanded frame would not.
         return frame if frame.dim() == 5 else torch.cat([frame] * self.T).unflatten(0, (self.T, -1))
+
+    def _check_step_modes(self, within: nn.Module, prefix: str = "") -> None:
+        """Raise InputError for a neuron that was put in place of one of the network's in another step mode."""
+        for name, module in within.named_children():
+            check_step_mode(f"{prefix}{name}", module, self.step_mode)
+            # What is in SpikingJelly's containers has the step mode that they need.
+            if not isinstance(module, base.StepModule) or isinstance(module, GatedAttentionCoding):
+                self._check_step_modes(module, f"{prefix}{name}.")
 
     def _check_input(self, x: Tensor) -> None:
         refuse_symbolic(x)

@@ -88,9 +88,10 @@ def parse_eval(arguments: Sequence[str], processes: int = 1) -> EvalArguments:
         base = read_config(payload) if is_ours(payload) else Config()
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from None
-    # Whoever wrote the file must not make this machine load anything.
-    config = make_config(replace(base, data=replace(base.data, download=False)), overrides)
     stored = base.data
+    # Whoever wrote the file must not make this machine load anything; another data set may know no Cutout.
+    cutout = 0 if "data.name" in overrides else stored.cutout
+    config = make_config(replace(base, data=replace(stored, download=False, cutout=cutout)), overrides)
     named = not is_ours(payload) or {"data.name", "data.root", "data.download"} & overrides.keys()
     if not named and stored.name not in _WITHOUT_FILES and not user_path(stored.root, "data.root").exists():
         raise InputError(

@@ -71,6 +71,6 @@ def parse_train(arguments: Sequence[str], processes: int = 1) -> TrainArguments:
             raise InputError(f"--export-weights {weights}: expected a file *{SUFFIX}")
         # The run makes its own folder.
         if weights.absolute().parent != output.absolute():
-            check_writable(weights, "--export-weights")
+            weights = check_writable(weights, "--export-weights")
     flags = (name in given for name in ("report", "dry-run", "overfit-one-batch"))
     return TrainArguments(config, output, given.get("resume"), *flags, weights)

@@ -99,33 +99,34 @@ def read_yaml(path: Path) -> dict[str, Written]:
         raise InputError(f"{path} is nested too deeply: sections hold fields, and fields values or lists") from None
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path} must hold the sections {', '.join(SECTIONS)} with their fields")
-    return dict(_fields(root, path))
+    return dict(_fields(root, path, set()))
 
 
-def _fields(mapping: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, Written]]:
-    names = set()
+def _fields(mapping: yaml.MappingNode, path: Path, names: set[str], prefix: str = "") -> Iterator[tuple[str, Written]]:
     for key, node in mapping.value:
         name, place = f"{prefix}{key.value}", f"{path} line {key.start_mark.line + 1}: "
         if name in names:
             raise InputError(f"{place}{key.value} is there twice; keep one")
         names.add(name)
         if name in FIELDS:
-            yield name, (_text(node, f"{place}{name} must be {FIELDS[name].kind}"), place)
+            yield name, (_text(node, name, place), place)
         elif name not in SECTIONS:
             raise InputError(f"{place}unknown field {name}{_suggest(name, [*FIELDS, *SECTIONS])}")
         elif not isinstance(node, yaml.MappingNode):
             raise InputError(f"{place}{name} is a section; write its fields below it")
         else:
-            yield from _fields(node, path, f"{name}.")
+            yield from _fields(node, path, names, f"{name}.")
 
 
-def _text(node: yaml.Node, refusal: str) -> str | None:
-    """Return a value as it would be written on the command line."""
-    if isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in node.value):
-        return f"[{', '.join(each.value for each in node.value)}]"
-    if not isinstance(node, yaml.ScalarNode):
-        raise InputError(refusal)
-    return None if node.tag.endswith(":null") else node.value
+def _text(node: yaml.Node, name: str, place: str) -> str | None:
+    """Return a field's value as it would be written on the command line."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag.endswith(":null") else node.value
+    is_list = isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in node.value)
+    # A text has no list in it: its brackets would become part of a path or of a pattern.
+    if not is_list or FIELDS[name].is_text:
+        raise InputError(f"{place}{name} must be {FIELDS[name].kind}")
+    return f"[{', '.join(each.value for each in node.value)}]"
 
 
 def make_config(base: Config, written: Mapping[str, Written]) -> Config:

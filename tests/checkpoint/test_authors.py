@@ -6,6 +6,7 @@ import torch
 import gac
 import parity
 from checkpoint_files import CASES, authors_file
+from gac.checkpoint import initialise, read_checkpoint
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -55,12 +56,23 @@ def test_aliases_of_a_type_that_cannot_be_compared_are_refused(tmp_path, dtype):
     path = tampered(tmp_path, lambda state: state.update({name: state[name].to(dtype)}))
     with pytest.raises(ValueError, match=rf"{name} is {dtype}, expected a floating-point type"):
         gac.load_checkpoint(path)
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}, expected a floating-point type"):
+        initialise(gac.create_model("gac_msresnet18_cifar", 10, 2), read_checkpoint(path))
 
 
 def test_unknown_keys_are_listed(tmp_path):
     path = tampered(tmp_path, lambda state: state.update({"layer1.0.gate.weight": torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"unknown keys: layer1\.0\.gate\.weight"):
         gac.load_checkpoint(path)
+
+
+def test_without_strict_unknown_keys_are_left_out_and_named(tmp_path, caplog):
+    path = tampered(tmp_path, lambda state: state.update({"layer1.0.gate.weight": torch.zeros(1, dtype=torch.long)}))
+    loaded = gac.load_checkpoint(path, strict=False)
+    assert caplog.messages == ["not loaded, unknown keys: layer1.0.gate.weight"]
+    authors, _ = authors_file(tmp_path, CASES["quiet_gac_T2"])
+    whole = gac.load_checkpoint(authors).state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_missing_keys_are_listed(tmp_path):

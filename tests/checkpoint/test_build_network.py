@@ -105,6 +105,7 @@ def bare_but(**changes):
         (ours_but(model={"stem.conv.weight": 3}), r"other entries: stem\.conv\.weight"),
         (lambda folder: {"state_dict": 3}, "got other entries: state_dict"),
         (lambda folder: {}, "holds nothing"),
+        (lambda folder: {"n_averaged": torch.tensor(1)}, r"missing keys: stem\.conv\.weight"),
         (ours_but(num_classes=2**40), r"says num_classes 1099511627776, and its weights are of num_classes 7"),
         (
             ours_but(config={"model": {"width": 60_000, "depth": [1, 1, 1]}}),

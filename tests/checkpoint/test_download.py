@@ -201,6 +201,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(server, tmp_path) -> None:
         ({"GAC_WEIGHTS_CACHE": "/w", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/w"),
         ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/gac/weights"),
         ({"HOME": "/h"}, "/h/.cache/gac/weights"),
+        ({"GAC_WEIGHTS_CACHE": "~/w", "HOME": "/h"}, "/h/w"),
+        ({"XDG_CACHE_HOME": "~/x", "HOME": "/h"}, "/h/x/gac/weights"),
     ],
 )
 def test_the_cache_is_where_the_user_says(variables, expected, monkeypatch) -> None:

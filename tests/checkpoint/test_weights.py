@@ -92,6 +92,8 @@ def test_an_unknown_name_gets_the_known_ones():
     for call in (gac.load_pretrained, lambda name: gac.create_model(NAME, weights=name)):
         with pytest.raises(InputError, match=r"'digit' \(did you mean digits\?\); there are: digits"):
             call("digit")
+        with pytest.raises(InputError, match="no trained network is called True; there are: digits"):
+            call(True)
 
 
 def differing(network, tensors):
@@ -111,6 +113,13 @@ def test_a_new_network_begins_with_the_weights(payload):
     assert differing(network, payload["model"]) == set()
     fresh = gac.create_model(NAME, 10, 4, width=16, depth=[1, 1, 1], in_channels=1)
     assert "stem.conv.weight" in differing(fresh, payload["model"])
+
+
+def test_what_is_none_is_left_out(payload, caplog):
+    left_out = dict.fromkeys(("num_classes", "T", "coding", "depth", "neuron", "tau", "surrogate", "detach_reset"))
+    network = gac.create_model(NAME, weights="digits", **left_out)
+    assert differing(network, payload["model"]) == set()
+    assert caplog.messages == []
 
 
 def test_what_begins_anew_is_said(payload, caplog):

@@ -43,6 +43,12 @@ def test_standardised_images_are_refused(coding):
         BaselineCoding(coding, T=4)(torch.tensor([[[[-1.0, 0.0]]]]))
 
 
+@pytest.mark.parametrize("coding", ["rate", "latency", "phase"])
+def test_what_is_no_number_is_no_intensity(coding: str) -> None:
+    with pytest.raises(ValueError, match=r"takes intensities in \[0, 1\], got \[nan, nan\]"):
+        BaselineCoding(coding, T=4)(torch.tensor([[[[0.5, float("nan")]]]]))
+
+
 def test_latency_needs_more_than_one_time_step():
     with pytest.raises(ValueError, match="latency coding needs T >= 2"):
         BaselineCoding("latency", T=1)

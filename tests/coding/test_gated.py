@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
 
 import parity
 from gac.coding.gated import GatedAttentionCoding, GatedAttentionUnit, TemporalAttention
@@ -172,6 +173,29 @@ def test_sizes_below_one_are_refused(arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
         GatedAttentionCoding(**{"T": 4, "channels": 8} | arguments)
+
+
+def test_sizes_of_other_libraries_are_whole_numbers():
+    coding = GatedAttentionCoding(np.int64(4), torch.tensor([8]).numpy()[0])
+    assert [type(size) for size in (coding.T, coding.channels)] == [int, int]
+    with pytest.raises(ValueError, match="T must be an integer >= 1, got True"):
+        GatedAttentionCoding(True, 8)
+    with pytest.raises(ValueError, match="T must be an integer >= 1, got 0"):
+        GatedAttentionCoding(4, 8, gate="spatial_channel").T = 0
+
+
+def test_a_neuron_that_takes_single_steps_is_refused():
+    coding = GatedAttentionCoding(4, 8, neuron=neuron.LIFNode())  # SpikingJelly's default is step mode "s"
+    with pytest.raises(ValueError, match="neuron is in step mode 's', the network in 'm'"):
+        coding(torch.rand(4, 2, 8, 5, 5))
+    functional.set_step_mode(coding, "m")
+    assert coding(torch.rand(4, 2, 8, 5, 5)).shape == (4, 2, 8, 5, 5)
+
+
+@pytest.mark.parametrize("wrong", ["cifar", nn.ReLU()])
+def test_what_is_no_spiking_layer_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"neuron must be a spiking layer, such as gac\.neuron\.LIFNode\(\), got"):
+        GatedAttentionCoding(4, 8, neuron=wrong)
 
 
 def test_unknown_names_are_refused():

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gac.config import DataConfig
 from gac.data import build_data
@@ -177,3 +178,18 @@ def test_a_policy_for_colours_is_refused_for_other_channels(channels, tmp_path):
     ):
         build(config)
     build(config, splits=("test",))
+
+
+@pytest.mark.parametrize(("option", "value"), [("event_pool", 2), ("roll", 3)])
+def test_options_of_other_data_sets_are_pointed_out(option, value, tmp_path, caplog):
+    if option == "roll":
+        for split in ("train", "val"):
+            (tmp_path / split / "a").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "0.png")
+    name = "imagefolder" if option == "roll" else "digits"
+    config = DataConfig(name=name, root=str(tmp_path), image_size=8, resize=8, workers=0, **{option: value})
+    said = f"data.{option} {value} does nothing with data.name {name}"
+    build(config, splits=("test",))
+    assert said not in caplog.messages
+    build(config)
+    assert said in caplog.messages

@@ -379,6 +379,36 @@ def test_the_reason_is_given(tmp_path, caplog, damage, reason):
     assert re.match(rf"{path} cannot be read \(.*{reason}", record.getMessage())
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode image"), TypeError("'str' object"), IndexError("no")])
+def test_whatever_a_decoder_raises_is_a_damaged_image(error, tmp_path, caplog, monkeypatch):
+    # Pillow's AVIF decoder and its reader of TIFF tags do so for damaged bytes.
+    write_split(tmp_path / "val", images=100)
+
+    def read(path):
+        if path.endswith("flower/1_cmyk.JPEG"):
+            raise error
+        return read_image(path)
+
+    monkeypatch.setattr("gac.data.image_folder.read_image", read)
+    loader = build(tmp_path, splits=("test",), workers=0).test
+    list(loader.epoch(0))
+    assert loader.skipped == 1
+    assert f"cannot be read ({error})" in caplog.text
+
+
+def test_a_damaged_avif_file_is_left_out(tmp_path):
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow does not write AVIF")
+    write_split(tmp_path / "val", images=100)
+    content = encode(PHOTOGRAPHS[REAL_CLASSES[0]], "AVIF")
+    # The box that says where the picture is.
+    (tmp_path / "val" / "flower" / "1_cmyk.JPEG").write_bytes(content.replace(b"iloc", b"free"))
+    loader = build(tmp_path, splits=("test",), workers=0).test
+    list(loader.epoch(0))
+    assert loader.skipped == 1
+
+
 def test_an_iteration_that_is_never_finished_does_not_keep_python_from_ending(root):
     # At exit multiprocessing ends workers by SIGTERM, and waits for them.
     program = f"""
@@ -397,11 +427,20 @@ batches.gi_frame.f_locals['self']._loader._iterator._shutdown = True  # DataLoad
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
-def tiff(pixels: np.ndarray) -> bytes:
+def tiff(pixels: np.ndarray, white_is_zero: bool = False) -> bytes:
     """Return an uncompressed grey TIFF file of any type of numbers."""
     data, (height, width) = pixels.tobytes(), pixels.shape
     kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
-    numbers = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    numbers = {
+        256: width,
+        257: height,
+        258: 8 * pixels.itemsize,
+        259: 1,
+        262: int(not white_is_zero),
+        273: 8,
+        277: 1,
+        278: height,
+    }
     numbers |= {279: len(data), 339: kind}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in numbers.items())
     directory = struct.pack("<H", len(numbers)) + entries + struct.pack("<I", 0)
@@ -419,6 +458,9 @@ def tiff(pixels: np.ndarray) -> bytes:
         ("i32.tif", tiff(np.rint(RAMP * (2147483647 / 255)).astype(np.int32))),
         ("f32.tif", tiff((RAMP / 255).astype(np.float32))),
         ("8.tif", tiff(RAMP)),
+        ("8_negative.tif", tiff(255 - RAMP, white_is_zero=True)),
+        ("u16_negative.tif", tiff((255 - RAMP).astype(np.uint16) * 257, white_is_zero=True)),
+        ("f32_negative.tif", tiff((1 - RAMP / 255).astype(np.float32), white_is_zero=True)),
     ],
 )
 def test_images_of_more_bits_keep_their_range(name: str, content: bytes, tmp_path: Path) -> None:

@@ -475,6 +475,29 @@ def test_a_hook_on_what_is_bypassed_runs_the_modules(layer: str, device: str, la
     assert "residual_lif_forward" in launched
 
 
+@pytest.mark.parametrize("layer", ["stages.0.0", "stages.0.0.conv1.norm", "stages.0.1.shortcut", "coding", "lif"])
+def test_a_forward_put_in_place_of_a_modules_own_is_called(layer: str, device: str) -> None:
+    net, calls = network(depth=[2, 1, 1]).to(device).eval(), []
+    module = net.get_submodule(layer)
+    forward = module.forward
+
+    def instead(*inputs: Tensor, **options: object) -> Tensor:
+        calls.append(layer)
+        return forward(*inputs, **options)
+
+    module.forward = instead
+    net(images(device, batch=2, side=8))
+    assert calls == [layer]
+
+
+def test_a_dropout_put_before_the_head_is_called(device: str, launched: list[str]) -> None:
+    net = network().to(device)
+    net.dropout = nn.Dropout(1.0)
+    logits = net(images(device))
+    assert torch.equal(logits, net.head.bias.expand_as(logits))
+    assert "residual_lif_pool_forward" in launched
+
+
 def test_hooks_on_all_modules_run_the_modules(device: str, launched: list[str]) -> None:
     net = network().to(device)
     called = set()

@@ -80,6 +80,22 @@ def test_the_gate_has_the_hosts_precision() -> None:
     assert gate.spatial_channel.conv1.weight.grad.dtype == torch.float64
 
 
+def test_a_frozen_host_is_served() -> None:
+    net = host().requires_grad_(False)
+    replace_input_neuron(net, sequence())
+    net(sequence()).sum().backward()
+    assert [name for name, weight in net.named_parameters() if weight.grad is not None] == [
+        f"body.0.gate.{name}.weight"
+        for name in ("temporal.squeeze", "temporal.expand", "spatial_channel.conv1", "spatial_channel.conv2")
+    ]
+
+
+class Pair(Host):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = super().forward(x)
+        return scores, scores
+
+
 def single_steps() -> nn.Module:
     net = host()
     functional.set_step_mode(net, "s")
@@ -112,6 +128,7 @@ def ours() -> nn.Module:
     [
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 3)), sequence()[0], "runs none of SpikingJelly's neurons"),
         (single_steps, sequence()[0], r"body\.0, the first neuron, gets \[2, 4, 6, 6\] in step mode 's', expected a"),
+        (Pair, sequence(), "Pair returns a tuple, expected one tensor of scores"),
         (twice, sequence(), r"body\.0, the first neuron, runs more than once"),
         (coded, sequence(), r"body\.0\.lif, the first neuron, is that of gated attention coding already"),
         (

@@ -4,7 +4,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, monitor, neuron, op_counter
+from spikingjelly.activation_based import functional, layer, monitor, neuron, op_counter
 from torch import nn
 
 from gac.models import create_model, list_models
@@ -253,6 +253,7 @@ def test_encoders_take_images_only():
     [
         ({"T": 0}, "T must be an integer >= 1"),
         ({"T": 2.5}, "T must be an integer >= 1"),
+        ({"T": True}, "T must be an integer >= 1, got True"),
         ({"width": 0}, "width must be"),
         ({"depth": [1, 1]}, "depth must be 3 integers >= 1"),
         ({"depth": [1, 0, 1]}, "depth must be 3 integers >= 1"),
@@ -265,6 +266,34 @@ def test_encoders_take_images_only():
 def test_impossible_networks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+@pytest.mark.parametrize("place", ["lif", "stages.0.0.lif2", "coding.lif"])
+def test_a_neuron_in_another_step_mode_is_refused(place: str) -> None:
+    net = small()
+    net.set_submodule(place, neuron.LIFNode())  # SpikingJelly's default is step mode "s"
+    message = rf"{place} is in step mode 's', the network in 'm': use functional\.set_step_mode\(network, 'm'\)"
+    with pytest.raises(ValueError, match=message):
+        net(torch.rand(2, 3, 8, 8))
+    functional.set_step_mode(net, "m")
+    assert net(torch.rand(2, 3, 8, 8)).shape == (3, 2, 5)
+
+
+def test_a_sequence_neuron_in_a_network_of_single_steps_is_refused() -> None:
+    net = small(coding="direct")
+    functional.set_step_mode(net, "s")
+    net.stages[0][0].lif1 = LIFNode()
+    with pytest.raises(ValueError, match=r"stages\.0\.0\.lif1 is in step mode 'm', the network in 's'"):
+        net(torch.rand(2, 3, 8, 8))
+
+
+def test_a_container_keeps_the_step_mode_of_what_it_holds() -> None:
+    net, whole = small(), small()
+    constants = {"decay_input": False, "v_threshold": 0.5}
+    net.lif = layer.MultiStepContainer(neuron.LIFNode(**constants))
+    whole.lif = neuron.LIFNode(**constants, step_mode="m")
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(net(images), whole(images))
 
 
 @pytest.mark.parametrize("coding", ["gac", "direct"])
