@@ -272,7 +272,7 @@ def _obstacle_in_block(block: nn.Module) -> Obstacle | None:
     return None
 
 
-_HOOKS = "has hooks, which need its call"
+_HOOKS = "has hooks or a forward of its own, which need its call"
 
 
 def _obstacle(module: nn.Module, kind: type[nn.Module]) -> Obstacle | None:

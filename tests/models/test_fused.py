@@ -654,7 +654,7 @@ def test_what_changes_between_two_calls_counts_at_the_next(change: Callable, dev
         (_convert, "stages.0.0.conv1.norm is of class BatchNorm2d, not gac's BatchNorm2d"),
         (_subclass, "lif is of class Own, not gac's LIFNode"),
         (_average, "stages.0.0.conv1.norm has no momentum or does not track running statistics"),
-        (_hook_on_a_norm, "stages.0.0.conv1.norm has hooks, which need its call"),
+        (_hook_on_a_norm, "stages.0.0.conv1.norm has hooks or a forward of its own, which need its call"),
         (_more_steps, "the network has more than 16 time steps"),
     ],
 )
