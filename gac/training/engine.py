@@ -20,7 +20,7 @@ from gac.config import Config
 from gac.data import Data
 from gac.data.interface import check_readable
 from gac.errors import InputError
-from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate, has_hooks
+from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.execution import random_state
 from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
@@ -140,9 +140,7 @@ class Trainer:
         self.step = TrainingStep(
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
-        teacher = None if self.distillation is None else self.distillation.teacher
-        run = [self.network] if teacher is None else [self.network, teacher.network]
-        self._graphs = choose_graphs(config, self.device, ranks, *run)
+        self._graphs = choose_graphs(config, self.device, ranks, *self.step.networks)
         self._replayed_step = None if self._graphs is None else self._graphs.replaying(self.step, self.step.abandon)
         evaluation = (self.device, config.train.amp, config.train.channels_last, self._graphs)
         self.networks = {"raw": self.network, **({} if self.average is None else {"ema": self.average.network})}
@@ -253,9 +251,12 @@ class Trainer:
         if self.ranks.size > 1:
             done = position.batch * train.batch_size
             self.step.batch_images = min(train.batch_size, self.data.train.size - done)
-        step = self._replayed_step
-        if step is None or has_hooks(self.network):
-            step = self.step
+        step = self.step
+        if self._replayed_step is not None:
+            if self.step.has_hooks():
+                self._graphs.warn_of_hooks()
+            else:
+                step = self._replayed_step
         with self.own_noise():
             step(images, targets, labels)
         position.batch += 1
@@ -300,7 +301,7 @@ class Trainer:
         self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
         self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
         backend = describe_backend(self.network, self.device)["backend"]
-        graphs = self._graphs is not None and self._graphs.in_use
+        graphs = self._graphs is not None and self._graphs.in_use and not self.step.has_hooks()
         metrics = epoch_metrics(
             self.config.train, position, totals, scores, self.batches, skipped, test_skipped, backend, graphs
         )
