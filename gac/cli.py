@@ -104,7 +104,7 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
             ranks.on_main(lambda: _export(parsed.output / "best.pt", parsed.export_weights, command))
         if parsed.report:
             # By one process, which sees all images.
-            ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder))
+            ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder), patient=True)
     return 0
 
 

@@ -377,14 +377,16 @@ class Trainer:
                 set_learning_rate(self.optimizer, learning_rate_at(self.config.train, *last, self.batches))
         except InputError as error:
             raise InputError(f"cannot resume {checkpoint}: {error}") from error
-        if checkpoint.resolve().parent != self.folder.path.resolve():
-            # The best network so far is in another folder; this one keeps the best of what follows.
+        if not self.folder.best.exists():
+            # The best network so far is in another folder, or lost; this one keeps the best of what follows.
             self.position.best_top1 = -math.inf
 
     def _log_resumed(self, checkpoint: Path, payload: dict[str, Any]) -> None:
         if (before := payload["training"].get("ranks", 1)) != self.ranks.size:
             logger.info("this run had %s processes and goes on with %d", before, self.ranks.size)
         logger.info("resuming %s after %d epochs and %d batches", checkpoint, self.position.epoch, self.position.batch)
+        if self.position.epoch > 0 and not self.folder.best.exists():
+            logger.warning("%s is not there: it will be the best of the epochs that follow", self.folder.best)
 
     def _load_position(self, state: dict[str, Any]) -> None:
         self.position = Position.from_state(state, self.ranks)

@@ -257,6 +257,22 @@ def test_a_run_can_continue_in_another_folder(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "second" / "best.pt")["epoch"] == 2
 
 
+def test_a_best_network_that_is_lost_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores, evaluate = iter([60.0, 50.0, 40.0]), engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: replace(evaluate(*arguments), top1=next(scores)))
+    train(replace(TINY, train=replace(TINY.train, epochs=1)), tmp_path / "first")
+    # Somebody takes along only what a run resumes from.
+    (tmp_path / "second").mkdir()
+    os.rename(tmp_path / "first" / "last.pt", tmp_path / "second" / "last.pt")
+    train(replace(TINY, train=replace(TINY.train, epochs=3)), tmp_path / "second", resume="auto")
+    best = tmp_path / "second" / "best.pt"
+    assert f"{best} is not there: it will be the best of the epochs that follow" in caplog.text
+    assert read_checkpoint(best)["epoch"] == 2
+    assert read_checkpoint(tmp_path / "second" / "last.pt")["training"]["position"]["best_top1"] == 50
+
+
 def test_another_run_is_not_resumed(finished: Path, tmp_path: Path) -> None:
     shorter = replace(TINY, train=replace(TINY.train, epochs=2))
     with pytest.raises(InputError, match=r"train\.epochs 3 -> 2"):
