@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import nn
 
 from gac.analysis.energy import IMAGES, Energy, format_energy
@@ -62,11 +61,6 @@ def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[s
             # Training diverges on all ranks at once, which one of them says.
             if not who or isinstance(error, ResultsNotWritten):
                 print(f"{who}error: {error}", file=sys.stderr)
-            return 1
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-            advice = "lower train.batch_size or train.eval_batch_size, or raise train.accumulate_steps"
-            print(f"{who}error: {reason}; {advice}", file=sys.stderr)
             return 1
         except Interrupted as interrupted:
             return interrupted.exit_status

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gac.config import ModelConfig
 from gac.errors import InputError, first_line
+from gac.execution.resources import is_out_of_memory
 
 logger = logging.getLogger("gac")
 
@@ -21,8 +22,6 @@ WARM_UP_CALLS = 3
 """Calls for each size of inputs that run uncaptured; kernels are compiled, loaded and chosen in them."""
 REPLAYS_AHEAD = 8
 """Replays that the host may be ahead of the device. With more, a signal would stop the run minutes late."""
-
-_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY of the driver
 
 
 class CaptureFailed(RuntimeError):
@@ -98,9 +97,7 @@ class Replayed:
             return self._capture(function)
         except Exception as error:
             cause = first_line(error)
-            # torch's error for the runtime has its number as error_code, CuPy's for the driver as status.
-            numbers = getattr(error, "error_code", None), getattr(error, "status", None)
-            if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY in numbers:
+            if is_out_of_memory(error):
                 raise OutOfMemoryInCapture(f"{cause.split('. ')[0]} while a CUDA graph was captured") from error
             raise CaptureFailed(f"{type(error).__name__} in a capture: {cause}") from error
 
