@@ -377,16 +377,22 @@ class Trainer:
                 set_learning_rate(self.optimizer, learning_rate_at(self.config.train, *last, self.batches))
         except InputError as error:
             raise InputError(f"cannot resume {checkpoint}: {error}") from error
-        if not self.folder.best.exists():
-            # The best network so far is in another folder, or lost; this one keeps the best of what follows.
+        if self.ranks.is_main and self.position.epoch > 0:
+            self._compare_with_best()
+
+    def _compare_with_best(self) -> None:
+        """Let best.pt be the best of what follows, with a warning, unless it is the best of what is done."""
+        epoch = self.folder.best_epoch()
+        if epoch is None or epoch > self.position.epoch:
+            # It is in another folder, lost, or overwritten after the checkpoint that the run resumes from.
+            what = "is missing or damaged" if epoch is None else f"is of epoch {epoch}, which comes again"
+            logger.warning("%s %s: it will be the best of the epochs that follow", self.folder.best, what)
             self.position.best_top1 = -math.inf
 
     def _log_resumed(self, checkpoint: Path, payload: dict[str, Any]) -> None:
         if (before := payload["training"].get("ranks", 1)) != self.ranks.size:
             logger.info("this run had %s processes and goes on with %d", before, self.ranks.size)
         logger.info("resuming %s after %d epochs and %d batches", checkpoint, self.position.epoch, self.position.batch)
-        if self.position.epoch > 0 and not self.folder.best.exists():
-            logger.warning("%s is not there: it will be the best of the epochs that follow", self.folder.best)
 
     def _load_position(self, state: dict[str, Any]) -> None:
         self.position = Position.from_state(state, self.ranks)
