@@ -207,7 +207,8 @@ class Trainer:
             raise
         finally:
             self.folder.close_events()
-        logger.info("best test top-1 %.2f %%, in %s", self.position.best_top1, self.folder.best)
+        if self.position.best_top1 > -math.inf:
+            logger.info("best test top-1 %.2f %%, in %s", self.position.best_top1, self.folder.best)
 
     def _train_epoch(self) -> None:
         position = self.position
@@ -307,10 +308,17 @@ class Trainer:
         )
         measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
         measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
-        better = max(scores, key=lambda weights: scores[weights].top1)
-        improved = scores[better].top1 > position.best_top1
+        top1 = {weights: score.top1 for weights, score in scores.items() if math.isfinite(score.loss)}
+        if len(top1) < len(scores):
+            logger.warning(
+                "epoch %d: outputs for test images are not finite, so that their accuracy means nothing and best.pt"
+                " does not get these weights; with train.amp fp16 they may be too large for it",
+                position.epoch + 1,
+            )
+        better = max(top1, key=top1.__getitem__, default=None)
+        improved = better is not None and top1[better] > position.best_top1
         self.history.append(metrics)
-        self.position = position.next_epoch(scores[better].top1)
+        self.position = position.next_epoch(top1.get(better, -math.inf))
         self.step.totals.begin_epoch()
         # In this order: whatever a crash leaves behind, last.pt is never ahead of the other files.
         self.ranks.on_main(lambda: self._write_results(metrics, measured, better if improved else None))

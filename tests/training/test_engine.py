@@ -601,6 +601,20 @@ def test_best_holds_the_better_of_the_weights_and_their_average(
     assert [(line["test_top1"], line["test_top1_ema"]) for line in metrics] == list(zip(raw, ema, strict=True))
 
 
+def test_outputs_that_are_not_finite_are_never_the_best(
+    scores: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores += [90.0, 50.0, 80.0, 90.0]
+    losses, evaluate = [math.nan, 1.0, math.inf, math.nan], engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: replace(evaluate(*arguments), loss=losses.pop(0)))
+    train(replace(TINY, train=replace(TINY.train, epochs=2, ema_decay=0.5)), tmp_path)
+    best = read_checkpoint(tmp_path / "best.pt")
+    assert (best["epoch"], best["weights"]) == (1, "ema")
+    assert read_checkpoint(tmp_path / "last.pt")["training"]["position"]["best_top1"] == 50
+    warnings = [each.getMessage() for each in caplog.records if "are not finite" in each.getMessage()]
+    assert [warning.partition(":")[0] for warning in warnings] == ["epoch 1", "epoch 2"]
+
+
 def test_the_averaged_weights_are_scored_and_do_not_change_the_training(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
