@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import nn
 
 from gac.analysis.energy import IMAGES, Energy, format_energy
@@ -63,11 +62,6 @@ def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[s
             if not who or isinstance(error, ResultsNotWritten):
                 print(f"{who}error: {error}", file=sys.stderr)
             return 1
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-            advice = "lower train.batch_size or train.eval_batch_size, or raise train.accumulate_steps"
-            print(f"{who}error: {reason}; {advice}", file=sys.stderr)
-            return 1
         except Interrupted as interrupted:
             return interrupted.exit_status
         except (RuntimeError, OSError, EOFError) as error:
@@ -104,7 +98,7 @@ def train_main(arguments: Sequence[str], ranks: Ranks) -> int:
             ranks.on_main(lambda: _export(parsed.output / "best.pt", parsed.export_weights, command))
         if parsed.report:
             # By one process, which sees all images.
-            ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder))
+            ranks.on_main(lambda: _report(parsed.config, parsed.output / "best.pt", folder), patient=True)
     return 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from gac.data.interface import UNLABELLED
 from gac.errors import InputError
@@ -138,6 +139,7 @@ def evaluate(
 
 
 def has_hooks(network: nn.Module) -> bool:
-    """Return whether a module of ``network`` has a hook on its forward or backward pass: no replay calls it."""
+    """Return whether ``network``, or every module, has a hook on its forward or backward pass: no replay calls it."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for module in network.modules() for kind in kinds)
+    of_all = any(getattr(every_module, f"_global{kind}") for kind in kinds)
+    return of_all or any(getattr(module, kind) for module in network.modules() for kind in kinds)

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from gac.config import ModelConfig
 from gac.errors import InputError, first_line
+from gac.execution.resources import is_out_of_memory
 
 logger = logging.getLogger("gac")
 
@@ -21,11 +23,13 @@ WARM_UP_CALLS = 3
 REPLAYS_AHEAD = 8
 """Replays that the host may be ahead of the device. With more, a signal would stop the run minutes late."""
 
-_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY of the driver
-
 
 class CaptureFailed(RuntimeError):
     """What was to be captured cannot be replayed; the message is the cause in one line."""
+
+
+class OutOfMemoryInCapture(CaptureFailed, torch.OutOfMemoryError):
+    """Memory ran out in a capture, which needs it beside that of the calls before; those may go on without it."""
 
 
 class Capture(Protocol):
@@ -66,7 +70,6 @@ class Replayed:
 
     Raises:
         CaptureFailed: When called, if the capture failed; nothing was done then.
-        torch.OutOfMemoryError: When called, if memory ran out in the capture.
     """
 
     def __init__(self, function: Callable[..., Any], capture: Capture) -> None:
@@ -94,13 +97,8 @@ class Replayed:
             return self._capture(function)
         except Exception as error:
             cause = first_line(error)
-            # torch's error for the runtime has its number as error_code, CuPy's for the driver as status.
-            numbers = getattr(error, "error_code", None), getattr(error, "status", None)
-            if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY in numbers:
-                reason = (
-                    f"{cause.split('. ')[0]} while a CUDA graph was captured, which train.cuda_graph false does without"
-                )
-                raise torch.OutOfMemoryError(reason) from error
+            if is_out_of_memory(error):
+                raise OutOfMemoryInCapture(f"{cause.split('. ')[0]} while a CUDA graph was captured") from error
             raise CaptureFailed(f"{type(error).__name__} in a capture: {cause}") from error
 
     def forget(self) -> None:
@@ -120,24 +118,37 @@ class _Calls:
 class Graphs:
     """What a run replays, as long as nothing speaks against it.
 
-    When a capture fails, one warning names the cause and all functions are called from then on.
+    When a capture fails, one warning names the cause, the memory of all graphs is given back, and all functions are
+    called from then on. Where graphs are demanded, a capture that runs out of memory raises torch.OutOfMemoryError.
 
     Args:
         make: Returns a new capture, which shares no memory with others.
+        demanded: Whether somebody asked for graphs, rather than for what is possible.
 
     Attributes:
         in_use: Whether calls are replayed, after those that warm up.
     """
 
-    def __init__(self, make: Callable[[], Capture]) -> None:
+    def __init__(self, make: Callable[[], Capture], demanded: bool = False) -> None:
         self.make = make
+        self.demanded = demanded
         self.in_use = True
         # A single one, so that all functions replay in the same memory.
         self._capture = make()
+        self._warned = False
+        self._replayed: WeakSet[Replayed] = WeakSet()
+
+    def warn_of_hooks(self) -> None:
+        """Warn, once, that steps are not replayed while they have hooks."""
+        if self.in_use and not self._warned:
+            logger.warning("CUDA graphs are not used while a training step has hooks, which no replay would call")
+            self._warned = True
 
     def give_up(self, cause: str) -> None:
-        """Replay nothing any more, and warn of the ``cause``."""
+        """Replay nothing any more, and warn of the ``cause``; no replay may be under way."""
         self.in_use = False
+        for each in self._replayed:
+            each.forget()
         logger.warning("CUDA graphs are not used, every step is launched by the host: %s", cause)
 
     def replaying(self, function: Callable[..., Any], undo: Callable[[], object] = lambda: None) -> Callable[..., Any]:
@@ -147,6 +158,7 @@ class Graphs:
         device, changed on the host.
         """
         replayed = Replayed(function, self._capture)
+        self._replayed.add(replayed)
 
         def call(*inputs: Tensor) -> Any:
             if self.in_use:
@@ -154,18 +166,20 @@ class Graphs:
                     return replayed(*inputs)
                 except CaptureFailed as error:
                     cause = str(error)
+                    if self.demanded and isinstance(error, OutOfMemoryInCapture):
+                        reason = f"{cause}, which train.cuda_graph auto or false does without"
+                        raise torch.OutOfMemoryError(reason) from error
                 # Outside of the handler, whose error keeps the captured function's tensors.
                 undo()
                 self.give_up(cause)
-            replayed.forget()
             return function(*inputs)
 
         return call
 
 
-def select_graphs(wanted: bool, device: torch.device) -> Graphs | None:
+def select_graphs(wanted: bool, device: torch.device, demanded: bool = True) -> Graphs | None:
     """Return what replays the work of a run on ``device`` if that is ``wanted``; None on other devices than CUDA's."""
-    return Graphs(functools.partial(CaptureOnDevice, device)) if wanted and device.type == "cuda" else None
+    return Graphs(functools.partial(CaptureOnDevice, device), demanded) if wanted and device.type == "cuda" else None
 
 
 class CaptureOnDevice:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one, when it starts or in a step, before it gives up."""
+PATIENCE = timedelta(days=1)
+"""The same while one process downloads, converts or reports for all of them, which may take hours."""
 
 
 class LostConnection(RuntimeError):
@@ -37,12 +39,14 @@ class Ranks:
         size: Number of processes.
         local_rank: Number of this process on its machine, from 0.
         launched: Whether torchrun started it, even as the only process.
+        patient: The group of all processes in which they wait for PATIENCE.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     launched: bool = False
+    patient: torch.distributed.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -67,13 +71,13 @@ class Ranks:
         """Return the sum of each count over the ranks."""
         return [sum(each) for each in zip(*self.gather(counts), strict=True)]
 
-    def gather(self, value: Result) -> list[Result]:
-        """Return the ``value`` of every rank, in the ranks' order."""
+    def gather(self, value: Result, patient: bool = False) -> list[Result]:
+        """Return the ``value`` of every rank, in the ranks' order, for which the others are ``patient`` or not."""
         if self.size == 1:
             return [value]
         values = [value] * self.size
         with collective():
-            torch.distributed.all_gather_object(values, value)
+            torch.distributed.all_gather_object(values, value, group=self.patient if patient else None)
         return values
 
     def together(self, function: Callable[[], Result], in_turn: bool = False) -> Result:
@@ -92,7 +96,7 @@ class Ranks:
                     result = function()
                 except InputError as error:
                     message = str(error)
-            self._end_if_any(self.gather(message))
+            self._end_if_any(self.gather(message, patient=in_turn))
         return result
 
     def check_equal(self, values: Mapping[str, object]) -> None:
@@ -116,8 +120,8 @@ class Ranks:
         rank, message = next(iter(failed.items()))
         raise InputError(message if rank == 0 else f"rank {rank}: {message}")
 
-    def on_main(self, function: Callable[[], Result]) -> Result:
-        """Call ``function()`` on rank 0 only, and return its result on every rank.
+    def on_main(self, function: Callable[[], Result], patient: bool = False) -> Result:
+        """Call ``function()`` on rank 0 only, and return its result on every rank; all are ``patient`` or not.
 
         If it raises an exception, the other ranks exit: with status 2 for an InputError, else with 1.
         """
@@ -128,17 +132,17 @@ class Ranks:
             try:
                 result = function()
             except Exception as error:
-                self._broadcast(None, 2 if isinstance(error, InputError) else 1)
+                self._broadcast(patient, None, 2 if isinstance(error, InputError) else 1)
                 raise
-        result, status = self._broadcast(result, status)
+        result, status = self._broadcast(patient, result, status)
         if status:
             raise SystemExit(status)
         return result
 
-    def _broadcast(self, *values: object) -> list:
+    def _broadcast(self, patient: bool, *values: object) -> list:
         values = list(values)
         with collective():
-            torch.distributed.broadcast_object_list(values, src=0)
+            torch.distributed.broadcast_object_list(values, src=0, group=self.patient if patient else None)
         return values
 
     @torch.no_grad()
@@ -187,7 +191,7 @@ def process_group() -> Iterator[Ranks]:
     _check_restarts()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=TIMEOUT)
-    yield ranks
+    yield replace(ranks, patient=torch.distributed.new_group(timeout=PATIENCE, backend="gloo"))
     # Not after an error: the others would fail while this process is still ending, and torchrun could take one of them
     # for the cause. The end of the process leaves the group too.
     torch.distributed.destroy_process_group()

@@ -4,6 +4,12 @@ import errno
 import re
 import traceback
 
+import torch
+
+from gac.errors import first_line
+
+# cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY of the driver.
+_OUT_OF_MEMORY = 2
 _ENDED = (
     "a process that decodes images was ended from outside, as systems do when memory runs out: lower data.workers;"
     " --resume auto continues the run"
@@ -21,8 +27,20 @@ _MEANINGS = {
 }
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of torch, of CUDA's libraries or of CuPy says that memory is full, the CPU's too."""
+    # torch's error for the CUDA runtime has its number as error_code, CuPy's for the driver as status.
+    numbers = getattr(error, "error_code", None), getattr(error, "status", None)
+    said = _OUT_OF_MEMORY in numbers or re.search("DefaultCPUAllocator|STATUS_ALLOC_FAILED", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and bool(said))
+
+
 def explain(error: BaseException) -> str | None:
     """Return in one line what an error says of the system's limits and what to do, or None if it is another error."""
+    if is_out_of_memory(error):
+        # The allocator's own words, with what was asked for, and not where in torch that was.
+        reason = first_line(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0]
+        return f"{reason}; lower train.batch_size or train.eval_batch_size, or raise train.accumulate_steps"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return next(iter(_MEANINGS.values()))
     if isinstance(error, ConnectionError | EOFError | FileNotFoundError) and _is_of_loader(error):

@@ -20,7 +20,7 @@ from gac.config import Config
 from gac.data import Data
 from gac.data.interface import check_readable
 from gac.errors import InputError
-from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate, has_hooks
+from gac.evaluation.evaluate import Evaluation, EvaluationStep, evaluate
 from gac.execution import random_state
 from gac.execution.device import memory_format, network_input
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, shared_fields
@@ -140,9 +140,7 @@ class Trainer:
         self.step = TrainingStep(
             self.network, self.optimizer, self.scaler, config.train, self.device, self.average, ranks, self.distillation
         )
-        teacher = None if self.distillation is None else self.distillation.teacher
-        run = [self.network] if teacher is None else [self.network, teacher.network]
-        self._graphs = choose_graphs(config, self.device, ranks, *run)
+        self._graphs = choose_graphs(config, self.device, ranks, *self.step.networks)
         self._replayed_step = None if self._graphs is None else self._graphs.replaying(self.step, self.step.abandon)
         evaluation = (self.device, config.train.amp, config.train.channels_last, self._graphs)
         self.networks = {"raw": self.network, **({} if self.average is None else {"ema": self.average.network})}
@@ -209,7 +207,8 @@ class Trainer:
             raise
         finally:
             self.folder.close_events()
-        logger.info("best test top-1 %.2f %%, in %s", self.position.best_top1, self.folder.best)
+        if self.position.best_top1 > -math.inf:
+            logger.info("best test top-1 %.2f %%, in %s", self.position.best_top1, self.folder.best)
 
     def _train_epoch(self) -> None:
         position = self.position
@@ -253,9 +252,12 @@ class Trainer:
         if self.ranks.size > 1:
             done = position.batch * train.batch_size
             self.step.batch_images = min(train.batch_size, self.data.train.size - done)
-        step = self._replayed_step
-        if step is None or has_hooks(self.network):
-            step = self.step
+        step = self.step
+        if self._replayed_step is not None:
+            if self.step.has_hooks():
+                self._graphs.warn_of_hooks()
+            else:
+                step = self._replayed_step
         with self.own_noise():
             step(images, targets, labels)
         position.batch += 1
@@ -300,16 +302,23 @@ class Trainer:
         self.ranks.together(lambda: check_readable("training", skipped, self.data.train.size))
         self.ranks.together(lambda: check_readable("test", test_skipped, self.data.test.size))
         backend = describe_backend(self.network, self.device)["backend"]
-        graphs = self._graphs is not None and self._graphs.in_use
+        graphs = self._graphs is not None and self._graphs.in_use and not self.step.has_hooks()
         metrics = epoch_metrics(
             self.config.train, position, totals, scores, self.batches, skipped, test_skipped, backend, graphs
         )
         measured = {f"firing_rate/{layer}": rate for layer, rate in self.firing_rates.read().items()}
         measured |= {f"gate/{step}": mean for step, mean in self.gate_means.read().items()}
-        better = max(scores, key=lambda weights: scores[weights].top1)
-        improved = scores[better].top1 > position.best_top1
+        top1 = {weights: score.top1 for weights, score in scores.items() if math.isfinite(score.loss)}
+        if len(top1) < len(scores):
+            logger.warning(
+                "epoch %d: outputs for test images are not finite, so that their accuracy means nothing and best.pt"
+                " does not get these weights; with train.amp fp16 they may be too large for it",
+                position.epoch + 1,
+            )
+        better = max(top1, key=top1.__getitem__, default=None)
+        improved = better is not None and top1[better] > position.best_top1
         self.history.append(metrics)
-        self.position = position.next_epoch(scores[better].top1)
+        self.position = position.next_epoch(top1.get(better, -math.inf))
         self.step.totals.begin_epoch()
         # In this order: whatever a crash leaves behind, last.pt is never ahead of the other files.
         self.ranks.on_main(lambda: self._write_results(metrics, measured, better if improved else None))
@@ -376,8 +385,16 @@ class Trainer:
                 set_learning_rate(self.optimizer, learning_rate_at(self.config.train, *last, self.batches))
         except InputError as error:
             raise InputError(f"cannot resume {checkpoint}: {error}") from error
-        if checkpoint.resolve().parent != self.folder.path.resolve():
-            # The best network so far is in another folder; this one keeps the best of what follows.
+        if self.ranks.is_main and self.position.epoch > 0:
+            self._compare_with_best()
+
+    def _compare_with_best(self) -> None:
+        """Let best.pt be the best of what follows, with a warning, unless it is the best of what is done."""
+        epoch = self.folder.best_epoch()
+        if epoch is None or epoch > self.position.epoch:
+            # It is in another folder, lost, or overwritten after the checkpoint that the run resumes from.
+            what = "is missing or damaged" if epoch is None else f"is of epoch {epoch}, which comes again"
+            logger.warning("%s %s: it will be the best of the epochs that follow", self.folder.best, what)
             self.position.best_top1 = -math.inf
 
     def _log_resumed(self, checkpoint: Path, payload: dict[str, Any]) -> None:

@@ -150,6 +150,14 @@ class RunFolder:
             with atomic_write(self.config) as file:
                 file.write(yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
+    def best_epoch(self) -> int | None:
+        """Return the number of the epoch, from 1, whose network best.pt holds, or None if there is no such network."""
+        try:
+            epoch = read_checkpoint(self.best).get("epoch")
+        except InputError:
+            return None
+        return epoch if isinstance(epoch, int) else None
+
     def begin_metrics(self, epochs: Sequence[Mapping[str, Metric]]) -> None:
         """Start metrics.jsonl with the epochs that are done. Raises ResultsNotWritten."""
         with writing(self.metrics):

@@ -70,15 +70,15 @@ def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data
         fault = fault or find_evaluation_fault(
             step.network, train, graphs.make(), _batches(train, data.info, size, step.device)
         )
-    except CaptureFailed as error:
-        fault = str(error)
     except torch.OutOfMemoryError as error:
         fault = f"{step.device} has no memory to try graphs on a copy of the network"
-        if train.cuda_graph is True:
+        if graphs.demanded:
             raise InputError(
                 f"train.cuda_graph true: {fault} with train.batch_size {train.batch_size}: choose a smaller one, or set"
                 " train.cuda_graph to auto or false"
             ) from error
+    except CaptureFailed as error:
+        fault = str(error)
     finally:
         random_state.restore(before, step.device)
         gc.collect()
@@ -97,12 +97,15 @@ def find_fault(step: TrainingStep, capture: Capture, batches: Sequence[Batch]) -
 
     Raises:
         CaptureFailed: If the step cannot be captured.
-        torch.OutOfMemoryError: If there is not enough memory.
+        torch.OutOfMemoryError: If there is not enough memory, in the capture (OutOfMemoryInCapture) or outside of it.
     """
     copied = _copy(step)
     replayed = Replayed(copied, capture)
     for _ in range(WARM_UP_CALLS + 1):
         _run(replayed, batches[0], copied)
+        # Found out, and said, in the first call.
+        if copied.executor is None:
+            step.executor = None
     before = _clone(_state(copied))
     for batch in batches[1:]:
         states = []
@@ -152,7 +155,10 @@ def _copy(step: TrainingStep) -> TrainingStep:
     load_optimizer(optimizer, step.optimizer.state_dict(), device)
     scaler = torch.amp.GradScaler(device.type, _LOSS_SCALE, enabled=step.scaler.is_enabled())
     training_mode(network, config)
-    return TrainingStep(network, optimizer, scaler, config, device, average, step.ranks, step.distillation)
+    copied = TrainingStep(network, optimizer, scaler, config, device, average, step.ranks, step.distillation)
+    if step.executor is None:
+        copied.executor = None
+    return copied
 
 
 def _batches(config: TrainConfig, info: DataInfo, size: int, device: torch.device, soft: bool = False) -> list[Batch]:

@@ -53,11 +53,11 @@ def choose_graphs(config: Config, device: torch.device, ranks: Ranks, *networks:
 
     ``networks`` are those that the steps run: the one that learns and its teacher, if it has one.
     """
-    wanted = config.train.cuda_graph
-    if wanted == "auto":
+    wanted = demanded = config.train.cuda_graph is True
+    if config.train.cuda_graph == "auto":
         possible = device.type == "cuda" and ranks.size == 1 and config.model.takes_normalized_images
         wanted = possible and all(_runs_own_kernels(network, device) for network in networks)
-    return select_graphs(wanted, device)
+    return select_graphs(wanted, device, demanded)
 
 
 def _runs_own_kernels(network: MSResNet, device: torch.device) -> bool:

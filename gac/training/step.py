@@ -8,8 +8,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import optimizer as optimizers
 
 from gac.config import TrainConfig
+from gac.evaluation.evaluate import has_hooks
 from gac.execution.device import autocast
 from gac.execution.distributed import SINGLE_PROCESS, Ranks, collective
 from gac.ops.overlap import overlapped, select_executor
@@ -39,6 +41,8 @@ class TrainingStep:
     Attributes:
         totals: Totals of the steps so far.
         batch_images: Images of the next batch on all ranks together; None for a single process.
+        executor: What computes weight gradients beside the backward pass; None if they are not, or turn out not to be.
+        networks: What a step runs: the network that learns and its teacher, if it has one.
     """
 
     def __init__(
@@ -62,8 +66,10 @@ class TrainingStep:
         self.device = device
         self.average = average
         self.distillation = distillation
+        teacher = None if distillation is None else distillation.teacher
+        self.networks = [network] if teacher is None else [network, teacher.network]
         self.totals = DeviceTotals(device, ranks)
-        self._executor = select_executor(config.overlap_weight_gradients, device)
+        self.executor = select_executor(config.overlap_weight_gradients, device)
         self._one = torch.ones((), device=device)
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._convolution_weights = [parameter for parameter in self._parameters if parameter.dim() == 4]
@@ -120,6 +126,16 @@ class TrainingStep:
             bad_scale=scale_after < LOWEST_LOSS_SCALE,
         )
 
+    def has_hooks(self) -> bool:
+        """Return whether a step calls somebody's hook, on a module, a parameter or the optimiser: no replay does."""
+        optimizer = self.optimizer
+        return (
+            any(map(has_hooks, self.networks))
+            or any(each._backward_hooks or each._post_accumulate_grad_hooks for each in self._parameters)
+            or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+            or bool(optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks)
+        )
+
     def abandon(self) -> None:
         """Let the next call begin anew after one that ended in an error and did nothing on the device."""
         # What GradScaler notes down between scaling a loss and updating the scale, in itself and in the optimiser.
@@ -143,13 +159,13 @@ class TrainingStep:
     @contextmanager
     def _overlapped(self) -> Iterator[None]:
         """Overlap weight gradients with the rest of the backward pass, if the configuration says so."""
-        if self._executor is None:
+        if self.executor is None:
             yield
             return
-        with overlapped(self._convolution_weights, self._executor) as begun:
+        with overlapped(self._convolution_weights, self.executor) as begun:
             yield
         if begun.submitted == 0:
-            self._executor = None
+            self.executor = None
             logger.warning(
                 "train.overlap_weight_gradients is left off: no convolution of this network runs between fused kernels"
                 " and learns (python -m gac.doctor says whether the kernels work)"

@@ -3,6 +3,7 @@
 import gc
 import logging
 import multiprocessing
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from deferred import Deferred
 from gac import create_model
 from gac.analysis.firing import FiringRates
 from gac.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -32,6 +35,7 @@ from gac.execution.cuda_graph import (
 from gac.execution.distributed import SINGLE_PROCESS, Ranks
 from gac.neuron import LIFNode
 from gac.training import engine, optim, self_check
+from gac.training import step as step_module
 from gac.training.engine import Trainer, train
 from gac.training.run_folder import read_metrics
 from gac.training.setup import choose_graphs
@@ -165,12 +169,61 @@ class Numbered(RuntimeError):
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), Numbered(error_code=2), Numbered(status=2)]
 )
-def test_running_out_of_memory_in_a_capture_is_raised(error: Exception) -> None:
-    call = Graphs(lambda: Refusing(error)).replaying(lambda x: 2 * x)
+def test_running_out_of_memory_in_a_capture_is_raised_where_graphs_are_demanded(error: Exception) -> None:
+    call = Graphs(lambda: Refusing(error), demanded=True).replaying(lambda x: 2 * x)
     for _ in range(WARM_UP_CALLS):
         call(torch.ones(1))
-    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA .*out of memory while a .* train\.cuda_graph false"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA .*out of memory while .* auto or false does"):
         call(torch.ones(1))
+
+
+def test_after_running_out_of_memory_in_a_capture_no_graph_keeps_any(caplog: pytest.LogCaptureFixture) -> None:
+    recording = CaptureByRecording()
+    graphs = Graphs(lambda: recording)
+    kept: list[weakref.ref] = []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        found = 2 * x
+        kept.append(weakref.ref(found))
+        return found
+
+    def too_large(x: torch.Tensor) -> torch.Tensor:
+        # It has room in the memory that graphs no longer have.
+        if any(reference() is not None for reference in kept):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 3 * x
+
+    replayed, larger = graphs.replaying(double), graphs.replaying(too_large)
+    x = torch.ones(1)
+    for _ in range(WARM_UP_CALLS):
+        larger(x)
+    for _ in range(WARM_UP_CALLS + 2):
+        assert replayed(x).item() == 2
+    assert recording.captured == 1
+    recording._recordings.clear()
+    assert larger(x).item() == 3
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "CUDA graphs are not used, every step is launched by the host: CUDA out of memory while a CUDA graph was"
+        " captured"
+    )
+    assert (replayed(x).item(), graphs.in_use) == (2, False)
+
+
+def test_a_call_that_is_out_of_memory_raises_with_graphs_too() -> None:
+    def too_large(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    # As it is called for the warm-up, and again after a capture of it has failed.
+    for warm_up in (WARM_UP_CALLS, 0):
+        graphs = Graphs(CaptureByRecording)
+        calls = iter([lambda x: x] * (WARM_UP_CALLS - warm_up) + [too_large] * 2)
+        call = graphs.replaying(lambda x: next(calls)(x))  # noqa: B023
+        for _ in range(WARM_UP_CALLS - warm_up):
+            call(torch.ones(1))
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            call(torch.ones(1))
+        assert graphs.in_use is (warm_up > 0)
 
 
 def test_after_a_capture_that_failed_everything_is_called(caplog: pytest.LogCaptureFixture) -> None:
@@ -370,7 +423,7 @@ class Captures:
     def graphs(self, config: Config, *_: Any) -> Graphs | None:
         if config.train.cuda_graph is False:
             return None
-        graphs = Graphs(self.make_for_run)
+        graphs = Graphs(self.make_for_run, demanded=config.train.cuda_graph is True)
         graphs.make = self.make_for_trial
         return graphs
 
@@ -490,10 +543,10 @@ def test_a_run_whose_captures_fail_is_the_plain_run(
 def test_a_run_that_is_out_of_memory_says_so(
     captures: Captures, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=1))
+    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=2))
     captures.kind = lambda: Refusing(torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.OutOfMemoryError):
-        train(graph(config, "auto"), tmp_path / "run")
+    with pytest.raises(torch.OutOfMemoryError, match="auto or false does without"):
+        train(graph(config, True), tmp_path / "run")
     captures.kind, captures.trial = CaptureByRecording, captures.kind
     with pytest.raises(InputError, match=r"^train\.cuda_graph true: cpu has no memory .*batch_size 18: choose"):
         train(graph(config, True), tmp_path / "true")
@@ -504,21 +557,63 @@ def test_a_run_that_is_out_of_memory_says_so(
     assert warning.endswith("cpu has no memory to try graphs on a copy of the network")
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
-def test_steps_that_hooks_watch_are_not_replayed(register: str, captures: Captures, tmp_path: Path) -> None:
-    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=3))
-    called = []
+def test_a_run_by_default_goes_on_after_a_capture_that_is_out_of_memory(
+    captures: Captures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The trial has enough memory, and so has each step.
+    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=2))
+    captures.kind = lambda: Refusing(torch.OutOfMemoryError("CUDA out of memory"))
+    train(graph(config, "auto"), tmp_path / "auto")
+    (warning,) = warnings_of(caplog)
+    assert warning.endswith("by the host: CUDA out of memory while a CUDA graph was captured")
+    assert captures.runs[0].captured == 1
+    assert [line["cuda_graph"] for line in read_metrics(tmp_path / "auto" / "metrics.jsonl")] == [False, False]
+
+
+def hook_a_module(trainer: Trainer, hook: Callable[..., None]) -> RemovableHandle:
+    return trainer.network.head.register_full_backward_hook(hook)
+
+
+def hook_a_parameter(trainer: Trainer, hook: Callable[..., None]) -> RemovableHandle:
+    return trainer.network.head.weight.register_post_accumulate_grad_hook(hook)
+
+
+@pytest.mark.parametrize("register", [hook_a_module, hook_a_parameter])
+def test_steps_that_hooks_watch_are_not_replayed(
+    register: Any, captures: Captures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(RUN, model=replace(RUN.model, backend="torch"), train=replace(RUN.train, epochs=3, ema_decay=0.0))
+    called, replays, handles = [], [], []
 
     def watch(trainer: Trainer) -> None:
+        replays.append(captures.runs[-1].replays)
         # The fifth step would be the second that is replayed.
         if trainer.position.step == 5:
-            getattr(trainer.network.head, register)(lambda module, given, found: called.append(module.training))
+            handles.append(register(trainer, lambda *arguments: called.append(trainer.position.step + 1)))
+        if trainer.position.step == 10:
+            handles.pop().remove()
 
-    train(graph(config, True), tmp_path / "watched", after_step=watch)
-    assert captures.runs[0].captured > 0
-    assert called.count(True) == 12 - 5
+    train(graph(config, "auto"), tmp_path / "watched", after_step=watch)
+    assert called == [6, 7, 8, 9, 10]
+    # The tenth step was called, the eleventh replayed.
+    assert (replays[9] - replays[8], replays[10] - replays[9]) == (0, 1)
+    (warning,) = warnings_of(caplog)
+    assert warning == "CUDA graphs are not used while a training step has hooks, which no replay would call"
+    lines = read_metrics(tmp_path / "watched" / "metrics.jsonl")
+    assert [line["cuda_graph"] for line in lines] == [True, False, True]
     train(graph(config, False), tmp_path / "plain")
     assert_same(outcome_of(tmp_path / "watched"), outcome_of(tmp_path / "plain"))
+
+
+def test_that_nothing_overlaps_is_said_once_with_a_trial(
+    captures: Captures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(step_module, "select_executor", lambda wanted, device: Deferred() if wanted else None)
+    learning = replace(RUN.train, epochs=1, cutmix="batch", overlap_weight_gradients=True)
+    train(replace(RUN, model=replace(RUN.model, backend="torch"), train=learning), tmp_path / "run")
+    # With labels, with CutMix's targets and in evaluation.
+    assert len(captures.trials) == 3
+    assert len([record for record in caplog.records if "overlap_weight_gradients is left off" in record.message]) == 1
 
 
 @pytest.mark.parametrize("coding", ["rate", "latency", "phase"])

@@ -477,13 +477,36 @@ def test_after_an_error_the_group_is_left_to_the_end_of_the_process(monkeypatch:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: options["timeout"])
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     with process_group() as ranks:
-        assert ranks == Ranks(1, 2, 1, launched=True)
+        assert ranks == Ranks(1, 2, 1, launched=True, patient=distributed.PATIENCE)
     assert left == [True]
     with pytest.raises(ValueError, match="there is no step"), process_group():
         raise ValueError("there is no step")
     assert left == [True]
+
+
+def test_ranks_wait_longer_while_one_works_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    for name in ("all_gather_object", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, lambda *values, group, **options: waited.append(group))
+    ranks = Ranks(0, 2, patient="a day")
+    ranks.together(lambda: None)
+    ranks.on_main(lambda: None)
+    assert waited == [None] * 2
+    waited.clear()
+    ranks.together(lambda: None, in_turn=True)
+    ranks.on_main(lambda: None, patient=True)
+    assert waited == ["a day"] * 4
+    waited.clear()
+
+    def fails() -> None:
+        raise ValueError("no report")
+
+    with pytest.raises(ValueError, match="no report"):
+        ranks.on_main(fails, patient=True)
+    assert waited == ["a day"]
 
 
 def test_one_process_joins_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,11 +90,29 @@ def test_too_many_open_files(config: Config, tmp_path: Path) -> None:
         ("received 0 items of ancdata", "too many"),
         ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "a process that decodes"),
         ("DataLoader worker (pid 7) is killed by signal: Killed. ", "a process that decodes"),
+        (
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+            " allocate 43366400 bytes. Error code 12 (Cannot allocate memory)",
+            "can't allocate memory: you tried to allocate 43366400 bytes; lower train.batch_size",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`; lower train.batch_size",
+        ),
     ],
 )
 def test_what_pytorch_says_is_explained(message: str, meaning: str) -> None:
     assert explain(RuntimeError(message)).startswith(meaning)
     assert "\n" not in explain(RuntimeError(message))
+
+
+@pytest.mark.parametrize("number", ["error_code", "status"])
+def test_full_memory_of_a_device_is_explained_by_its_number(number: str) -> None:
+    error = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+    setattr(error, number, 2)
+    assert explain(error).startswith("CUDA error: out of memory; lower train.batch_size")
+    setattr(error, number, 700)
+    assert explain(error) is None
 
 
 def test_other_errors_are_not_explained() -> None:

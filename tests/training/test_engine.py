@@ -270,6 +270,47 @@ def test_a_run_can_continue_in_another_folder(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "second" / "best.pt")["epoch"] == 2
 
 
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The test accuracies of the epochs to come."""
+    scores: list[float] = []
+    evaluate = engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: replace(evaluate(*arguments), top1=scores.pop(0)))
+    return scores
+
+
+@pytest.mark.parametrize("left", [None, b"PK"], ids=["lost", "damaged"])
+def test_a_best_network_that_is_lost_is_not_waited_for(
+    left: bytes | None, scores: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores += [60.0, 50.0, 40.0]
+    train(replace(TINY, train=replace(TINY.train, epochs=1)), tmp_path / "first")
+    # Somebody takes along only what a run resumes from.
+    (tmp_path / "second").mkdir()
+    os.rename(tmp_path / "first" / "last.pt", tmp_path / "second" / "last.pt")
+    best = tmp_path / "second" / "best.pt"
+    if left is not None:
+        best.write_bytes(left)
+    train(replace(TINY, train=replace(TINY.train, epochs=3)), tmp_path / "second", resume="auto")
+    assert f"{best} is missing or damaged: it will be the best of the epochs that follow" in caplog.text
+    assert read_checkpoint(best)["epoch"] == 2
+    assert read_checkpoint(tmp_path / "second" / "last.pt")["training"]["position"]["best_top1"] == 50
+
+
+def test_a_best_network_of_an_epoch_that_comes_again_is_replaced(
+    scores: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores += [60.0, 70.0, 50.0]
+    config = replace(TINY, train=replace(TINY.train, epochs=2))
+    train(config, tmp_path)
+    train(config, tmp_path, resume=str(tmp_path / "last-1.pt"))
+    # The network of the first epoch is gone, and that of 70 % is of no epoch in metrics.jsonl.
+    best = tmp_path / "best.pt"
+    assert f"{best} is of epoch 2, which comes again: it will be the best of the epochs that follow" in caplog.text
+    assert [line["test_top1"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [60, 50]
+    assert read_checkpoint(best)["metrics"]["test_top1"] == 50
+
+
 def test_another_run_is_not_resumed(finished: Path, tmp_path: Path) -> None:
     shorter = replace(TINY, train=replace(TINY.train, epochs=2))
     with pytest.raises(InputError, match=r"train\.epochs 3 -> 2"):
@@ -558,11 +599,9 @@ def test_cutmix_is_drawn_once_an_epoch_or_once_a_batch(tmp_path: Path, monkeypat
     ids=["raw", "averaged", "equal"],
 )
 def test_best_holds_the_better_of_the_weights_and_their_average(
-    raw: list[float], ema: list[float], weights: str, top1: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: list[float], ema: list[float], weights: str, top1: float, scores: list[float], tmp_path: Path
 ) -> None:
-    scores = iter([score for pair in zip(raw, ema, strict=True) for score in pair])
-    evaluate = engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *arguments: replace(evaluate(*arguments), top1=next(scores)))
+    scores += [score for pair in zip(raw, ema, strict=True) for score in pair]
     config = replace(TINY, train=replace(TINY.train, epochs=len(raw), ema_decay=0.5))
     train(config, tmp_path)
     best, last = (read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
@@ -573,6 +612,20 @@ def test_best_holds_the_better_of_the_weights_and_their_average(
     assert not torch.equal(average["head.weight"], last["model"]["head.weight"])
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["test_top1"], line["test_top1_ema"]) for line in metrics] == list(zip(raw, ema, strict=True))
+
+
+def test_outputs_that_are_not_finite_are_never_the_best(
+    scores: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores += [90.0, 50.0, 80.0, 90.0]
+    losses, evaluate = [math.nan, 1.0, math.inf, math.nan], engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: replace(evaluate(*arguments), loss=losses.pop(0)))
+    train(replace(TINY, train=replace(TINY.train, epochs=2, ema_decay=0.5)), tmp_path)
+    best = read_checkpoint(tmp_path / "best.pt")
+    assert (best["epoch"], best["weights"]) == (1, "ema")
+    assert read_checkpoint(tmp_path / "last.pt")["training"]["position"]["best_top1"] == 50
+    warnings = [each.getMessage() for each in caplog.records if "are not finite" in each.getMessage()]
+    assert [warning.partition(":")[0] for warning in warnings] == ["epoch 1", "epoch 2"]
 
 
 def test_the_averaged_weights_are_scored_and_do_not_change_the_training(

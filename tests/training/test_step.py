@@ -6,8 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gac.config import TrainConfig
+from gac.training.distillation import Distillation, Teacher
 from gac.training.ema import MovingAverage
 from gac.training.optim import classification_loss, make_optimizer
 from gac.training.step import TrainingStep
@@ -24,7 +28,12 @@ class TwoSteps(nn.Linear):
         return super().forward(images).expand(2, -1, -1)
 
 
-def make_step(config: TrainConfig = CONFIG, scale: float | None = None, ema_decay: float | None = None) -> TrainingStep:
+def make_step(
+    config: TrainConfig = CONFIG,
+    scale: float | None = None,
+    ema_decay: float | None = None,
+    teacher: nn.Module | None = None,
+) -> TrainingStep:
     """Return a step of a small network, with loss scaling from ``scale`` on, as on a CUDA device, if it is given."""
     torch.manual_seed(0)
     network = TwoSteps(3, 4)
@@ -35,7 +44,8 @@ def make_step(config: TrainConfig = CONFIG, scale: float | None = None, ema_deca
         optimizer._step_supports_amp_scaling = True
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
     average = None if ema_decay is None else MovingAverage(network, ema_decay)
-    return TrainingStep(network, optimizer, scaler, config, CPU, average)
+    distillation = None if teacher is None else Distillation(config, Teacher(teacher, ""))
+    return TrainingStep(network, optimizer, scaler, config, CPU, average, distillation=distillation)
 
 
 def batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -227,3 +237,33 @@ def test_a_step_that_was_broken_off_is_forgotten(limit: float, monkeypatch: pyte
     assert torch.equal(step.network.weight, undisturbed.network.weight)
     assert step.totals.read() == undisturbed.totals.read()
     assert step.scaler.state_dict() == undisturbed.scaler.state_dict()
+
+
+HOOKS = {
+    "forward": lambda step, hook: step.network.register_forward_hook(hook),
+    "backward": lambda step, hook: step.network.register_full_backward_pre_hook(hook),
+    "of every module": lambda step, hook: register_module_forward_hook(hook),
+    "of the teacher": lambda step, hook: step.distillation.teacher.network.register_forward_pre_hook(hook),
+    "of a gradient": lambda step, hook: step.network.weight.register_hook(hook),
+    "after a gradient": lambda step, hook: step.network.bias.register_post_accumulate_grad_hook(hook),
+    "of several gradients": lambda step, hook: register_multi_grad_hook([*step.network.parameters()], hook),
+    "before the optimiser": lambda step, hook: step.optimizer.register_step_pre_hook(hook),
+    "after the optimiser": lambda step, hook: step.optimizer.register_step_post_hook(hook),
+    "before every optimiser": lambda step, hook: register_optimizer_step_pre_hook(hook),
+    "after every optimiser": lambda step, hook: register_optimizer_step_post_hook(hook),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_step_knows_of_every_hook_that_it_calls(kind: str) -> None:
+    step, called = make_step(teacher=TwoSteps(3, 4)), []
+    images, labels = batch(4, 1)
+    assert not step.has_hooks()
+    handle = HOOKS[kind](step, lambda *arguments: called.append(kind))
+    try:
+        assert step.has_hooks()
+        step(images, labels, labels)
+    finally:
+        handle.remove()
+    assert called
+    assert not step.has_hooks()
