@@ -33,6 +33,9 @@ from gac.ops.residual_lif_pool import residual_lif_pool
 
 _log = logging.getLogger("gac")
 
+_HOOKS = "has hooks or a forward of its own, which need its call"
+_GLOBAL_HOOKS = "runs under hooks on all modules"
+
 Obstacle = tuple[nn.Module, str]
 """A module that keeps a network from the fused execution, and why."""
 
@@ -49,7 +52,7 @@ def obstacle(net: nn.Module, x: Tensor) -> Obstacle | None:
     if net.T > MAX_T:
         return net, f"has more than {MAX_T} time steps"
     if _global_hooks():
-        return net, "runs under hooks on all modules"
+        return net, _GLOBAL_HOOKS
     for stage in net.stages:
         if found := _obstacle(stage, nn.Sequential):
             return found
@@ -69,9 +72,14 @@ def explain(net: nn.Module, found: Obstacle | None) -> str:
     return f"layers run one by one, more slowly, because {name} {reason}"
 
 
+def report(net: nn.Module, found: Obstacle, device_type: str) -> None:
+    """Log an obstacle once, as a warning on a CUDA device; but hooks, as whoever has them asks for the calls."""
+    if found[1] not in (_HOOKS, _GLOBAL_HOOKS) and (explanation := explain(net, found)):
+        _log_once(device_type, explanation)
+
+
 @functools.cache
-def log_once(device_type: str, explanation: str) -> None:
-    """Log what :func:`explain` returned, once; as a warning on a CUDA device."""
+def _log_once(device_type: str, explanation: str) -> None:
     _log.log(logging.WARNING if device_type == "cuda" else logging.INFO, "%s: %s", device_type, explanation)
 
 
@@ -270,9 +278,6 @@ def _obstacle_in_block(block: nn.Module) -> Obstacle | None:
         # The kernel of the residual sum takes both of its BatchNorms in one mode.
         return block, "has one of its last two BatchNorms in training and one in evaluation mode, or one synchronized"
     return None
-
-
-_HOOKS = "has hooks or a forward of its own, which need its call"
 
 
 def _obstacle(module: nn.Module, kind: type[nn.Module]) -> Obstacle | None:

@@ -220,8 +220,8 @@ class MSResNet(nn.Module, base.StepModule):
             return self._run(x)
         resetting.reset(stateful)
         obstacle = fused.obstacle(self, x)
-        if not torch.compiler.is_compiling() and (explanation := fused.explain(self, obstacle)):
-            fused.log_once(x.device.type, explanation)
+        if obstacle is not None and not torch.compiler.is_compiling():
+            fused.report(self, obstacle, x.device.type)
         logits = fused.forward(self, x) if obstacle is None else self._run(x)
         resetting.reset([each for each in stateful if getattr(each, "keeps_state", True)])
         return logits

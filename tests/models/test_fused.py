@@ -654,7 +654,6 @@ def test_what_changes_between_two_calls_counts_at_the_next(change: Callable, dev
         (_convert, "stages.0.0.conv1.norm is of class BatchNorm2d, not gac's BatchNorm2d"),
         (_subclass, "lif is of class Own, not gac's LIFNode"),
         (_average, "stages.0.0.conv1.norm has no momentum or does not track running statistics"),
-        (_hook_on_a_norm, "stages.0.0.conv1.norm has hooks or a forward of its own, which need its call"),
         (_more_steps, "the network has more than 16 time steps"),
     ],
 )
@@ -663,7 +662,7 @@ def test_why_layers_run_one_by_one_is_said_once(
 ) -> None:
     net = network(coding="direct").to(device).eval()
     change(net)
-    fused.log_once.cache_clear()
+    fused._log_once.cache_clear()
     caplog.set_level("INFO", logger="gac")
     for _ in range(2):
         net(images(device, batch=2, side=8))
@@ -676,9 +675,35 @@ def test_why_layers_run_one_by_one_is_said_once(
 
 
 def test_a_cuda_device_without_the_fused_walk_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    fused.log_once.cache_clear()
-    fused.log_once("cuda", "layers run one by one, more slowly, because head has hooks")
-    assert caplog.messages == ["cuda: layers run one by one, more slowly, because head has hooks"]
+    net = network(coding="direct")
+    _convert(net)
+    fused._log_once.cache_clear()
+    fused.report(net, fused.obstacle(net, images("cpu")), "cuda")
+    assert caplog.messages == [
+        "cuda: layers run one by one, more slowly, because stages.0.0.conv1.norm is of class BatchNorm2d, not gac's"
+        " BatchNorm2d"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["one", "all", "own forward"])
+def test_nothing_is_logged_of_hooks(kind: str, device: str, caplog: pytest.LogCaptureFixture) -> None:
+    net = network().to(device).eval()
+    if kind == "own forward":
+        norm = net.stages[1][0].conv1.norm
+        norm.forward = norm.forward
+    else:
+        owner = net.stages[1][0] if kind == "one" else nn.modules.module
+        register = owner.register_forward_hook if kind == "one" else owner.register_module_forward_hook
+        handle = register(lambda *_: None)
+    caplog.set_level("INFO", logger="gac")
+    try:
+        net(images(device, batch=2, side=8))
+        reason = describe_backend(net, torch.device(device))["backend_reason"]
+    finally:
+        if kind != "own forward":
+            handle.remove()
+    assert "one by one" not in caplog.text
+    assert "layers run one by one, more slowly, because" in reason
 
 
 def test_nothing_is_said_of_what_was_asked_for(device: str, caplog: pytest.LogCaptureFixture) -> None:
