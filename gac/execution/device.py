@@ -28,7 +28,7 @@ def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if unused := unused_gpus():
+        if ranks.is_main and (unused := unused_gpus()):
             logger.warning("device auto is the CPU: %s", unused)
     if name == "cpu":
         return torch.device("cpu")
