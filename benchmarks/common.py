@@ -20,6 +20,7 @@ from gac import create_model
 from gac.command_line import Parser, at_least, finish, new_file
 from gac.execution.device import ask, select_device
 from gac.execution.environment import describe_environment
+from gac.execution.resources import is_out_of_memory
 from gac.files import atomic_write, writing
 from gac.models.ms_resnet import CIFAR, IMAGENET, Family
 from gac.models.registry import family_of, list_models
@@ -223,9 +224,7 @@ def or_out_of_memory(call: Callable[[], Result]) -> Result | None:
     try:
         return call()
     except RuntimeError as error:
-        # torch has no type of its own for a CPU that cannot allocate.
-        cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
-        if not (cpu or isinstance(error, torch.OutOfMemoryError)):
+        if not is_out_of_memory(error):
             raise
         return None
 

@@ -5,6 +5,7 @@ Whatever is wrong with a command line or a configuration file becomes one line o
 
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -45,8 +46,10 @@ def _program(run: Callable[[Sequence[str], Ranks], int]) -> Callable[[Sequence[s
     def main(arguments: Sequence[str] | None = None) -> int:
         who = ""
         for stream in (sys.stdout, sys.stderr):
-            # What a terminal cannot show, such as a class's name in ASCII, must not cost a result.
-            stream.reconfigure(errors="backslashreplace")
+            # What a terminal cannot show, such as a class's name in ASCII, must not cost a result. A stream that was
+            # closed (>&-) is None, and a notebook's takes everything.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             with process_group() as ranks:
                 who = "" if ranks.is_main else f"rank {ranks.rank}: "
@@ -173,9 +176,11 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _show(text: str) -> None:
-    """Print a result; whoever was to read it may be gone, as in ``eval.py ... | head -1``."""
+    """Print a result; whoever was to read it may be gone, as in ``eval.py ... | head -1``. Raises ResultsNotWritten."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         # Python would try again at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise ResultsNotWritten(f"cannot write to the standard output: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """Command lines: what they mean, and one clear line for what they cannot mean."""
 
 import ast
+import io
 import os
 import subprocess
 import sys
@@ -264,6 +265,28 @@ def test_running_out_of_memory_names_what_to_lower(
     assert capsys.readouterr().err == (
         "error: CUDA out of memory; lower train.batch_size or train.eval_batch_size, or raise train.accumulate_steps\n"
     )
+
+
+@pytest.mark.parametrize("closed", [None, io.StringIO()], ids=["closed", "notebook"])
+def test_a_program_needs_no_standard_streams(closed: io.StringIO | None, yaml_file, tmp_path: Path) -> None:
+    text = "data: {name: synthetic, image_size: 8, synthetic_images: 8}\nmodel: {T: 1, width: 2, depth: [1, 1, 1]}\n"
+    path = yaml_file(f"{text}train: {{epochs: 1, batch_size: 8}}\ndevice: cpu\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        patch.setattr(sys, "stderr", closed)
+        assert train_main(["--config", path, "--output", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_standard_output_that_is_full_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], yaml_file
+) -> None:
+    monkeypatch.setattr(cli, "dry_run", lambda *arguments: "dry run of a network: trained 2 steps")
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert train_main(["--config", yaml_file("{}"), "--dry-run"]) == 1
+    assert capsys.readouterr().err == "error: cannot write to the standard output: No space left on device\n"
 
 
 @pytest.mark.parametrize("size", [0, 3000])

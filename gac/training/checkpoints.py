@@ -1,5 +1,6 @@
 """The checkpoints that a run is resumed from: what is in them, when they are written, which ones are kept and read."""
 
+import itertools
 import logging
 import os
 import re
@@ -80,10 +81,12 @@ class Checkpoints:
 
     def _move_down(self, keep: int) -> None:
         # Only up to the first free name, which a crash in the loop below leaves behind.
-        names = [self.newest, *(self.folder / f"last-{age}.pt" for age in range(1, keep))]
-        occupied = next((age for age, path in enumerate(names) if not path.exists()), keep - 1)
-        for age in range(occupied, 0, -1):
-            os.replace(names[age - 1], names[age])
+        free = next(age for age in itertools.count() if age == keep - 1 or not self._path(age).exists())
+        for age in range(free, 0, -1):
+            os.replace(self._path(age - 1), self._path(age))
+
+    def _path(self, age: int) -> Path:
+        return self.folder / f"last-{age}.pt" if age else self.newest
 
 
 class CheckpointInterval:

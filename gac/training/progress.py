@@ -45,7 +45,8 @@ class EpochProgress:
         self._shown = time.perf_counter()
 
     def __enter__(self) -> "EpochProgress":
-        if self._visible and sys.stderr.isatty():
+        # None if it was closed.
+        if self._visible and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 desc=self.title,
                 total=self.batches,

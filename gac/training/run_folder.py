@@ -303,6 +303,8 @@ def check_same_run(payload: dict[str, Any], now: Config, checkpoint: Path) -> No
         if before[name] != after[name]
         and name not in FREE_WHEN_RESUMING
         and not (name == "train.epochs" and before[name] < after[name])
+        # Its content decides, by which the state knows it, and not where it is now.
+        and not (name == "train.teacher" and None not in (before[name], after[name]))
     ]
     if differing:
         raise InputError(

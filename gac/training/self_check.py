@@ -16,6 +16,7 @@ from gac.evaluation.evaluate import EvaluationStep
 from gac.execution import random_state
 from gac.execution.cuda_graph import WARM_UP_CALLS, Capture, CaptureFailed, Graphs, Replayed
 from gac.execution.device import memory_format, network_input
+from gac.execution.resources import is_out_of_memory
 from gac.training.freezing import training_mode
 from gac.training.optim import load_optimizer, make_optimizer, parameter_groups, set_learning_rate
 from gac.training.step import TrainingStep
@@ -70,15 +71,18 @@ def check_replays(graphs: Graphs, step: TrainingStep, config: Config, data: Data
         fault = fault or find_evaluation_fault(
             step.network, train, graphs.make(), _batches(train, data.info, size, step.device)
         )
-    except torch.OutOfMemoryError as error:
-        fault = f"{step.device} has no memory to try graphs on a copy of the network"
-        if graphs.demanded:
-            raise InputError(
-                f"train.cuda_graph true: {fault} with train.batch_size {train.batch_size}: choose a smaller one, or set"
-                " train.cuda_graph to auto or false"
-            ) from error
-    except CaptureFailed as error:
-        fault = str(error)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            fault = f"{step.device} has no memory to try graphs on a copy of the network"
+            if graphs.demanded:
+                raise InputError(
+                    f"train.cuda_graph true: {fault} with train.batch_size {train.batch_size}: choose a smaller one, or"
+                    " set train.cuda_graph to auto or false"
+                ) from error
+        elif isinstance(error, CaptureFailed):
+            fault = str(error)
+        else:
+            raise
     finally:
         random_state.restore(before, step.device)
         gc.collect()
@@ -97,7 +101,7 @@ def find_fault(step: TrainingStep, capture: Capture, batches: Sequence[Batch]) -
 
     Raises:
         CaptureFailed: If the step cannot be captured.
-        torch.OutOfMemoryError: If there is not enough memory, in the capture (OutOfMemoryInCapture) or outside of it.
+        RuntimeError: If there is not enough memory, in the capture (OutOfMemoryInCapture) or outside of it.
     """
     copied = _copy(step)
     replayed = Replayed(copied, capture)

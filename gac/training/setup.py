@@ -194,8 +194,11 @@ def _check_batch_norm(network: MSResNet, data: Data, config: TrainConfig, ranks:
     if footprint.repeats_an_image(network, data.info):
         values[0] //= network.T
     if min(values) == 1:
+        steps, processes = config.accumulate_steps, ranks.size
+        fewer = f", train.accumulate_steps below {steps}" if steps > 1 else ""
+        fewer += f", fewer than {processes} processes" if processes > 1 else ""
         raise InputError(
             "BatchNorm cannot train on a single value per channel, which a batch of 1 image of"
             f" {data.info.height} x {data.info.width} pixels leaves at model.T {network.T}: choose a train.batch_size"
-            f" that leaves no single image at the end of {data.info.train_size}, or larger images"
+            f" that leaves no single image at the end of {data.info.train_size}{fewer}, or larger images"
         )

@@ -167,8 +167,8 @@ class TrainingStep:
         if begun.submitted == 0:
             self.executor = None
             logger.warning(
-                "train.overlap_weight_gradients is left off: no convolution of this network runs between fused kernels"
-                " and learns (python -m gac.doctor says whether the kernels work)"
+                "train.overlap_weight_gradients is left off: no convolution of this network runs between fused kernels,"
+                " learns and has no hooks (python -m gac.doctor says whether the kernels work)"
             )
 
     def _bad_gradient(self) -> Tensor:

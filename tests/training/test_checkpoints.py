@@ -45,6 +45,14 @@ def test_there_are_more_than_ten(tmp_path: Path) -> None:
     assert [read_checkpoint(path)["step"] for path in checkpoints.existing()] == list(range(13, 1, -1))
 
 
+def test_all_can_be_kept(tmp_path: Path) -> None:
+    # Nothing grows with the number but the files that there are.
+    checkpoints = Checkpoints(tmp_path)
+    for step in range(1, 4):
+        checkpoints.write({"step": step}, keep=10**15)
+    assert steps_in(tmp_path) == {"last.pt": 3, "last-1.pt": 2, "last-2.pt": 1}
+
+
 def test_other_files_are_none_of_its_business(three: Checkpoints) -> None:
     names = ["last-0.pt", "last-01.pt", "last-good.pt", "lastly.pt", "best.pt", "last.pt.damaged"]
     for name in names:

@@ -146,6 +146,8 @@ def test_a_run_does_not_go_on_with_another_teacher(teacher_file: Path, tmp_path:
     config = distilled(file)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run", after_step=stop_at(1))
+    with pytest.raises(InputError, match=r"another configuration \(train\.teacher .*teacher\.pt -> None\)"):
+        train(replace(config, train=replace(config.train, teacher=None)), tmp_path / "run", resume="auto")
     payload = read_checkpoint(file)
     payload["model"]["head.bias"] += 1
     write_checkpoint(file, payload)
@@ -153,6 +155,8 @@ def test_a_run_does_not_go_on_with_another_teacher(teacher_file: Path, tmp_path:
         InputError, match=r"teacher\.pt is not the file that the run began with \(sha256 [0-9a-f]{64}\)"
     ):
         train(config, tmp_path / "run", resume="auto")
+    # The same file in another place is the same teacher.
+    train(distilled(teacher_file), tmp_path / "run", resume="auto")
 
 
 @pytest.mark.parametrize(

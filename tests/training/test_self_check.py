@@ -270,3 +270,27 @@ def test_a_step_that_changes_nothing_proves_nothing(
     monkeypatch.setattr(TrainingStep, "_backward", overflowing)
     step, data = make_step(scale=1.0)
     assert verdict(CaptureByRecording, CONFIG, step, data, caplog).startswith("loss scaling skips the step")
+
+
+class WithoutMemory(CaptureByRecording):
+    """A library of CUDA's has no memory for what runs before the capture."""
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        raise self.error
+
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def test_memory_that_is_full_outside_of_a_capture_is_a_reason_too(caplog: pytest.LogCaptureFixture) -> None:
+    step, data = make_step()
+    before = copy.deepcopy(everything(step))
+    why = verdict(WithoutMemory, CONFIG, step, data, caplog)
+    assert why == "cpu has no memory to try graphs on a copy of the network"
+    assert_same(everything(step), before)
+
+
+def test_other_errors_of_the_trial_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WithoutMemory, "error", RuntimeError("CUDA error: an illegal memory access was encountered"))
+    step, data = make_step()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        check_replays(Graphs(WithoutMemory), step, CONFIG, data)

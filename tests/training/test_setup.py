@@ -50,24 +50,26 @@ def test_a_single_value_is_refused_where_batch_norm_fails(
 
 
 @pytest.mark.parametrize(
-    ("options", "images", "size", "refused"),
+    ("options", "images", "size", "remedy"),
     [
-        ({"batch_size": 1}, 16, 1, True),
-        ({"batch_size": 4, "accumulate_steps": 4}, 16, 1, True),
-        ({"batch_size": 4, "accumulate_steps": 2}, 16, 1, False),
-        ({"batch_size": 16}, 19, 2, True),
-        ({"batch_size": 16}, 20, 2, False),
-        ({"batch_size": 16, "sync_batch_norm": True}, 19, 2, False),
+        ({"batch_size": 1}, 16, 1, "at the end of 16, or larger images"),
+        ({"batch_size": 4, "accumulate_steps": 4}, 16, 1, "of 16, train.accumulate_steps below 4, or larger images"),
+        ({"batch_size": 4, "accumulate_steps": 2}, 16, 1, None),
+        ({"batch_size": 16}, 19, 2, "of 19, fewer than 2 processes, or larger images"),
+        ({"batch_size": 16}, 20, 2, None),
+        ({"batch_size": 16, "sync_batch_norm": True}, 19, 2, None),
     ],
 )
-def test_the_smallest_micro_batch_counts(options: dict[str, object], images: int, size: int, refused: bool) -> None:
+def test_the_smallest_micro_batch_counts(
+    options: dict[str, object], images: int, size: int, remedy: str | None
+) -> None:
     data = replace(CONFIG.data, synthetic_images=images)
     config = replace(CONFIG, data=data, train=replace(CONFIG.train, **options))
     ranks = Ranks(size=size)
-    if not refused:
+    if remedy is None:
         create_network(config, data_of(config), ranks)
         return
-    with pytest.raises(InputError, match="BatchNorm cannot train on a single value per channel"):
+    with pytest.raises(InputError, match=f"BatchNorm cannot train on a single value per channel, .* {remedy}$"):
         create_network(config, data_of(config), ranks)
 
 
