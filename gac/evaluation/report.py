@@ -150,7 +150,7 @@ def evaluate_checkpoint(
     if collector is not None and collector.places:
         images = *collector.images_and_labels(), collector.places, collector.mistakes
         run = device, amp, step.order, config.train.eval_batch_size, config.train.seed
-        kept = Sample(network.eval(), *images, data.info, *run)
+        kept = Sample(network.eval(), *images, data.info, *run, steps, ranks.size)
     return Report(
         checkpoint=str(path),
         epoch=payload.get("epoch") if ours else None,
