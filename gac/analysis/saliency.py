@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gac.analysis.running import find_layer, run
 from gac.errors import InputError
+from gac.models.batch_first import BatchFirst
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,11 @@ class _Look:
         return see
 
     def _see_outputs(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if isinstance(network, BatchFirst) or output.dim() != 3 or output.shape[1] != inputs[0].shape[-4]:
+            raise InputError(
+                f"{type(network).__name__} gives {list(output.shape)}, and a saliency map needs outputs [T, B, K] for"
+                f" {list(inputs[0].shape)}: pass a network that gives them"
+            )
         self.classes = output[: self.steps].mean(0).argmax(-1)
 
 
@@ -96,7 +102,7 @@ def measure_saliency(
 
     Raises:
         InputError: If there are no images, if there is no such layer (the message has the closest name), if its output
-            has other dimensions, and if it or no spiking layer after it runs.
+            or the network's has other dimensions, and if it or no spiking layer after it runs.
     """
     # It takes as long to import as all the rest.
     from captum.attr import LayerGradCam

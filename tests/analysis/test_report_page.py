@@ -139,6 +139,11 @@ def test_what_is_drawn_is_of_the_steps_that_were_scored(scored: Report) -> None:
     assert probabilities.argmax(-1).tolist() == [first[other].tolist()]
 
 
+def test_a_sample_of_several_processes_is_not_called_that_of_all_images(scored: Report) -> None:
+    assert str(scored.sample) == "40 of the 360 test images of digits, evenly spread"
+    assert str(replace(scored.sample, processes=2)).endswith("evenly spread over those of one of 2 processes")
+
+
 def test_classes_have_the_names_that_the_network_knows(scored: Report) -> None:
     names = [f"n{k}" for k in range(10)]
     sample = replace(scored.sample, data=replace(scored.sample.data, class_names=tuple("abcdefghij")))
@@ -155,12 +160,13 @@ def test_a_page_has_no_scores_without_labels_and_no_gates_without_gated_attentio
     sample = replace(scored.sample, images=scored.sample.images[:6], mistakes=[])
     sample = replace(sample, data=replace(sample.data, num_classes=0))
     unlabelled = replace(scored, scores=Unscored(360, 1.0), published=None, classes=None, confusion=None, sample=sample)
-    unlabelled = replace(unlabelled, coding="direct")
+    unlabelled = replace(unlabelled, coding="rate")
     files = files_of(unlabelled)
     page = files["index.html"].decode()
     assert "top-1" not in page
     assert "Firing rates" in page
     assert "Gates" not in page
+    assert "Rate coding draws its spikes at random" in page
     assert "tables/classes.csv" not in files
 
 

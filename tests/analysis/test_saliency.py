@@ -107,4 +107,19 @@ def test_what_cannot_be_shown_is_refused(trained: tuple[nn.Module, Tensor]) -> N
             measure_saliency(network, [images], layer)
     with pytest.raises(InputError, match="no images"):
         measure_saliency(network, [], "stages.2")
+    with pytest.raises(
+        InputError, match=r"BatchFirst gives \[4, 4, 10\], and a saliency map needs outputs \[T, B, K\]"
+    ):
+        measure_saliency(gac.BatchFirst(network), [images[:4]], "net.stages.2")
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).mean(0)
+
+    with pytest.raises(InputError, match=r"Mean gives \[5, 10\], and a saliency map needs outputs"):
+        measure_saliency(Mean(), [images], "net.stages.2")
     assert not any(module._forward_hooks for module in network.modules())
