@@ -87,11 +87,11 @@ def test_what_is_scored_is_what_the_file_holds(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_overrides_apply_to_data_and_execution(run: Path) -> None:
-    arguments = ["--data.root", "elsewhere", "--train.eval_batch_size", "7", "--model.backend=torch"]
+    arguments = ["--data.synthetic_images", "20", "--train.eval_batch_size", "7", "--model.backend=torch"]
     parsed = parse_eval(["--checkpoint", str(run / "best.pt"), *arguments])
     assert parsed.config == replace(
         CONFIG.with_neuron(),
-        data=replace(CONFIG.data, root="elsewhere"),
+        data=replace(CONFIG.data, synthetic_images=20),
         model=replace(CONFIG.with_neuron().model, backend="torch"),
         train=replace(CONFIG.train, eval_batch_size=7),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from torch import Tensor
 
 from gac.command_line import Parser, at_least, new_file
+from gac.errors import InputError
 from gac.export.engines import Engine, Precision, open_model
 from gac.export.fidelity import write_and_tell
 from gac.export.onnx import build_model, measure, set_metadata
@@ -56,13 +57,15 @@ def add_options(parser: Parser) -> None:
     parser.add("output", "the file to write", type=new_file(".onnx"))
     parser.add("--engine", "what runs the file", choices=get_args(Engine), default="openvino")
     parser.add("--precision", "what its convolutions compute in", choices=get_args(Precision), default="f32")
-    parser.add("--calibration", "training images for int8, at most", type=at_least(1), default=256, metavar="N")
+    parser.add("--calibration", "training images for int8, at most; None: 256", type=at_least(1), metavar="N")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the file and how far it is from our network, accuracy before and after included."""
+    if options.calibration is not None and options.precision != "int8":
+        raise InputError(f"--calibration is for int8, and --precision is {options.precision}: leave one of them out")
     source = open_source(options.checkpoint, options.images, options.root)
-    model = made_for(options.engine, options.precision, build_model(source), source, options.calibration)
+    model = made_for(options.engine, options.precision, build_model(source), source, options.calibration or 256)
     asked = {"engine": options.engine, "precision": options.precision}
     fidelity = measure(source, model, **asked) if options.images else None
     write_and_tell(options.output, model.SerializeToString(), fidelity)

@@ -124,7 +124,7 @@ def open_source(checkpoint: str, images: int, root: str | None = None) -> Source
         checkpoint: A file of train.py, weights of this package (``*.safetensors``), or the name of a trained network
             that travels in it (``gac.list_pretrained()``).
         images: How many test images the export is tried on; for 0 the data set is not opened.
-        root: Where the data set lies, by default where it lay in training.
+        root: Where the data set lies, by default where it lay in training; only for one that lies anywhere.
 
     Raises:
         InputError: For a file that cannot be used or does not say what its network was trained on, and for a data set
@@ -147,6 +147,10 @@ def open_source(checkpoint: str, images: int, root: str | None = None) -> Source
         raise InputError(f"checkpoint {path}: {error}") from error
     config = replace(config, device="cpu", model=replace(config.model, backend="auto"))
     if root is not None:
+        if not config.data.reads_root:
+            raise InputError(
+                f"--root {root} is not read, as the network was trained on {config.data.name}: leave it out"
+            )
         config = replace(config, data=replace(config.data, root=root))
     if not config.model.takes_normalized_images:
         info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
