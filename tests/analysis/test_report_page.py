@@ -160,12 +160,14 @@ def test_a_page_has_no_scores_without_labels_and_no_gates_without_gated_attentio
     sample = replace(scored.sample, images=scored.sample.images[:6], mistakes=[])
     sample = replace(sample, data=replace(sample.data, num_classes=0))
     unlabelled = replace(scored, scores=Unscored(360, 1.0), published=None, classes=None, confusion=None, sample=sample)
-    unlabelled = replace(unlabelled, coding="rate")
+    # A bare state dict does not say its network either.
+    unlabelled = replace(unlabelled, coding="rate", config={"data": unlabelled.config["data"], "device": "cpu"})
     files = files_of(unlabelled)
     page = files["index.html"].decode()
     assert "top-1" not in page
     assert "Firing rates" in page
     assert "Gates" not in page
+    assert "<h1>network on digits</h1>" in page
     assert "Rate coding draws its spikes at random" in page
     assert "tables/classes.csv" not in files
 
