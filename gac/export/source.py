@@ -13,7 +13,7 @@ from gac.config import Config
 from gac.data import DataInfo, build_data
 from gac.data.interface import TestLoader
 from gac.errors import InputError
-from gac.evaluation.report import as_trained, open_evaluation
+from gac.evaluation.report import as_trained, class_names, open_evaluation
 from gac.execution.device import network_input
 from gac.execution.distributed import SINGLE_PROCESS
 from gac.files import user_path
@@ -154,9 +154,10 @@ def open_source(checkpoint: str, images: int, root: str | None = None) -> Source
         config = replace(config, data=replace(config.data, root=root))
     if not config.model.takes_normalized_images:
         info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
-    names = list(info.class_names or map(str, range(network.num_classes)))
     test = labels = None
     if images:
         _, network, data, labels, names = open_evaluation(path, payload, config, {}, SINGLE_PROCESS, None, False)
         test = data.test
+    else:
+        names = class_names(network, info)
     return Source(network.eval(), config, info, names, digest.hexdigest(), images, test, labels)
