@@ -138,6 +138,11 @@ class DataConfig:
             )
 
     @property
+    def reads_root(self) -> bool:
+        """Whether the data set lies in root."""
+        return self.name not in ("digits", "synthetic")
+
+    @property
     def writes_files(self) -> bool:
         """Whether opening the data set may write into root, which processes must do one after another."""
         return self.download or self.name in EVENT_SETS

@@ -147,7 +147,7 @@ class LIFNode(neuron.LIFNode):
         detach_reset: Treat the reset as constant in the backward pass.
         step_mode: "m" for sequences, "s" for single time steps.
         store_v_seq: Keep the membrane potential of every time step in ``v_seq`` (runs step by step).
-        backend: "cupy" (this package's CUDA kernels), "c" (their C versions on the CPU, float32), "torch" (on a CUDA
+        backend: "cupy" (this package's CUDA kernels), "c" (their C versions on the CPU, in float32), "torch" (on a CUDA
             device SpikingJelly's own multi-step execution; where that cannot fire strictly, the step-by-step reference;
             on the CPU, for the surrogates that the kernels have, a loop in place) or "auto" (the kernels where they
             work, with CuPy on a CUDA device and with a C compiler on the CPU, else torch).
@@ -278,6 +278,9 @@ class LIFNode(neuron.LIFNode):
     def multi_step_forward(self, x_seq: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the spikes [T, ...] of a sequence; see the class for what remains of it."""
         refuse_symbolic(x_seq)
+        if self.backend == "c" and x_seq.dtype in (torch.float16, torch.bfloat16):
+            # Of autocast, which the layers beside it follow. In float32, as the membrane potential is, nothing changes.
+            return self.multi_step_forward(x_seq.float(), *args, **kwargs).to(x_seq.dtype)
         if self.keeps_state:
             return super().multi_step_forward(x_seq, *args, **kwargs)
         start = self.get_reset_value("v")

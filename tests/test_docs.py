@@ -36,8 +36,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     }
     capsys.readouterr()
     names["images"] = torch.rand(2, 1, 8, 8)
-    # The last one needs NeuroBench, which is no dependency.
-    (measuring, _neurobench) = python_blocks("energy.md")
+    (measuring,) = python_blocks("energy.md")
     exec(measuring, names)
     assert "'stem.conv': False" in capsys.readouterr().out
 

@@ -87,11 +87,11 @@ def test_what_is_scored_is_what_the_file_holds(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_overrides_apply_to_data_and_execution(run: Path) -> None:
-    arguments = ["--data.root", "elsewhere", "--train.eval_batch_size", "7", "--model.backend=torch"]
+    arguments = ["--data.synthetic_images", "20", "--train.eval_batch_size", "7", "--model.backend=torch"]
     parsed = parse_eval(["--checkpoint", str(run / "best.pt"), *arguments])
     assert parsed.config == replace(
         CONFIG.with_neuron(),
-        data=replace(CONFIG.data, root="elsewhere"),
+        data=replace(CONFIG.data, synthetic_images=20),
         model=replace(CONFIG.with_neuron().model, backend="torch"),
         train=replace(CONFIG.train, eval_batch_size=7),
     )
@@ -307,11 +307,13 @@ def test_a_report_and_saliency_are_of_the_file_that_was_scored(
     folder.mkdir()
     command = ["--checkpoint", str(run / "best.pt"), "--report", str(folder)]
     # Files of results may go into it. NumPy has no bfloat16, which everything drawn must have left.
-    assert eval_main([*command, "--train.amp=bf16", "--json", str(folder / "scores.json")]) == 0
+    assert eval_main([*command, "--train.amp=bf16", "--model.T=1", "--json", str(folder / "scores.json")]) == 0
     assert "energy" not in capsys.readouterr().out
     assert f"a page about it: {folder / 'index.html'}" in caplog.messages
     digest = hashlib.sha256((run / "best.pt").read_bytes()).hexdigest()
-    assert digest in (folder / "index.html").read_text()
+    page = (folder / "index.html").read_text()
+    assert digest in page
+    assert "over all 2 time steps, of which the first 1 were scored" in page
     report, scores = (json.loads((folder / name).read_text()) for name in ("report.json", "scores.json"))
     assert report["sha256"] == digest
     assert report["scores"]["top1_by_time"] == scores["scores"]["top1_by_time"]

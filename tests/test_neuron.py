@@ -81,6 +81,24 @@ def test_the_membrane_is_float32_under_autocast(preset):
     assert (x.dtype, spikes.dtype, node.v.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
+@pytest.mark.c_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keeps_state", [True, False])
+def test_the_c_kernels_run_half_precision_in_float32(dtype, keeps_state):
+    x = (2 * torch.randn(4, 2, 50)).to(dtype)
+    results = []
+    for backend in ("torch", "c"):
+        node = LIFNode.from_parameters(PRESETS["cifar"], backend, keeps_state)
+        node.store_v_seq = True
+        leaf = x.clone().requires_grad_()
+        spikes = node(leaf)
+        spikes.float().square().sum().backward()
+        results.append((spikes.detach(), leaf.grad, node.v_seq.detach()))
+    for torchs, cs in zip(*results, strict=True):
+        assert torchs.dtype == cs.dtype
+        torch.testing.assert_close(torchs, cs, rtol=1e-2 if torchs is results[0][1] else 0, atol=0)
+
+
 SURROGATES = [
     surrogate.PiecewiseQuadratic(1.0),
     surrogate.Rect(1.0),

@@ -218,13 +218,17 @@ def accuracy_figure(top1_by_time: Sequence[float]) -> Figure:
 
 
 def prediction_figure(
-    images: Tensor, probabilities: Tensor, data: DataInfo, captions: Sequence[str] | None = None
+    images: Tensor,
+    probabilities: Tensor,
+    data: DataInfo | ArraySet,
+    captions: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """Return images [N, C, H, W] (or event frames [N, T, C, H, W]), each beside the class probabilities at every step.
 
     ``probabilities``, [T, N, K], are those of the outputs' mean over the first t steps; the largest has the other
-    colour. Of more than 30 classes each image has the 10 that are most probable at any step. The images are normalised
-    as ``data`` says.
+    colour, and the class's name or, without ``names`` of the network's classes, its number. Of more than 30 classes
+    each image has the 10 that are most probable at any step. The images are normalised as ``data`` says.
     """
     steps, count, classes = probabilities.shape
     few = classes <= _MOST_CLASSES
@@ -241,7 +245,7 @@ def prediction_figure(
                 best = shares.argmax()
                 colors = [_ORANGE if k == best else _BLUE for k in range(len(shown))]
                 axes.bar(range(len(shown)), 100 * shares, color=colors)
-                name = data.class_names[shown[best]] if data.class_names else str(int(shown[best]))
+                name = names[shown[best]] if names else str(int(shown[best]))
                 axes.text(best, 100 * shares[best] + 3, _short(name, 10), ha="center", va="bottom", fontsize=8)
                 axes.set_ylim(0, 125)
                 axes.set_yticks((0, 50, 100), ("0", "50", "100 %") if axes is axes_row[1] else ("", "", ""))

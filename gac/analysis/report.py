@@ -197,7 +197,7 @@ def default_layer(sample: Sample) -> str:
 
 def explain(sample: Sample, layer: str) -> Saliency:
     """Return the saliency of a layer on a sample that is running, image by image, as gradients take memory."""
-    return measure_saliency(sample.network, replace(sample, batch_size=1).inputs(), layer)
+    return measure_saliency(sample.network, replace(sample, batch_size=1).inputs(), layer, steps=sample.steps)
 
 
 def saliency_figure(sample: Sample, saliency: Saliency, names: Sequence[str]) -> Figure:
@@ -420,7 +420,7 @@ def _pictures(
     yield (
         "predictions",
         Picture(
-            figures.prediction_figure(shown.images, probabilities, shown.data, captions),
+            figures.prediction_figure(shown.images, probabilities, shown.data, captions, names),
             "Test images, each with bars of its class probabilities after every time step: "
             + "; ".join(
                 f"{caption}, taken for {' then '.join(names[k] for k in classes)}"

@@ -7,6 +7,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from gac.errors import InputError, did_you_mean, first_few
+from gac.models.batch_first import BatchFirst
 
 
 def run(network: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -16,7 +17,8 @@ def run(network: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         network: Of any kind.
-        batches: What it is called with: images [B, C, H, W] or sequences [T, B, C, H, W].
+        batches: What it is called with: images [B, C, H, W] or sequences [T, B, C, H, W] (``gac.BatchFirst``:
+            [B, T, C, H, W]).
 
     Raises:
         InputError: If there are no images, for other shapes, and for a compiled network.
@@ -38,7 +40,7 @@ def run(network: nn.Module, batches: Iterable[Tensor]) -> int:
                     raise InputError(f"expected {expected}, got {list(batch.shape)}")
                 functional.reset_net(network)
                 network(batch)
-                images += batch.shape[-4]
+                images += batch.shape[0 if isinstance(network, BatchFirst) else -4]
     finally:
         functional.reset_net(network)
         network.train(was_training)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gac.analysis.running import find_layer, run
 from gac.errors import InputError
+from gac.models.batch_first import BatchFirst
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +39,9 @@ class Saliency:
 class _Look:
     """What passes when a network is called on a batch: its outputs, and the first spikes from a layer on."""
 
-    def __init__(self, network: nn.Module, layer: nn.Module, name: str, batch: Tensor) -> None:
+    def __init__(self, network: nn.Module, layer: nn.Module, name: str, batch: Tensor, steps: int | None) -> None:
         self.name = name
+        self.steps = steps
         self.shape: torch.Size | None = None
         self.spiking_layer: str | None = None
         self.spikes: Tensor | None = None
@@ -68,16 +70,25 @@ class _Look:
     def _spikes_of(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def see(node: nn.Module, inputs: tuple, output: Tensor) -> None:
             if self.shape is not None and self.spikes is None:
-                self.spiking_layer, self.spikes = name, output.sum((0, 2)).float().cpu()
+                self.spiking_layer, self.spikes = name, output[: self.steps].sum((0, 2)).float().cpu()
 
         return see
 
     def _see_outputs(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.classes = output.mean(0).argmax(-1)
+        if isinstance(network, BatchFirst) or output.dim() != 3 or output.shape[1] != inputs[0].shape[-4]:
+            raise InputError(
+                f"{type(network).__name__} gives {list(output.shape)}, and a saliency map needs outputs [T, B, K] for"
+                f" {list(inputs[0].shape)}: pass a network that gives them"
+            )
+        self.classes = output[: self.steps].mean(0).argmax(-1)
 
 
 def measure_saliency(
-    network: nn.Module, batches: Iterable[Tensor], layer: str, targets: Tensor | None = None
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    layer: str,
+    targets: Tensor | None = None,
+    steps: int | None = None,
 ) -> Saliency:
     """Return Grad-CAM of the layer that is called ``layer``, by captum's LayerGradCam.
 
@@ -87,10 +98,11 @@ def measure_saliency(
             training step.
         layer: Any whose output is [T, B, C, H, W].
         targets: The class of each image, int64 [N]; by default the one that the network takes it for.
+        steps: Look only at the first so many time steps, of outputs, maps and spikes; None for all of them.
 
     Raises:
         InputError: If there are no images, if there is no such layer (the message has the closest name), if its output
-            has other dimensions, and if it or no spiking layer after it runs.
+            or the network's has other dimensions, and if it or no spiking layer after it runs.
     """
     # It takes as long to import as all the rest.
     from captum.attr import LayerGradCam
@@ -99,11 +111,11 @@ def measure_saliency(
     # LayerGradCam takes the first two dimensions of a layer's output for batch and channels, and would mix images: it
     # gets [T B, C, h, w], as the output of a module in between.
     frames = nn.Identity()
-    cam = LayerGradCam(lambda batch: network(batch).mean(0), frames)
+    cam = LayerGradCam(lambda batch: network(batch)[:steps].mean(0), frames)
     looks, maps, classes = [], [], []
     was_training = network.training
     for batch in batches:
-        looks.append(look := _Look(network, found, layer, batch))
+        looks.append(look := _Look(network, found, layer, batch, steps))
         first = sum(map(len, classes))
         target = look.classes if targets is None else targets[first : first + len(look.classes)].to(batch.device)
         classes.append(target)
@@ -119,7 +131,7 @@ def measure_saliency(
             hook.remove()
             functional.reset_net(network)
             network.train(was_training)
-        maps.append(found_maps.float().cpu().unflatten(0, look.shape[:2]).squeeze(2).transpose(0, 1))
+        maps.append(found_maps.float().cpu().unflatten(0, look.shape[:2]).squeeze(2).transpose(0, 1)[:, :steps])
     if not maps:
         raise InputError("there are no images to run the network on")
     spikes = torch.cat([look.spikes for look in looks])

@@ -150,7 +150,7 @@ def evaluate_checkpoint(
     if collector is not None and collector.places:
         images = *collector.images_and_labels(), collector.places, collector.mistakes
         run = device, amp, step.order, config.train.eval_batch_size, config.train.seed
-        kept = Sample(network.eval(), *images, data.info, *run)
+        kept = Sample(network.eval(), *images, data.info, *run, steps, ranks.size)
     return Report(
         checkpoint=str(path),
         epoch=payload.get("epoch") if ours else None,
@@ -249,11 +249,11 @@ def open_evaluation(
         sizes = [info.shape for info in (data.info, trained_on)]
         if sizes[0] != sizes[1]:
             logger.warning("the images of %s have %s pixels, those of training had %s", data.info.name, *sizes)
-    names = _class_names(network, trained_on, data.info)
+    names = class_names(network, trained_on, data.info)
     return device, network.to(device, memory_format=memory_format(config.train, device)), data, labels, names
 
 
-def _class_names(network: MSResNet, *known: DataInfo | None) -> list[str]:
+def class_names(network: MSResNet, *known: DataInfo | None) -> list[str]:
     """Return the names that the first of the sets gives to the network's classes, or the numbers of these."""
     names = next((each.class_names for each in known if each is not None and each.class_names), None)
     if names is not None and (repeated := repeated_name(names)) is not None:

@@ -43,7 +43,8 @@ class Sample:
 
     ``images`` are [N, C, H, W], or event frames [N, T, C, H, W], normalised as ``data`` says; ``labels``, int64 [N],
     are the network's; ``places`` says which of the scored images they are, in the loader's order from 0. ``mistakes``
-    are the most confident ones on the whole test set, at most 12, the most confident first.
+    are the most confident ones on the whole test set, at most 12, the most confident first. The first ``steps`` of the
+    network's outputs were scored. With several ``processes`` all of this is of the images of one of them.
     """
 
     network: MSResNet
@@ -57,9 +58,14 @@ class Sample:
     order: torch.memory_format
     batch_size: int
     seed: int
+    steps: int
+    processes: int
 
     def __str__(self) -> str:
-        return f"{len(self.images)} of the {self.data.test_size} test images of {self.data.name}, evenly spread"
+        spread = "evenly spread"
+        if self.processes > 1:
+            spread += f" over those of one of {self.processes} processes"
+        return f"{len(self.images)} of the {self.data.test_size} test images of {self.data.name}, {spread}"
 
     def inputs(self) -> Iterator[Tensor]:
         """Yield what the network takes for the images, in small batches: [B, C, H, W] or [T, B, C, H, W]."""
@@ -80,10 +86,10 @@ class Sample:
 def undecided(sample: Sample, count: int) -> tuple[Sample, Tensor]:
     """Return ``count`` of the images, and the class probabilities [T, N, K] of the mean output over steps 1..t.
 
-    They are those whose class changes most often with time, as there is most to see in them. Call it while the sample
-    is running.
+    T are the steps that were scored. The images are those whose class changes most often with time, as there is most to
+    see in them. Call it while the sample is running.
     """
-    logits = torch.cat([sample.network(batch).float() for batch in sample.inputs()], 1)
+    logits = torch.cat([sample.network(batch)[: sample.steps].float() for batch in sample.inputs()], 1)
     steps = torch.arange(1, len(logits) + 1, device=logits.device)
     probabilities = (logits.cumsum(0) / steps[:, None, None]).softmax(-1)
     classes = probabilities.argmax(-1)

@@ -5,9 +5,13 @@ The file is ONNX, whose metadata say for which engine and precision it was made.
 
 import argparse
 import copy
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, get_args
 
+from torch import Tensor
+
 from gac.command_line import Parser, at_least, new_file
+from gac.errors import InputError
 from gac.export.engines import Engine, Precision, open_model
 from gac.export.fidelity import write_and_tell
 from gac.export.onnx import build_model, measure, set_metadata
@@ -23,7 +27,7 @@ def made_for(
 ) -> "ModelProto":
     """Return an ONNX model of a network, in the form mean, as an engine runs it in a precision.
 
-    ``calibration`` is the number of training images from which int8 takes its scales; ``model`` stays as it is.
+    int8 takes its scales from ``calibration`` training images, or all if there are fewer; ``model`` stays as it is.
 
     Raises:
         InputError: For what the engine cannot do here, and if the training images cannot be opened.
@@ -32,8 +36,16 @@ def made_for(
     # Whether the engine is there and takes it is known now, not after all images.
     open_model(engine, model.SerializeToString(), "f32" if precision == "int8" else precision)
     if precision == "int8":
-        model = quantise(model, source.training_images(calibration), engine)
-        entries["calibration"] = f"{calibration} training images"
+        used = 0
+
+        def counted(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+            nonlocal used
+            for batch in batches:
+                used += batch.shape[-4]
+                yield batch
+
+        model = quantise(model, counted(source.training_images(calibration)), engine)
+        entries["calibration"] = f"{used} training images"
     else:
         model = copy.deepcopy(model)
     set_metadata(model, entries)
@@ -45,13 +57,15 @@ def add_options(parser: Parser) -> None:
     parser.add("output", "the file to write", type=new_file(".onnx"))
     parser.add("--engine", "what runs the file", choices=get_args(Engine), default="openvino")
     parser.add("--precision", "what its convolutions compute in", choices=get_args(Precision), default="f32")
-    parser.add("--calibration", "training images for int8", type=at_least(1), default=256, metavar="N")
+    parser.add("--calibration", "training images for int8, at most; None: 256", type=at_least(1), metavar="N")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the file and how far it is from our network, accuracy before and after included."""
+    if options.calibration is not None and options.precision != "int8":
+        raise InputError(f"--calibration is for int8, and --precision is {options.precision}: leave one of them out")
     source = open_source(options.checkpoint, options.images, options.root)
-    model = made_for(options.engine, options.precision, build_model(source), source, options.calibration)
+    model = made_for(options.engine, options.precision, build_model(source), source, options.calibration or 256)
     asked = {"engine": options.engine, "precision": options.precision}
     fidelity = measure(source, model, **asked) if options.images else None
     write_and_tell(options.output, model.SerializeToString(), fidelity)

@@ -21,7 +21,7 @@ def open_model(engine: Engine, model: bytes, precision: Precision = "f32") -> tu
     An int8 model is one that :mod:`gac.export.quantisation` made; what it leaves in floating point is float32.
 
     Raises:
-        InputError: If the engine is not installed or does not compute in this precision here.
+        InputError: If the engine is not installed, does not compute in this precision here or does not take the model.
     """
     return (_onnxruntime if engine == "onnxruntime" else _openvino)(model, precision)
 
@@ -55,7 +55,12 @@ def _openvino(model: bytes, precision: Precision) -> tuple[str, Run]:
     # Left to itself it takes bf16 where the CPU has it, without a word.
     hint = "bf16" if precision == "bf16" else "f32"
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = core.compile_model(core.read_model(model), "CPU", options)
+    try:
+        compiled = core.compile_model(core.read_model(model), "CPU", options)
+    except RuntimeError as error:
+        raise InputError(
+            f"OpenVINO does not take this network: {' '.join(str(error).split())}; use --engine onnxruntime"
+        ) from error
     _KEPT.append(compiled)
     request = compiled.create_infer_request()
 

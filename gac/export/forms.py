@@ -28,6 +28,15 @@ def add_form(parser: Parser) -> None:
     parser.add("--form", help, choices=get_args(Form), default="mean")
 
 
+def refuse_encoders(network: MSResNet, reason: str) -> None:
+    """Raise InputError for codings other than gac and direct; ``reason`` says why a kind of file does not hold them."""
+    coding = network.coding_name
+    if coding not in ("gac", "direct"):
+        # Phase coding is in no exported program either.
+        advice = "use torch.jit.trace" if coding == "phase" else "export it with the subcommand program"
+        raise InputError(f"{coding} coding {reason}: {advice}")
+
+
 class PlainNeuron(nn.Module):
     """A LIF neuron for inference: spikes [T, B, ...] of a sequence, of which nothing stays.
 

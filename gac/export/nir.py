@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from gac.command_line import Parser, new_file
 from gac.errors import InputError
 from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
-from gac.export.forms import plain
+from gac.export.forms import plain, refuse_encoders
 from gac.export.packages import require
 from gac.export.program import METADATA, as_program
 from gac.export.source import Source, open_source
@@ -147,11 +147,7 @@ def build_nir(source: Source) -> tuple[bytes, bytes]:
     """
     nir, exchange = require("nir", "nir", "spikingjelly.activation_based.nir_exchange")
     network, example = source.network, source.example()
-    if network.coding_name not in ("gac", "direct"):
-        raise InputError(
-            f"NIR export takes networks with gac or direct coding, not {network.coding_name}, which makes a sequence of"
-            " its own: export it with the subcommand program"
-        )
+    refuse_encoders(network, "is not exported as NIR, as it makes a sequence of its own")
     metadata = source.metadata() | {"seconds_per_step": SECONDS_PER_STEP}
     encoder = _Encoder(network)
     coded = membrane = encoder(example)

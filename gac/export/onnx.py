@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from gac.command_line import Parser, new_file
-from gac.errors import InputError
 from gac.export.engines import Engine, Precision, Run, open_model
 from gac.export.fidelity import Fidelity, Outputs, compare, write_and_tell
-from gac.export.forms import Form, PlainNeuron, Step, add_form, prepared
+from gac.export.forms import Form, PlainNeuron, Step, add_form, prepared, refuse_encoders
 from gac.export.packages import require
 from gac.export.source import Source, open_source
 
@@ -37,15 +36,14 @@ def build_model(source: Source, form: Form = "mean") -> "ModelProto":
     returns ``next_v.LAYER``; a sequence begins at zeros.
 
     Raises:
-        InputError: For a form that the coding does not have, for rate and phase coding, and if a package is missing.
+        InputError: For a form that the coding does not have, for rate, latency and phase coding, and if a package is
+            missing.
     """
     onnx, *_ = require("onnx", "onnx", "onnxscript", "onnxruntime")
     network = source.network
-    if network.coding_name not in ("gac", "direct"):
-        raise InputError(
-            f"{network.coding_name} coding is not exported as ONNX, which has neither its random numbers nor its check"
-            " that intensities lie in [0, 1]: export it with the subcommand program"
-        )
+    refuse_encoders(
+        network, "is not exported as ONNX, which has neither its random numbers nor its check of intensities in [0, 1]"
+    )
     module, arguments, shapes = prepared(network, form, source.example())
     inputs, outputs = ["images" if arguments[0].dim() == 4 else "frames"], ["logits"]
     if isinstance(module, Step):

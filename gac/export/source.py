@@ -13,7 +13,7 @@ from gac.config import Config
 from gac.data import DataInfo, build_data
 from gac.data.interface import TestLoader
 from gac.errors import InputError
-from gac.evaluation.report import as_trained, open_evaluation
+from gac.evaluation.report import as_trained, class_names, open_evaluation
 from gac.execution.device import network_input
 from gac.execution.distributed import SINGLE_PROCESS
 from gac.files import user_path
@@ -124,7 +124,7 @@ def open_source(checkpoint: str, images: int, root: str | None = None) -> Source
         checkpoint: A file of train.py, weights of this package (``*.safetensors``), or the name of a trained network
             that travels in it (``gac.list_pretrained()``).
         images: How many test images the export is tried on; for 0 the data set is not opened.
-        root: Where the data set lies, by default where it lay in training.
+        root: Where the data set lies, by default where it lay in training; only for one that lies anywhere.
 
     Raises:
         InputError: For a file that cannot be used or does not say what its network was trained on, and for a data set
@@ -147,12 +147,17 @@ def open_source(checkpoint: str, images: int, root: str | None = None) -> Source
         raise InputError(f"checkpoint {path}: {error}") from error
     config = replace(config, device="cpu", model=replace(config.model, backend="auto"))
     if root is not None:
+        if not config.data.reads_root:
+            raise InputError(
+                f"--root {root} is not read, as the network was trained on {config.data.name}: leave it out"
+            )
         config = replace(config, data=replace(config.data, root=root))
     if not config.model.takes_normalized_images:
         info = replace(info, mean=(0.0,) * info.channels, std=(1.0,) * info.channels)
-    names = list(info.class_names or map(str, range(network.num_classes)))
     test = labels = None
     if images:
         _, network, data, labels, names = open_evaluation(path, payload, config, {}, SINGLE_PROCESS, None, False)
         test = data.test
+    else:
+        names = class_names(network, info)
     return Source(network.eval(), config, info, names, digest.hexdigest(), images, test, labels)

@@ -13,8 +13,6 @@ from gac.errors import InputError
 from gac.files import check_new_folder, check_writable, user_path
 from gac.options.written import make_config, read_command_line
 
-# Data sets that data.root says nothing about.
-_WITHOUT_FILES = ("digits", "synthetic")
 # What a bare state dict does not say.
 _OF_NETWORK = ("T", "coding", "neuron", "tau", "v_threshold", "surrogate", "detach_reset")
 
@@ -93,14 +91,14 @@ def parse_eval(arguments: Sequence[str], processes: int = 1) -> EvalArguments:
     cutout = 0 if "data.name" in overrides else stored.cutout
     config = make_config(replace(base, data=replace(stored, download=False, cutout=cutout)), overrides)
     named = not is_ours(payload) or {"data.name", "data.root", "data.download"} & overrides.keys()
-    if not named and stored.name not in _WITHOUT_FILES and not user_path(stored.root, "data.root").exists():
+    if not named and stored.reads_root and not user_path(stored.root, "data.root").exists():
         raise InputError(
             f"the data set of checkpoint {path}, {stored.name}, was in {stored.root!r}, which is not here: name it"
             " with --data.root"
         )
     network = {name: getattr(config.model, name) for name in _OF_NETWORK if f"model.{name}" in overrides}
     amp = config.train.amp if "train.amp" in overrides else None
-    if "predictions" in given and "data.root" in overrides and config.data.name in _WITHOUT_FILES:
+    if "data.root" in overrides and not config.data.reads_root:
         raise InputError(
             f"--data.root {config.data.root} is not read, as data.name is {config.data.name}: add --data.name"
             " imagefolder for images in a folder, npz for arrays"

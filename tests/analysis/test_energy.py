@@ -170,6 +170,10 @@ def test_an_image_counts_once_in_batch_first_layout_too() -> None:
     images = torch.rand(3, 3, 8, 8)
     net = network("gac", images)
     assert measure_energy(BatchFirst(net), [images]).full_mj == measure_energy(net, [images]).full_mj
+    sequence = torch.rand(3, 2, 3, 8, 8)
+    found, expected = measure_energy(BatchFirst(net), [sequence.transpose(0, 1)]), measure_energy(net, [sequence])
+    assert (found.images, found.full_mj) == (expected.images, expected.full_mj)
+    assert found.images == 2
 
 
 @pytest.mark.parametrize(

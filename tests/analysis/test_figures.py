@@ -1,6 +1,7 @@
 """Figures: what is drawn is what was measured, and SVG fits into a page."""
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -182,6 +183,11 @@ def test_predictions_have_a_bar_for_each_class_and_the_largest_stands_out(networ
             colors = [bar.get_facecolor() for bar in bars]
             assert [colors.count(color) for color in colors].index(1) == expected.argmax()
             assert labels(axes.texts) == [str(int(expected.argmax()))]
+    # Those of the network: another data set's may be in another order.
+    named = figures.prediction_figure(
+        IMAGES[:2], probabilities, replace(INFO, class_names=("x", "y", "z")), names=["zero", "one", "two"]
+    )
+    assert [labels(axes.texts) for axes in named.axes if axes.texts] == [["one"], ["zero"], ["zero"], ["two"]]
 
 
 def test_of_many_classes_each_image_has_the_most_probable() -> None:

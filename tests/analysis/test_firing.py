@@ -97,6 +97,23 @@ def test_every_coding_has_its_layers(coding: str) -> None:
     assert ("coding.lif" in layers) is (coding == "gac")
 
 
+@pytest.mark.c_kernels
+def test_neurons_on_the_c_kernels_are_watched_under_autocast_too() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+    network = lively(create_model("gac_msresnet18_cifar", 5, 3, width=8, depth=[1, 1, 1]), images)
+    rates = []
+    for backend in ("auto", "c"):
+        network.set_backend(backend)
+        firing = FiringRates(network)
+        evaluate(EvaluationStep(network, CPU, "bf16"), firing.watch([(images, labels)]))
+        rates.append(firing.read())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert measure_firing(network, [images])
+    assert rates[0] == rates[1]
+    assert 0 < rates[0]["coding.lif"] < 1
+
+
 def by_hand(firing: LayerFiring) -> Tensor:
     return firing.spikes.double() / firing.neurons
 

@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from browser import Browser, headless_chromium
 from gac.analysis.firing import measure_firing
-from gac.analysis.report import energy_of, report_files, write_files
+from gac.analysis.report import _pictures, energy_of, explain, report_files, write_files
 from gac.checkpoint import read_checkpoint, read_config
 from gac.checkpoint.weights import FOLDER
 from gac.evaluation.published import PublishedResult
 from gac.evaluation.report import Report, Unscored, evaluate_checkpoint
+from gac.evaluation.sample import undecided
 from gac.files import ResultsNotWritten
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,16 +124,51 @@ def test_the_page_says_what_the_network_is_and_needs_nothing_else(scored: Report
     assert len(identifiers) == len(set(identifiers))
 
 
+def test_what_is_drawn_is_of_the_steps_that_were_scored(scored: Report) -> None:
+    file = FOLDER / "digits.safetensors"
+    payload = read_checkpoint(file)
+    report = evaluate_checkpoint(file, payload, replace(read_config(payload), device="cpu"), {"T": 1}, sample=90)
+    sample = report.sample
+    first, last = (torch.tensor(each.predictions.ranked[:, 0])[sample.places] for each in (report, scored))
+    other = first != last
+    assert other.sum() > 2
+    changed = replace(sample, images=sample.images[other], labels=sample.labels[other])
+    with sample.running():
+        assert explain(changed, "stages.0").targets.tolist() == first[other].tolist()
+        _, probabilities = undecided(changed, len(changed.images))
+    assert probabilities.argmax(-1).tolist() == [first[other].tolist()]
+
+
+def test_a_sample_of_several_processes_is_not_called_that_of_all_images(scored: Report) -> None:
+    assert str(scored.sample) == "40 of the 360 test images of digits, evenly spread"
+    assert str(replace(scored.sample, processes=2)).endswith("evenly spread over those of one of 2 processes")
+
+
+def test_classes_have_the_names_that_the_network_knows(scored: Report) -> None:
+    names = [f"n{k}" for k in range(10)]
+    sample = replace(scored.sample, data=replace(scored.sample.data, class_names=tuple("abcdefghij")))
+    with sample.running():
+        energy, firing = energy_of(scored), measure_firing(sample.network, sample.inputs())
+        pictures = _pictures(replace(scored, sample=sample, class_names=names), energy, firing, None, "stages.0")
+        picture = next(each for name, each in pictures if name == "predictions")
+    drawn = {text.get_text() for axes in picture.figure.axes for text in axes.texts}
+    assert drawn
+    assert drawn <= set(names)
+
+
 def test_a_page_has_no_scores_without_labels_and_no_gates_without_gated_attention(scored: Report) -> None:
     sample = replace(scored.sample, images=scored.sample.images[:6], mistakes=[])
     sample = replace(sample, data=replace(sample.data, num_classes=0))
     unlabelled = replace(scored, scores=Unscored(360, 1.0), published=None, classes=None, confusion=None, sample=sample)
-    unlabelled = replace(unlabelled, coding="direct")
+    # A bare state dict does not say its network either.
+    unlabelled = replace(unlabelled, coding="rate", config={"data": unlabelled.config["data"], "device": "cpu"})
     files = files_of(unlabelled)
     page = files["index.html"].decode()
     assert "top-1" not in page
     assert "Firing rates" in page
     assert "Gates" not in page
+    assert "<h1>network on digits</h1>" in page
+    assert "Rate coding draws its spikes at random" in page
     assert "tables/classes.csv" not in files
 
 

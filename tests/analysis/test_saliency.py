@@ -61,6 +61,27 @@ def test_spikes_are_those_that_the_layer_leads_to(trained: tuple[nn.Module, Tens
     assert found.spikes.any()
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_only_the_first_steps_are_looked_at_where_only_they_are_scored(
+    trained: tuple[nn.Module, Tensor], steps: int
+) -> None:
+    network, images = trained
+    found = measure_saliency(network, images.split(2), "stages.1", steps=steps)
+    with torch.no_grad():
+        assert found.targets.tolist() == network(images)[:steps].mean(0).argmax(-1).tolist()
+
+    class First(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return network(x)[:steps]
+
+    expected = by_hand(First(), network.stages[1], images, found.targets)
+    assert expected[:, steps:].count_nonzero() == 0
+    torch.testing.assert_close(found.maps, expected[:, :steps], rtol=1e-4, atol=1e-7)
+    every = measure_saliency(network, images.split(2), "stages.1", found.targets)
+    assert (found.spikes <= every.spikes).all()
+    assert found.spikes.sum() < every.spikes.sum()
+
+
 def test_the_network_stays_as_it_was_and_runs_fused_as_well(neurons_on_kernels: None) -> None:
     torch.manual_seed(0)
     images = torch.rand(2, 3, 8, 8)
@@ -86,4 +107,19 @@ def test_what_cannot_be_shown_is_refused(trained: tuple[nn.Module, Tensor]) -> N
             measure_saliency(network, [images], layer)
     with pytest.raises(InputError, match="no images"):
         measure_saliency(network, [], "stages.2")
+    with pytest.raises(
+        InputError, match=r"BatchFirst gives \[4, 4, 10\], and a saliency map needs outputs \[T, B, K\]"
+    ):
+        measure_saliency(gac.BatchFirst(network), [images[:4]], "net.stages.2")
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).mean(0)
+
+    with pytest.raises(InputError, match=r"Mean gives \[5, 10\], and a saliency map needs outputs"):
+        measure_saliency(Mean(), [images], "net.stages.2")
     assert not any(module._forward_hooks for module in network.modules())

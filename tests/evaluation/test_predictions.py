@@ -198,8 +198,9 @@ def test_a_folder_is_never_taken_for_another_kind(photographs, digits, tree, tmp
     # Class folders that are not in val.
     assert "/train/val; imagefolder" in error_of(capsys, *command[:3], str(tree / "train"), *predictions)
     # Another data set would be classified instead.
-    refused = error_of(capsys, "--checkpoint", str(digits), "--data.root", str(folder), *predictions)
-    assert "is not read, as data.name is digits: add --data.name imagefolder" in refused
+    for output in (predictions, ["--saliency", str(tmp_path / "out.png")], []):
+        refused = error_of(capsys, "--checkpoint", str(digits), "--data.root", str(folder), *output)
+        assert "is not read, as data.name is digits: add --data.name imagefolder" in refused
     assert not (tmp_path / "out.csv").exists()
 
 

@@ -7,12 +7,17 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+import torch
 
+from gac.config import Config, ModelConfig
+from gac.data import DataInfo
 from gac.errors import InputError
 from gac.export.deploy import made_for
 from gac.export.engines import open_model
-from gac.export.onnx import measure
+from gac.export.onnx import build_model, measure
 from gac.export.quantisation import quantise
+from gac.export.source import Source
+from gac.models import create_model
 
 
 def int8_convolutions(model):
@@ -82,3 +87,23 @@ def test_a_model_without_spikes_is_not_quantised():
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "real", ends[:1], ends[1:], [weight]))
     with pytest.raises(InputError, match="no convolution of the network sees spikes"):
         quantise(model, [], "openvino")
+
+
+def test_the_file_says_how_many_training_images_there_were(digits, digits_onnx, monkeypatch):
+    images = torch.rand(40, 1, 8, 8)
+    monkeypatch.setattr(type(digits), "training_images", lambda self, count: iter(images[:count].split(32)))
+    for asked, found in ((8, 8), (5000, 40)):
+        model = made_for("onnxruntime", "int8", digits_onnx, digits, asked)
+        (said,) = (each.value for each in model.metadata_props if each.key == "calibration")
+        assert said == f'"{found} training images"'
+
+
+def test_a_network_that_openvino_does_not_take_is_refused():
+    network = create_model("msresnet104", 3, 1, width=2, depth=[1, 1, 1, 1])
+    info = DataInfo("made", 3, 3, 8, 8, None, 1, 1, (0.0,) * 3, (1.0,) * 3)
+    config = Config(model=ModelConfig(name="msresnet104", T=1))
+    model = build_model(Source(network.eval(), config, info, ["a", "b", "c"], "", 0, None, None))
+    open_model("onnxruntime", model.SerializeToString())
+    # Its average of 2 x 2 values of a map that has one.
+    with pytest.raises(InputError, match=r"OpenVINO does not take this network: .*; use --engine onnxruntime$"):
+        open_model("openvino", model.SerializeToString())

@@ -38,6 +38,11 @@ def test_deploy(tmp_path, capsys, digits_onnx, monkeypatch):
         (["onnx", "nothing", "x.onnx"], "checkpoint nothing: no such file"),
         (["program", "digits", "x.pt2", "--form", "step"], "the step form is for direct coding"),
         (["onnx", "digits", "x.onnx", "--images", "-1"], "expected a whole number >= 0"),
+        (
+            ["onnx", "digits", "x.onnx", "--root", "here"],
+            "--root here is not read, as the network was trained on digits",
+        ),
+        (["deploy", "digits", "x.onnx", "--calibration", "9"], "--calibration is for int8, and --precision is f32"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):

@@ -232,9 +232,12 @@ def test_what_nir_cannot_hold_is_refused(change, message):
         build_nir(source_of(network, 8))
 
 
-def test_other_codings_are_refused():
-    network = gac.create_model("msresnet18_cifar", 5, 2, coding="rate", width=2, depth=[1, 1, 1])
-    with pytest.raises(InputError, match="gac or direct coding, not rate"):
+@pytest.mark.parametrize(
+    ("coding", "advice"), [("rate", "with the subcommand program"), ("phase", "use torch.jit.trace")]
+)
+def test_other_codings_are_refused(coding, advice):
+    network = gac.create_model("msresnet18_cifar", 5, 2, coding=coding, width=2, depth=[1, 1, 1])
+    with pytest.raises(InputError, match=f"{coding} coding is not exported as NIR, .*: .*{advice}$"):
         build_nir(source_of(network, 8))
 
 

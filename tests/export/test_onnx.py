@@ -77,13 +77,16 @@ def test_the_step_form_carries_the_membrane_potentials(direct):
     assert np.abs(logits[0] - logits[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("coding", ["rate", "latency", "phase"])
-def test_codings_whose_file_would_be_another_network_are_refused(coding, tmp_path):
+@pytest.mark.parametrize(
+    ("coding", "advice"),
+    [("rate", "the subcommand program"), ("latency", "the subcommand program"), ("phase", "torch.jit.trace")],
+)
+def test_codings_whose_file_would_be_another_network_are_refused(coding, advice, tmp_path):
     payload = read_checkpoint(FOLDER / "digits.safetensors")
     payload["config"]["model"] |= {"coding": coding}
     payload["model"] = {name: each for name, each in payload["model"].items() if not name.startswith("coding.")}
     write_checkpoint(tmp_path / "best.pt", payload)
-    with pytest.raises(InputError, match=f"{coding} coding is not exported as ONNX"):
+    with pytest.raises(InputError, match=f"{coding} coding is not exported as ONNX, .*{advice}$"):
         build_model(open_source(str(tmp_path / "best.pt"), 0))
 
 

@@ -55,6 +55,10 @@ def test_without_images_the_data_set_is_not_opened(tmp_path):
     assert open_source(str(tmp_path / "best.pt"), 0).metadata()["classes"] == list("0123456789")
     with pytest.raises(InputError, match="nowhere"):
         open_source(str(tmp_path / "best.pt"), 1)
+    # Names that several classes have tell none apart, as in an evaluation.
+    payload["data"] |= {"class_names": ("a", *"abcdefghi")}
+    write_checkpoint(tmp_path / "same.pt", payload)
+    assert open_source(str(tmp_path / "same.pt"), 0).metadata()["classes"] == list("0123456789")
     with pytest.raises(InputError, match="elsewhere"):
         open_source(str(tmp_path / "best.pt"), 1, root=str(tmp_path / "elsewhere"))
 

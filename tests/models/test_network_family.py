@@ -235,6 +235,12 @@ def test_their_own_neurons_divide_the_input() -> None:
     assert not any(m.decay_input for m in chosen.modules() if isinstance(m, neuron.LIFNode))
 
 
+@pytest.mark.parametrize(("options", "fires"), [({}, False), ({"v_threshold": 0.9}, True), ({"neuron": "cifar"}, True)])
+def test_gated_spikes_never_make_max_resnets_neurons_spike(options: dict, fires: bool) -> None:
+    # The largest that gated attention coding gives, for longer than any sequence.
+    assert bool(network("gac_maxresnet18_cifar", **options).stages[0][0].lif1(torch.ones(100, 1)).any()) is fires
+
+
 @pytest.mark.parametrize("T", [2, 4, 6])
 @pytest.mark.parametrize("neuron", [None, "cifar"])
 def test_no_published_accuracy_of_gac_stands_beside_them(neuron: str | None, T: int) -> None:
