@@ -133,9 +133,10 @@ class LIFNode(neuron.LIFNode):
 
     Two deliberate deviations from the parent: it fires on h > v_threshold as the paper's code does
     (SpikingJelly: >=), in every backend and dtype; and the membrane potential is float32 (float64 for float64
-    input) whatever the input's dtype, under autocast too. Spikes have the input's dtype.
+    input) whatever the input's dtype, under autocast too. Spikes have the input's dtype. Three defaults are not the
+    parent's either: decay_input (there True), surrogate_function (there a sigmoid) and step_mode (there "s").
 
-    Input and output: [T, ...] in step mode "m" (the default here), [...] in step mode "s".
+    Input and output: [T, ...] in step mode "m", [...] in step mode "s".
 
     A neuron keeps its potential in ``v`` from one call to the next, as SpikingJelly's do, and ``functional.reset_net``
     clears it. The networks of this package set ``keeps_state`` (an attribute) to False for theirs: a call in step mode
