@@ -162,10 +162,10 @@ def eval_main(arguments: Sequence[str], ranks: Ranks) -> int:
             last_first.callback(_write, parsed.json, lambda file: file.write(content))
         if parsed.predictions is not None:
             last_first.callback(_write, parsed.predictions, report.write_predictions)
-        if parsed.report is not None:
-            last_first.callback(_write_page, report, parsed.sha256, energy, parsed.report, layer=parsed.layer)
         if parsed.saliency is not None:
             last_first.callback(_write, parsed.saliency, lambda file: write_saliency(report, file, parsed.layer))
+        if parsed.report is not None:
+            last_first.callback(_write_page, report, parsed.sha256, energy, parsed.report, layer=parsed.layer)
     return 0
 
 

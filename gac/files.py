@@ -68,6 +68,10 @@ def atomic_write(path: str | os.PathLike, before_replace: Callable[[], None] = l
     folder = os.open(path.parent, os.O_RDONLY | _OPEN_FOLDER)
     try:
         os.fsync(folder)
+    except OSError as error:
+        # Some network file systems know no such thing; the file is there all the same.
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(folder)
 

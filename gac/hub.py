@@ -1,5 +1,6 @@
 """Trained networks from and to the Hugging Face Hub, or a folder as it would be there; needs the extra ``hub``."""
 
+import inspect
 import json
 import logging
 import os
@@ -89,6 +90,9 @@ class HubNetwork(nn.Module, hub.PyTorchModelHubMixin, library_name=LIBRARY, lice
     def _from_pretrained(
         cls, *, model_id: str, card: dict[str, Any] | None = None, map_location: str = "cpu", **options: Any
     ) -> "HubNetwork":
+        # In a folder they would be ignored.
+        if unknown := sorted(options.keys() - inspect.signature(hub.hf_hub_download).parameters.keys()):
+            raise InputError(f"{model_id}: {', '.join(unknown)} cannot be chosen: a network is as it was trained")
         file = Path(model_id, FILE) if Path(model_id).is_dir() else hub.hf_hub_download(model_id, FILE, **options)
         instance = cls.from_checkpoint(file)
         if card not in (None, instance.card):

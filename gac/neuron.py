@@ -87,12 +87,11 @@ def make_parameters(
         if neuron not in PRESETS:
             raise InputError(f"neuron must be one of {', '.join(PRESETS)}, got {neuron!r}")
         neuron = PRESETS[neuron]
-    changed: dict[str, object] = {} if tau is None else {"tau": tau}
+    changed: dict[str, object] = {} if tau is None else {"tau": _plain(tau)}
     if v_threshold is not None:
-        number = isinstance(v_threshold, int | float) and not isinstance(v_threshold, bool)
-        if not (number and 0 < np.float32(v_threshold) < np.inf):
+        changed["v_threshold"] = threshold = _plain(v_threshold)
+        if not (isinstance(threshold, float) and 0 < np.float32(threshold) < np.inf):
             raise InputError(f"v_threshold must be a number > 0, got {v_threshold!r}")
-        changed["v_threshold"] = float(v_threshold)
     if surrogate is not None:
         if surrogate not in SURROGATES:
             close = did_you_mean(str(surrogate), SURROGATE_SPELLINGS)
@@ -114,10 +113,16 @@ def check_step_mode(name: str, layer: nn.Module, step_mode: str) -> None:
         )
 
 
+def _plain(value: object) -> object:
+    """Return a number of any library's type as Python's, and anything else as it is."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not (isinstance(value, Real) and abs(value) <= torch.finfo(torch.float32).max):
+    number = _plain(value)
+    if not (isinstance(number, float) and abs(number) <= torch.finfo(torch.float32).max):
         raise InputError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+    return number
 
 
 class LIFNode(neuron.LIFNode):
@@ -128,9 +133,10 @@ class LIFNode(neuron.LIFNode):
 
     Two deliberate deviations from the parent: it fires on h > v_threshold as the paper's code does
     (SpikingJelly: >=), in every backend and dtype; and the membrane potential is float32 (float64 for float64
-    input) whatever the input's dtype, under autocast too. Spikes have the input's dtype.
+    input) whatever the input's dtype, under autocast too. Spikes have the input's dtype. Three defaults are not the
+    parent's either: decay_input (there True), surrogate_function (there a sigmoid) and step_mode (there "s").
 
-    Input and output: [T, ...] in step mode "m" (the default here), [...] in step mode "s".
+    Input and output: [T, ...] in step mode "m", [...] in step mode "s".
 
     A neuron keeps its potential in ``v`` from one call to the next, as SpikingJelly's do, and ``functional.reset_net``
     clears it. The networks of this package set ``keeps_state`` (an attribute) to False for theirs: a call in step mode
@@ -171,7 +177,7 @@ class LIFNode(neuron.LIFNode):
         store_v_seq: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        surrogate_function = surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0)
+        tau, surrogate_function = _plain(tau), surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0)
         # SpikingJelly asserts without a message, or takes what gives no spikes.
         LIFParameters(tau, decay_input, v_threshold, v_reset, detach_reset, surrogate_function)
         flags = {"decay_input": decay_input, "detach_reset": detach_reset, "store_v_seq": store_v_seq}
@@ -184,7 +190,7 @@ class LIFNode(neuron.LIFNode):
                 f" {surrogate_function!r}"
             )
         super().__init__(
-            tau=float(tau),
+            tau=tau,
             decay_input=decay_input,
             v_threshold=_finite("v_threshold", v_threshold),
             v_reset=None if v_reset is None else _finite("v_reset", v_reset),

@@ -307,7 +307,9 @@ def test_a_report_and_saliency_are_of_the_file_that_was_scored(
     folder.mkdir()
     command = ["--checkpoint", str(run / "best.pt"), "--report", str(folder)]
     # Files of results may go into it. NumPy has no bfloat16, which everything drawn must have left.
-    assert eval_main([*command, "--train.amp=bf16", "--model.T=1", "--json", str(folder / "scores.json")]) == 0
+    results = ["--json", str(folder / "scores.json"), "--saliency", str(folder / "maps.png")]
+    assert eval_main([*command, "--train.amp=bf16", "--model.T=1", *results]) == 0
+    assert (folder / "maps.png").exists()
     assert "energy" not in capsys.readouterr().out
     assert f"a page about it: {folder / 'index.html'}" in caplog.messages
     digest = hashlib.sha256((run / "best.pt").read_bytes()).hexdigest()

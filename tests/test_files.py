@@ -1,3 +1,4 @@
+import errno
 import os
 import pwd
 import stat
@@ -125,6 +126,26 @@ def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch)
     with atomic_write(tmp_path / "result") as file:
         file.write(b"new")
     assert (tmp_path / "result").read_bytes() == b"new"
+
+
+def test_files_are_written_where_folders_cannot_be_synchronised(tmp_path, monkeypatch):
+    fsync, error = os.fsync, errno.EINVAL
+
+    def refuse_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(handle)
+
+    def write(content):
+        with atomic_write(tmp_path / "result") as file:
+            file.write(content)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write(b"new")
+    assert (tmp_path / "result").read_bytes() == b"new"
+    error = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        write(b"newer")
 
 
 def test_an_error_that_was_there_before_is_not_one_of_writing(tmp_path):

@@ -119,6 +119,12 @@ def test_a_folder_that_contradicts_itself_is_refused(folder, tmp_path):
         HubNetwork.from_pretrained(tmp_path / "other")
 
 
+def test_what_cannot_be_chosen_is_refused(folder):
+    assert HubNetwork.from_pretrained(folder, revision="main", local_files_only=True).network.T == 4
+    with pytest.raises(InputError, match=r"digits: T, strict cannot be chosen: a network is as it was trained"):
+        HubNetwork.from_pretrained(folder, T=2, strict=False)
+
+
 def test_a_file_that_does_not_say_its_data_is_refused(tmp_path):
     path, network = our_file(tmp_path)
     torch.save(network.state_dict(), tmp_path / "bare.pt")

@@ -50,7 +50,7 @@ def decode_weights(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any] | 
     if found != FORMAT:
         raise InputError(f"format {quoted(found)} is not known to this version, which reads {FORMAT!r}")
     if said != digest:
-        raise DamagedWeights("its content differs from its own sha256")
+        raise DamagedWeights("its content differs from its own sha256" if said else "its metadata have no sha256")
     return tensors, card
 
 

@@ -157,7 +157,10 @@ def _open_split(root: Path, name: str, hint: str) -> ClassFolders:
     folder = root / name
     _check_folder(folder, hint)
     with os.scandir(folder) as found:
-        classes = sorted(each.name for each in found if each.is_dir() and not _is_clutter(each.name))
+        entries = [each for each in found if not _is_clutter(each.name)]
+    classes = sorted(each.name for each in entries if each.is_dir())
+    if lost := sorted(each.name for each in entries if not os.path.exists(each.path)):
+        raise InputError(f"{folder}: {first_few(lost)} link to what is not there; mend the links or remove them")
     if not classes:
         raise InputError(
             f"{folder} has no class folders; it needs one folder of images per class (docs/imagenet.md says how"
@@ -179,6 +182,8 @@ def _open_split(root: Path, name: str, hint: str) -> ClassFolders:
             " class folder"
         )
     listing.warn(folder)
+    if len(entries) > len(classes):
+        logger.warning("%s: files beside the class folders are not used: %d", folder, len(entries) - len(classes))
     paths = np.array(paths)
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     _check_opens(paths[np.cumsum([0, *counts[:-1]])])

@@ -119,9 +119,9 @@ class MSResNet(nn.Module, base.StepModule):
         sizes = {"num_classes": num_classes, "T": T, "in_channels": in_channels, "width": width}
         num_classes, T, in_channels, width = (check_size(name, value) for name, value in sizes.items())
         stages = len(family.widths)
-        blocks_fit = isinstance(depth, Sequence) and all(isinstance(n, int) and n >= 1 for n in depth)
-        if not blocks_fit or len(depth) != stages:
+        if not isinstance(depth, Sequence) or len(depth) != stages:
             raise InputError(f"depth must be {stages} integers >= 1, the blocks of each stage, got {depth!r}")
+        depth = [check_size(f"depth[{stage}]", blocks) for stage, blocks in enumerate(depth)]
         if coding != "gac" and gate != "both":
             raise InputError(f"gate is {gate!r}, and {coding} coding has no gate: leave it out or set coding to gac")
         neuron = make_parameters(family.neuron if neuron is None else neuron)

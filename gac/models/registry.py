@@ -71,24 +71,23 @@ def create_model(
             :class:`~gac.models.ms_resnet.MSResNet`.
 
     Raises:
-        InputError: For an unknown name or coding, for sizes that make no network and constants that make no neuron.
+        InputError: For an unknown name or coding, for sizes that make no network and constants that make no neuron, or
+            of neurons where there are none.
     """
     family, published_depth = _lookup(name)
     if activation not in get_args(Activation):
         raise InputError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    constants = {"tau": tau, "v_threshold": v_threshold, "surrogate": surrogate, "detach_reset": detach_reset}
+    given = [key for key, value in {"neuron": neuron, **constants}.items() if value is not None]
+    if activation == "relu" and given:
+        raise InputError(f"activation is 'relu', which has no neurons: leave out {', '.join(given)}")
     network = MSResNet(
         family,
         num_classes,
         T,
         coding=resolve_coding(name, coding),
         depth=published_depth if depth is None else depth,
-        neuron=make_parameters(
-            family.neuron if neuron is None else neuron,
-            tau=tau,
-            v_threshold=v_threshold,
-            surrogate=surrogate,
-            detach_reset=detach_reset,
-        ),
+        neuron=make_parameters(family.neuron if neuron is None else neuron, **constants),
         **options,
     )
     if activation == "relu":

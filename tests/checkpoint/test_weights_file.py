@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import gac
 from checkpoint_files import CASES, authors_file, our_file
@@ -93,6 +93,7 @@ def test_the_authors_names_are_known_in_safetensors_files_too(tmp_path):
         (DIGITS.read_bytes()[:-1], "damaged or no safetensors file"),
         ((7).to_bytes(8, "little") + b'{"a":1}', "damaged or no safetensors file"),
         ((2).to_bytes(8, "little") + b"{}", "holds nothing"),
+        (save({"weight": torch.zeros(2)}, {"format": '"gac-weights-1"'}), "its metadata have no sha256"),
     ],
 )
 def test_what_is_no_such_file_is_one_line(tmp_path, content, message):

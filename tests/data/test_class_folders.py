@@ -50,6 +50,13 @@ def test_what_is_not_used_is_counted(root, caplog):
     ]
 
 
+def test_images_beside_the_class_folders_are_counted(root, caplog):
+    for number in range(2):
+        shutil.copy(root / "val" / "china" / "0_landscape.JPEG", root / "val" / f"{number}.JPEG")
+    assert len(open_folders(str(root), ("test",))["test"]) == 6
+    assert caplog.messages == [f"{root}/val: files beside the class folders are not used: 2"]
+
+
 def test_hidden_and_left_behind_files_are_no_classes_and_no_images(root, caplog):
     for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git"):
         for place in (root / "train", root / "train" / "china"):
@@ -132,9 +139,15 @@ def point_nowhere(root: Path):
     (root / "val" / "flower" / "0.JPEG").symlink_to("moved away")
 
 
+def lose_a_class(root: Path):
+    for split in ("train", "val"):
+        (root / split / "ant").symlink_to("/moved/away")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lose_a_class, r"train: ant link to what is not there; mend the links or remove them$"),
         (remove_val, r"there is no folder .*val; imagefolder needs train and val under --data.root"),
         (add_empty_classes, r"train has no images for ant, bee, cat and 2 more; add images \(.jpg, .jpeg, "),
         (rename_class, r"the same class folders.* order; in train only: china; in val only: japan$"),

@@ -1,6 +1,7 @@
 import copy
 import gc
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,8 +257,10 @@ def test_encoders_take_images_only():
         ({"T": True}, "T must be an integer >= 1, got True"),
         ({"width": 0}, "width must be"),
         ({"depth": [1, 1]}, "depth must be 3 integers >= 1"),
-        ({"depth": [1, 0, 1]}, "depth must be 3 integers >= 1"),
-        ({"depth": [1.5, 1, 1]}, "depth must be 3 integers >= 1"),
+        ({"depth": [1, 0, 1]}, r"depth\[1\] must be an integer >= 1, got 0"),
+        ({"depth": [1.5, 1, 1]}, r"depth\[0\] must be an integer >= 1, got 1\.5"),
+        ({"depth": [1, 1, True]}, r"depth\[2\] must be an integer >= 1, got True"),
+        ({"depth": "111"}, r"depth\[0\] must be an integer >= 1, got '1'"),
         ({"depth": 3}, "depth must be 3 integers >= 1"),
         ({"neuron": "mnist"}, "neuron must be one of cifar, imagenet"),
         ({"backend": "triton"}, "backend must be one of"),
@@ -266,6 +269,18 @@ def test_encoders_take_images_only():
 def test_impossible_networks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_sizes_and_constants_of_other_libraries_are_numbers() -> None:
+    sizes = {"width": np.int64(8), "depth": list(np.ones(3, int)), "tau": np.float32(4), "v_threshold": np.float16(0.5)}
+    net = create_model("gac_msresnet18_cifar", np.int32(5), np.int64(3), **sizes)
+    assert [type(size) for size in (net.T, net.num_classes, net.lif.tau, net.lif.v_threshold)] == [
+        int,
+        int,
+        float,
+        float,
+    ]
+    assert (net.lif.tau, net.lif.v_threshold, net(torch.rand(2, 3, 8, 8)).shape) == (4.0, 0.5, (3, 2, 5))
 
 
 @pytest.mark.parametrize("place", ["lif", "stages.0.0.lif2", "coding.lif"])

@@ -65,6 +65,11 @@ def test_what_makes_no_twin_is_refused(name: str, activation: str, message: str)
         gac.create_model(name, 5, 1, width=4, depth=[1, 1, 1], activation=activation)
 
 
+def test_constants_of_neurons_are_refused_where_there_are_none() -> None:
+    with pytest.raises(InputError, match="activation is 'relu', which has no neurons: leave out neuron, tau"):
+        gac.create_model("msresnet18_cifar", 5, 1, activation="relu", neuron="cifar", tau=3.0)
+
+
 def test_it_is_trained_loaded_evaluated_and_begun_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = Config(
         data=DataConfig(name="synthetic", image_size=8, synthetic_images=40, synthetic_classes=3),
