@@ -152,6 +152,9 @@ def _check_multi_step(network: nn.Module) -> None:
 
 def _count(spikes: Tensor) -> tuple[Tensor, int]:
     """Return the spikes of each time step and channel [T, C], and the number of neurons of each."""
+    if spikes.dim() == 2:
+        # One neuron for each image.
+        spikes = spikes.unsqueeze(2)
     others = [each for each in range(spikes.dim()) if each not in (0, 2)]
     return spikes.count_nonzero(others), spikes.numel() // (spikes.shape[0] * spikes.shape[2])
 

@@ -46,6 +46,7 @@ class _Look:
         self.spiking_layer: str | None = None
         self.spikes: Tensor | None = None
         self.classes: Tensor | None = None
+        self.outputs = 0
         with ExitStack() as hooks:
             hooks.callback(layer.register_forward_hook(self._see_layer).remove)
             for each, node in network.named_modules():
@@ -80,6 +81,7 @@ class _Look:
                 f"{type(network).__name__} gives {list(output.shape)}, and a saliency map needs outputs [T, B, K] for"
                 f" {list(inputs[0].shape)}: pass a network that gives them"
             )
+        self.outputs = output.shape[-1]
         self.classes = output[: self.steps].mean(0).argmax(-1)
 
 
@@ -101,8 +103,9 @@ def measure_saliency(
         steps: Look only at the first so many time steps, of outputs, maps and spikes; None for all of them.
 
     Raises:
-        InputError: If there are no images, if there is no such layer (the message has the closest name), if its output
-            or the network's has other dimensions, and if it or no spiking layer after it runs.
+        InputError: If there are no images, or not one target for each, if there is no such layer (the message has the
+            closest name), if its output or the network's has other dimensions, and if it or no spiking layer after it
+            runs.
     """
     # It takes as long to import as all the rest.
     from captum.attr import LayerGradCam
@@ -117,7 +120,13 @@ def measure_saliency(
     for batch in batches:
         looks.append(look := _Look(network, found, layer, batch, steps))
         first = sum(map(len, classes))
-        target = look.classes if targets is None else targets[first : first + len(look.classes)].to(batch.device)
+        target = look.classes
+        if targets is not None:
+            target = targets[first : first + len(target)].to(batch.device)
+            if len(target) != len(look.classes) or not ((target >= 0) & (target < look.outputs)).all():
+                raise InputError(
+                    f"targets must be a class from 0 to {look.outputs - 1} for each image, got {targets.tolist()}"
+                )
         classes.append(target)
         hook = found.register_forward_hook(
             lambda module, inputs, output: frames(output.flatten(0, 1)).unflatten(0, output.shape[:2])
@@ -125,8 +134,10 @@ def measure_saliency(
         network.eval()
         try:
             functional.reset_net(network)
-            with torch.enable_grad():
-                found_maps = cam.attribute(batch, target=target).detach()  # [T B, 1, h, w]
+            with torch.inference_mode(False), torch.enable_grad():
+                # Autograd takes no tensor of inference mode.
+                images = batch.clone() if batch.is_inference() else batch
+                found_maps = cam.attribute(images, target=target.clone()).detach()  # [T B, 1, h, w]
         finally:
             hook.remove()
             functional.reset_net(network)
@@ -134,5 +145,7 @@ def measure_saliency(
         maps.append(found_maps.float().cpu().unflatten(0, look.shape[:2]).squeeze(2).transpose(0, 1)[:, :steps])
     if not maps:
         raise InputError("there are no images to run the network on")
+    if targets is not None and len(targets) != sum(map(len, classes)):
+        raise InputError(f"targets must be one class for each of {sum(map(len, classes))} images, got {len(targets)}")
     spikes = torch.cat([look.spikes for look in looks])
     return Saliency(layer, torch.cat(classes).cpu(), torch.cat(maps), looks[0].spiking_layer, spikes)

@@ -139,6 +139,13 @@ def test_every_time_step_and_channel_is_counted() -> None:
     assert firing.read() == {name: layer.rate for name, layer in layers.items()}
 
 
+def test_a_layer_of_one_neuron_for_each_image_is_counted() -> None:
+    network = nn.Sequential(nn.Flatten(2), nn.Flatten(1), LIFNode())
+    images = torch.tensor([[2.0, 0.0, 2.0], [2.0, 0.0, 0.0]]).view(2, 3, 1, 1)
+    (layer,) = measure_firing(network, [images])
+    assert (layer.spikes.tolist(), layer.neurons) == ([[2], [1]], 3)
+
+
 class FourChannels(nn.Module):
     """A spiking layer of which one channel never spikes, one at the last of two steps, one always, one at times."""
 

@@ -40,7 +40,8 @@ def test_maps_are_grad_cam_of_each_image_and_step(trained: tuple[nn.Module, Tens
     assert (found.maps.abs().amax((1, 2, 3)) > 1e-5).all()
     torch.testing.assert_close(found.mean, expected.mean(1), rtol=1e-4, atol=1e-7)
     assert all(parameter.grad is None for parameter in network.parameters())
-    other = measure_saliency(network, [images], layer, (found.targets + 1) % 10)
+    with torch.inference_mode():
+        other = measure_saliency(network, [images.clone()], layer, (found.targets + 1) % 10)
     assert not torch.allclose(other.maps, found.maps)
 
 
@@ -105,6 +106,13 @@ def test_what_cannot_be_shown_is_refused(trained: tuple[nn.Module, Tensor]) -> N
     ):
         with pytest.raises(InputError, match=reason):
             measure_saliency(network, [images], layer)
+    for targets, reason in (
+        ([1], "from 0 to 9 for"),
+        ([1, 2, 3, 4, 10], "from 0 to 9"),
+        ([1] * 6, "of 5 images, got 6"),
+    ):
+        with pytest.raises(InputError, match=f"targets must be .*{reason}"):
+            measure_saliency(network, images.split(2), "stages.2", torch.tensor(targets))
     with pytest.raises(InputError, match="no images"):
         measure_saliency(network, [], "stages.2")
     with pytest.raises(
