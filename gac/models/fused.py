@@ -46,12 +46,19 @@ def possible(net: nn.Module, x: Tensor) -> bool:
 
 
 def _all_run_kernels(neurons: list[LIFNode], x: Tensor) -> bool:
-    if not all(type(neuron) is LIFNode for neuron in neurons):
+    if not all(type(neuron) is LIFNode and _starts_reset(neuron) for neuron in neurons):
         return False
     if torch.compiler.is_compiling():
         return all(neuron.runs_kernels(x) for neuron in neurons)
     # One neuron of each kind is asked: for one input the answer depends on nothing else.
     return all(neuron.runs_kernels(x) for neuron in {_kind(neuron): neuron for neuron in neurons}.values())
+
+
+def _starts_reset(neuron: LIFNode) -> bool:
+    """Return whether a neuron starts from the potential that a spike leaves, as it does in the kernels."""
+    # SpikingJelly keeps both apart: each can be set by itself later on.
+    start = neuron.get_reset_value("v")
+    return isinstance(start, float) and start == (neuron.v_reset or 0.0)
 
 
 def _kind(neuron: LIFNode) -> tuple:
