@@ -35,6 +35,7 @@ _log = logging.getLogger("gac")
 
 _HOOKS = "has hooks or a forward of its own, which need its call"
 _GLOBAL_HOOKS = "runs under hooks on all modules"
+_IN_TORCH = "runs in torch"
 
 Obstacle = tuple[nn.Module, str]
 """A module that keeps a network from the fused execution, and why."""
@@ -65,7 +66,7 @@ def obstacle(net: nn.Module, x: Tensor) -> Obstacle | None:
 def explain(net: nn.Module, found: Obstacle | None) -> str:
     """Return why layers run one by one, in words; "" where they do not, where the choice of a backend says it, and for
     a network of ReLUs."""
-    if found is None or type(found[0]) in (LIFNode, nn.ReLU):
+    if found is None or found[1] == _IN_TORCH or type(found[0]) is nn.ReLU:
         return ""
     module, reason = found
     name = next((name for name, each in net.named_modules() if each is module and name), "the network")
@@ -87,13 +88,22 @@ def _obstacle_in_neurons(neurons: list[LIFNode], x: Tensor) -> Obstacle | None:
     for neuron in neurons:
         if type(neuron) is not LIFNode:
             return neuron, f"is of class {type(neuron).__name__}, not gac's LIFNode"
+        if not _starts_reset(neuron):
+            return neuron, "starts from another membrane potential than a spike leaves"
     if not torch.compiler.is_compiling():
         # One neuron of each kind is asked: for one input the answer depends on nothing else.
         neurons = [*{_kind(neuron): neuron for neuron in neurons}.values()]
     for neuron in neurons:
         if not neuron.runs_kernels(x):
-            return neuron, "runs in torch"
+            return neuron, _IN_TORCH
     return None
+
+
+def _starts_reset(neuron: LIFNode) -> bool:
+    """Return whether a neuron starts from the potential that a spike leaves, as it does in the kernels."""
+    # SpikingJelly keeps both apart: each can be set by itself later on.
+    start = neuron.get_reset_value("v")
+    return isinstance(start, float) and start == (neuron.v_reset or 0.0)
 
 
 def _kind(neuron: LIFNode) -> tuple:

@@ -714,6 +714,23 @@ def test_nothing_is_said_of_what_was_asked_for(device: str, caplog: pytest.LogCa
     assert "one by one" not in caplog.text
 
 
+@pytest.mark.parametrize("apart", ["reset value", "v_reset"])
+def test_the_potential_that_neurons_start_from_is_theirs(apart: str, device: str) -> None:
+    net = network().to(device)
+    x = images(device, batch=2, side=8)
+    before = net(x)
+    if apart == "reset value":
+        net.stages[0][0].lif2.set_reset_value("v", 0.4)
+    else:
+        # SpikingJelly's reset value, from which neurons start, stays what it was.
+        net.lif.v_reset = -0.5
+    modules = copy.deepcopy(net)
+    modules.set_backend("torch")
+    logits = net(x)
+    torch.testing.assert_close(logits, modules(x))
+    assert not torch.equal(logits, before)
+
+
 def test_constants_that_change_between_two_calls_count_at_the_next(device: str) -> None:
     net = network(width=4).to(device).eval()
     x = images(device, batch=2, side=8)
