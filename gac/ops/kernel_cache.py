@@ -47,12 +47,13 @@ def store(key: str, content: bytes) -> None:
 
 def _folder() -> Path | None:
     chosen = os.environ.get("GAC_KERNEL_CACHE")
-    if chosen is not None:
-        return Path(chosen) if chosen else None
+    if chosen == "":
+        return None
+    folder = Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gac", "kernels"))
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gac" / "kernels"
+        return folder.expanduser()
     except RuntimeError:
-        _log_unwritable(Path("~", ".cache"), "the home directory is not known")
+        _log_unwritable(folder, "the home directory is not known")
         return None
 
 

@@ -53,6 +53,19 @@ def test_an_empty_variable_turns_it_off(folder: Path, monkeypatch: pytest.Monkey
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "folder_below"), [("GAC_KERNEL_CACHE", "own"), ("XDG_CACHE_HOME", "own/gac/kernels")]
+)
+def test_a_tilde_is_the_home_directory(
+    variable: str, folder_below: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GAC_KERNEL_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(variable, "~/own")
+    kernel_cache.store("key", b"binary")
+    assert (tmp_path / folder_below / "key").exists()
+
+
 def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GAC_KERNEL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
