@@ -316,6 +316,7 @@ def test_a_report_and_saliency_are_of_the_file_that_was_scored(
     page = (folder / "index.html").read_text()
     assert digest in page
     assert "over all 2 time steps, of which the first 1 were scored" in page
+    assert "<dt>for an image over T = 2, every operation counted</dt>" in page
     report, scores = (json.loads((folder / name).read_text()) for name in ("report.json", "scores.json"))
     assert report["sha256"] == digest
     assert report["scores"]["top1_by_time"] == scores["scores"]["top1_by_time"]
