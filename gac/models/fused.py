@@ -102,8 +102,9 @@ def _obstacle_in_neurons(neurons: list[LIFNode], x: Tensor) -> Obstacle | None:
 def _starts_reset(neuron: LIFNode) -> bool:
     """Return whether a neuron starts from the potential that a spike leaves, as it does in the kernels."""
     # SpikingJelly keeps both apart: each can be set by itself later on.
-    start = neuron.get_reset_value("v")
-    return isinstance(start, float) and start == (neuron.v_reset or 0.0)
+    members = neuron.__dict__
+    start = members["_memories_rv"]["v"]
+    return type(start) is float and start == (members["v_reset"] or 0.0)
 
 
 def _kind(neuron: LIFNode) -> tuple:
