@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shlex
 import sys
 import traceback
@@ -24,6 +23,7 @@ from gac.analysis.report import check_replaceable, energy_of, write_report, writ
 from gac.analysis.running import find_layer
 from gac.checkpoint import build_network, read_checkpoint, read_config
 from gac.checkpoint.weights_file import card_of, write_weights
+from gac.command_line import discard_output
 from gac.config import Config
 from gac.errors import InputError
 from gac.evaluation.report import Report, evaluate_checkpoint, format_report
@@ -180,7 +180,6 @@ def _show(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # Python would try again at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         if not isinstance(error, BrokenPipeError):
             raise ResultsNotWritten(f"cannot write to the standard output: {error.strerror}") from error

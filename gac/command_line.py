@@ -1,6 +1,7 @@
 """Command lines of the smaller programs: argparse, with one line for what is wrong."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,14 +39,24 @@ class _Distinct(argparse.Action):
 def finish(run: Callable[[], object], *failures: type[Exception]) -> int:
     """Run a program and return its exit status: 0, or 2 for bad input and 1 for results that cannot be written.
 
-    Of these, and of ``failures``, which are 1 too, one line is printed to stderr.
+    Of these, and of ``failures``, which are 1 too, one line is printed to stderr. So is an output that nobody reads to
+    its end, as in ``... | head -1``, without a line.
     """
     try:
         run()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        discard_output()
+        return 1
     except (InputError, ResultsNotWritten, *failures) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
+
+
+def discard_output() -> None:
+    """Let what is still to be printed go nowhere, as Python would complain at its end that nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def at_least(minimum: int, kind: type = int) -> Callable[[str], float]:

@@ -201,16 +201,20 @@ def examine() -> None:
     healthy = True
     for title, section in SECTIONS.items():
         print(title)
-        try:
-            for check in section():
-                healthy &= check.ok
-                print(f"  {'ok  ' if check.ok else 'FAIL'} {check.text}")
-        except Exception as error:  # a check that raises has failed; the other sections still have to run
-            healthy = False
-            print(f"  FAIL {type(error).__name__}: {error}")
+        for check in _all_of(section):
+            healthy &= check.ok
+            print(f"  {'ok  ' if check.ok else 'FAIL'} {check.text}")
     if not healthy:
         raise Broken("something installed is broken: see FAIL above")
     print("All that is installed works.")
+
+
+def _all_of(section: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """Yield the checks of a section; one that raises has failed, and the other sections still have to run."""
+    try:
+        yield from section()
+    except Exception as error:
+        yield Check(False, f"{type(error).__name__}: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
