@@ -135,11 +135,14 @@ def _goal(title: str, wanted: float, measured: float, at_least: bool) -> dict[st
 
 
 def _measure_and_report(options: Namespace, report: Report) -> None:
-    name = "cpu"
-    if report.device.type == "cuda":
+    if options.output is not None:
+        folder = user_path(options.output, "--output").absolute()
+    elif report.device.type == "cuda":
         name = torch.cuda.get_device_name(report.device).lower().removeprefix("nvidia ").replace(" ", "-")
-    folder = Path("benchmarks", "results", name) if options.output is None else user_path(options.output, "--output")
-    folder = folder if options.output is None else folder.absolute()
+        folder = Path("benchmarks", "results", name)
+    else:
+        # Not beside what was measured at real sizes.
+        folder = Path("runs", "gpu-trial")
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     report.begin()
     report.line("results", f"{folder}\n")
@@ -177,8 +180,8 @@ def _measure_and_report(options: Namespace, report: Report) -> None:
 
 
 PARSER = Parser("benchmarks.gpu", __doc__)
-PARSER.add("--device", "cpu (tiny sizes), cuda, cuda:N, or auto: a GPU where there is one", default="auto")
-PARSER.add("--output", "folder for the results; None: benchmarks/results/DEVICE", metavar="FOLDER")
+PARSER.add("--device", "cuda, cuda:N, or cpu: every part that needs no GPU, at tiny sizes, as a trial", default="cuda")
+PARSER.add("--output", "folder for the results; None: benchmarks/results/GPU, or runs/gpu-trial", metavar="FOLDER")
 PARSER.add("--budget", "seconds for all parts together", type=at_least(1), default=1500, metavar="SECONDS")
 PARSER.add("--quick", "only what takes five minutes together", action="store_true")
 PARSER.add("--data", "CIFAR-10 as an npz file, for one epoch of the published recipe", metavar="FILE")

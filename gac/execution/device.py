@@ -58,9 +58,11 @@ def select_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
                 f" {torch.cuda.device_count()}: lower torchrun's --nproc_per_node or see to CUDA_VISIBLE_DEVICES"
             )
     if index >= torch.cuda.device_count():
+        unused = unused_gpus()
+        remedy = f"; {unused}" if unused else ", or see to the driver and CUDA_VISIBLE_DEVICES"
         raise InputError(
             f"device {name} is not there, PyTorch sees {torch.cuda.device_count()} CUDA devices: use --device auto"
-            " or cpu, or see to the driver and CUDA_VISIBLE_DEVICES"
+            f" or cpu{remedy}"
         )
     device = torch.device("cuda", index)
     # Libraries that use the current device would otherwise open a context and allocate on device 0.

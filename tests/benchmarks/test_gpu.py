@@ -82,6 +82,12 @@ def test_every_part_is_a_command_that_parses(tmp_path):
     assert len(names) == len(set(names))
 
 
+def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpu.main([]) == 2
+    assert "error: device cuda is not there, PyTorch sees 0 CUDA devices" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_on_a_cpu_every_part_runs(tmp_path):
     assert gpu.main([*CPU, "--output", str(tmp_path)]) == 0

@@ -1,5 +1,6 @@
 """Device names."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +58,11 @@ def test_a_gpu_that_torch_cannot_use_is_named(driver, monkeypatch, caplog, cuda,
     driver(TWO_GPUS)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert select_device("auto").type == "cpu"
-    assert f"there is a GPU (NVIDIA H100), but torch {torch.__version__} {reason}" in caplog.text
+    found = f"there is a GPU (NVIDIA H100), but torch {torch.__version__} {reason}"
+    assert found in caplog.text
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match=re.escape(f"sees 0 CUDA devices: use --device auto or cpu; {found}")):
+        select_device("cuda")
 
 
 def test_the_cpu_is_taken_quietly_where_it_was_chosen_or_is_all_there_is(driver, monkeypatch, caplog):
