@@ -221,7 +221,7 @@ class MSResNet(nn.Module, base.StepModule):
         resetting.reset(stateful)
         obstacle = fused.obstacle(self, x)
         if obstacle is not None and not torch.compiler.is_compiling():
-            fused.report(self, obstacle, x.device.type)
+            fused.report(self, obstacle, x)
         logits = fused.forward(self, x) if obstacle is None else self._run(x)
         resetting.reset([each for each in stateful if getattr(each, "keeps_state", True)])
         return logits
