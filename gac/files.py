@@ -14,6 +14,7 @@ from gac.errors import InputError, abridged
 
 # Only where folders can be opened, which Windows does not allow, does the system have the flag.
 _OPEN_FOLDER: int | None = getattr(os, "O_DIRECTORY", None)
+_STREAMS = (Path("/dev"), Path("/dev/fd"))
 
 
 def user_path(text: str, option: str) -> Path:
@@ -138,12 +139,14 @@ def check_writable(path: Path, option: str) -> Path:
     Checked before hours of work rather than after them. Of a link the file that it leads to is returned: an atomic
     write puts a file in the place of whatever has the name, be it /dev/null.
     """
+    is_device = path.exists() and not path.is_file() and not path.is_dir()
+    # /dev/stdout may be a file: what is printed would be lost with the one that is replaced.
+    if is_device or path.absolute().parent in _STREAMS:
+        raise InputError(f"{option} {path}: expected a file, not a device or a pipe")
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"{option} {path}: expected a file in a folder that exists")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{option} {path}: expected a file, not a device or a pipe")
     _check_parent(path, option)
     return path
 

@@ -1,5 +1,6 @@
 """The leaky integrate-and-fire neuron of the networks and the paper's two presets."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 from numbers import Real
@@ -115,11 +116,16 @@ def check_step_mode(name: str, layer: nn.Module, step_mode: str) -> None:
 
 def _plain(value: object) -> object:
     """Return a number of any library's type as Python's, and anything else as it is."""
+    # A tensor that learns would not as a number.
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 and not getattr(value, "requires_grad", False):
+        value = value.item()
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
-def _finite(name: str, value: object) -> float:
+def _finite(name: str, value: object, or_infinite: bool = False) -> float:
     number = _plain(value)
+    if or_infinite and isinstance(number, float) and number == math.inf:
+        return number
     if not (isinstance(number, float) and abs(number) <= torch.finfo(torch.float32).max):
         raise InputError(f"{name} must be a finite number, got {value!r}")
     return number
@@ -146,7 +152,8 @@ class LIFNode(neuron.LIFNode):
     Args:
         tau: Membrane time constant in time steps, > 1; the potential keeps 1 - 1/tau of itself each step.
         decay_input: Divide the input by tau as well.
-        v_threshold: Threshold of the membrane potential.
+        v_threshold: Threshold of the membrane potential; with the hard reset it may be infinite, for a layer that only
+            integrates.
         v_reset: Potential after a spike, or None for the soft reset.
         surrogate_function: SpikingJelly surrogate whose gradient stands for that of the step function; by default
             the triangle max(0, 1 - |h - v_threshold|).
@@ -192,7 +199,8 @@ class LIFNode(neuron.LIFNode):
         super().__init__(
             tau=tau,
             decay_input=decay_input,
-            v_threshold=_finite("v_threshold", v_threshold),
+            # One that integrates and never fires; the soft reset would subtract infinity times 0.
+            v_threshold=_finite("v_threshold", v_threshold, or_infinite=v_reset is not None),
             v_reset=None if v_reset is None else _finite("v_reset", v_reset),
             surrogate_function=surrogate_function,
             detach_reset=detach_reset,
@@ -286,7 +294,8 @@ class LIFNode(neuron.LIFNode):
         refuse_symbolic(x_seq)
         if self.backend == "c" and x_seq.dtype in (torch.float16, torch.bfloat16):
             # Of autocast, which the layers beside it follow. In float32, as the membrane potential is, nothing changes.
-            return self.multi_step_forward(x_seq.float(), *args, **kwargs).to(x_seq.dtype)
+            # Not self's: a subclass that does something of its own would do it twice.
+            return LIFNode.multi_step_forward(self, x_seq.float(), *args, **kwargs).to(x_seq.dtype)
         if self.keeps_state:
             return super().multi_step_forward(x_seq, *args, **kwargs)
         start = self.get_reset_value("v")

@@ -2,6 +2,8 @@ import errno
 import os
 import pwd
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,9 +197,16 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_devices_and_pipes_are_not_replaced_by_results(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "out").symlink_to("pipe")
-    for path in (Path("/dev/null"), tmp_path / "pipe", tmp_path / "out"):
-        with pytest.raises(InputError, match=r"^--json \S+: expected a file, not a device or a pipe$"):
+    for path in (Path("/dev/null"), Path("/dev/stdout"), tmp_path / "pipe", tmp_path / "out"):
+        with pytest.raises(InputError, match=rf"^--json {path}: expected a file, not a device or a pipe$"):
             check_writable(path, "--json")
+
+
+def test_a_standard_output_that_goes_to_a_file_is_no_file_for_results(tmp_path):
+    command = "from pathlib import Path; from gac.files import check_writable as check; check(Path('/dev/stdout'), 'x')"
+    with open(tmp_path / "text", "wb") as text:
+        ended = subprocess.run([sys.executable, "-c", command], stdout=text, stderr=subprocess.PIPE, text=True)
+    assert "x /dev/stdout: expected a file, not a device or a pipe" in ended.stderr
 
 
 def test_a_result_goes_to_where_a_link_leads(tmp_path):

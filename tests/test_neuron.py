@@ -312,7 +312,9 @@ def test_constants_that_make_no_neuron_are_refused(constants: dict, message: str
         ({"v_threshold": math.nan}, "v_threshold must be a finite number, got nan"),
         ({"v_threshold": 1e39}, "v_threshold must be a finite number"),
         ({"v_threshold": "1"}, "v_threshold must be a finite number, got '1'"),
-        ({"v_threshold": torch.tensor(1.0)}, "v_threshold must be a finite number"),
+        ({"v_threshold": math.inf, "v_reset": None}, "v_threshold must be a finite number, got inf"),
+        ({"v_threshold": torch.ones(2)}, "v_threshold must be a finite number"),
+        ({"v_threshold": torch.tensor(1.0, requires_grad=True)}, "v_threshold must be a finite number"),
         ({"v_reset": math.nan}, "v_reset must be a finite number"),
         ({"v_reset": False}, "v_reset must be a finite number"),
         ({"decay_input": "no"}, "decay_input must be True or False, got 'no'"),
@@ -328,5 +330,29 @@ def test_arguments_that_spikingjelly_takes_without_a_word_are_refused(argument: 
 
 
 def test_numbers_of_other_types_are_numbers() -> None:
-    node = LIFNode(v_threshold=np.float32(0.5), v_reset=-1)
-    assert [(type(value), value) for value in (node.v_threshold, node.v_reset)] == [(float, 0.5), (float, -1.0)]
+    for half in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        node = LIFNode(v_threshold=half, v_reset=-1, tau=2 + half)
+        constants = node.v_threshold, node.v_reset, node.tau
+        assert [(type(value), value) for value in constants] == [(float, 0.5), (float, -1.0), (float, 2.5)]
+
+
+@pytest.mark.c_kernels
+@pytest.mark.parametrize("backend", ["torch", "c"])
+def test_with_an_infinite_threshold_a_neuron_only_integrates(backend: str) -> None:
+    node = LIFNode(v_threshold=math.inf, backend=backend)
+    x = torch.ones(2, 3, requires_grad=True)
+    spikes = node(x)
+    (spikes.sum() + node.v.sum()).backward()
+    assert spikes.count_nonzero() == 0
+    assert torch.equal(node.v, torch.full((3,), 1.5))
+    assert torch.equal(x.grad, torch.tensor([[0.5], [1.0]]).expand(2, 3))
+
+
+@pytest.mark.c_kernels
+def test_what_a_subclass_adds_is_done_once_in_half_precision() -> None:
+    class Doubled(LIFNode):
+        def multi_step_forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+            return super().multi_step_forward(2 * x_seq)
+
+    x = torch.full((1, 3), 0.4, dtype=torch.bfloat16)
+    assert Doubled(backend="c")(x).count_nonzero() == 0

@@ -248,9 +248,12 @@ def _unwrapped(payload: dict) -> dict[str, Tensor]:
             logger.warning("the file holds %s: using %s", " and ".join(found), found[0])
         state = state[found[0]]
     state = _checked_state(state)
-    # torch.optim.swa_utils.AveragedModel counts its updates.
-    state.pop("n_averaged", None)
-    while state and (prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)):
+    while True:
+        # torch.optim.swa_utils.AveragedModel counts its updates; a wrapper around it names the count, too.
+        state = {key: value for key, value in state.items() if key != "n_averaged"}
+        prefix = next((p for p in _PREFIXES if state and all(k.startswith(p) for k in state)), None)
+        if prefix is None:
+            break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     # torch.compile of a part renames only that part.
     return {key.replace("._orig_mod.", "."): value for key, value in state.items()}

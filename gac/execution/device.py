@@ -78,8 +78,9 @@ def unused_gpus() -> str | None:
     """
     if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ or shutil.which("nvidia-smi") is None:
         return None
-    gpus = [line.partition(": ")[2].partition(" (UUID")[0] for line in ask("nvidia-smi", "-L").splitlines()]
-    names = ", ".join(sorted({name for name in gpus if name}))
+    # Below a GPU are the parts that it is divided into.
+    gpus = [line for line in ask("nvidia-smi", "-L").splitlines() if line.startswith("GPU ")]
+    names = ", ".join(sorted({line.partition(": ")[2].partition(" (UUID")[0] for line in gpus}))
     if not names:
         return None
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and finds no device"

@@ -40,6 +40,6 @@ def describe_backend(network: MSResNet, device: torch.device) -> dict[str, str]:
     if isinstance(network.lif, LIFNode):
         nothing = torch.empty(0, device=device)
         backend, reason = network.lif.explain_backend(nothing)
-        if explanation := fused.explain(network, fused.obstacle(network, nothing)):
+        if explanation := fused.explain(network, fused.obstacle(network, nothing), nothing):
             reason += f"; {explanation}"
     return {"backend": backend, "backend_reason": reason}

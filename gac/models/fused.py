@@ -63,20 +63,23 @@ def obstacle(net: nn.Module, x: Tensor) -> Obstacle | None:
     return _obstacle_in_neurons([*_neurons(net)], x)
 
 
-def explain(net: nn.Module, found: Obstacle | None) -> str:
+def explain(net: nn.Module, found: Obstacle | None, x: Tensor) -> str:
     """Return why layers run one by one, in words; "" where they do not, where the choice of a backend says it, and for
     a network of ReLUs."""
-    if found is None or found[1] == _IN_TORCH or type(found[0]) is nn.ReLU:
+    if found is None or found[1] == _IN_TORCH or type(net.lif) is nn.ReLU:
+        return ""
+    # Whatever else is in the way: without it they would run one by one as well.
+    if type(net.lif) is LIFNode and net.lif.backend in ("auto", "torch") and not net.lif.runs_kernels(x):
         return ""
     module, reason = found
     name = next((name for name, each in net.named_modules() if each is module and name), "the network")
     return f"layers run one by one, more slowly, because {name} {reason}"
 
 
-def report(net: nn.Module, found: Obstacle, device_type: str) -> None:
+def report(net: nn.Module, found: Obstacle, x: Tensor) -> None:
     """Log an obstacle once, as a warning on a CUDA device; but hooks, as whoever has them asks for the calls."""
-    if found[1] not in (_HOOKS, _GLOBAL_HOOKS) and (explanation := explain(net, found)):
-        _log_once(device_type, explanation)
+    if found[1] not in (_HOOKS, _GLOBAL_HOOKS) and (explanation := explain(net, found, x)):
+        _log_once(x.device.type, explanation)
 
 
 @functools.cache
@@ -282,6 +285,8 @@ def _obstacle_in_block(block: nn.Module) -> Obstacle | None:
     if type(shortcut) is nn.Identity and _hooked(shortcut):
         return shortcut, _HOOKS
     for layer in layers:
+        if type(layer) is nn.Sequential and any(isinstance(each, nn.MaxPool2d | nn.AvgPool2d) for each in layer):
+            return block, "makes its maps smaller by pooling, which the fused execution does not have"
         if found := _obstacle(layer, ConvNorm) or _obstacle_in_norm(_norm(layer)):
             return found
     norms = [_norm(layer) for layer in layers[1:]]

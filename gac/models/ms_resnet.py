@@ -221,7 +221,7 @@ class MSResNet(nn.Module, base.StepModule):
         resetting.reset(stateful)
         obstacle = fused.obstacle(self, x)
         if obstacle is not None and not torch.compiler.is_compiling():
-            fused.report(self, obstacle, x.device.type)
+            fused.report(self, obstacle, x)
         logits = fused.forward(self, x) if obstacle is None else self._run(x)
         resetting.reset([each for each in stateful if getattr(each, "keeps_state", True)])
         return logits
@@ -246,8 +246,8 @@ class MSResNet(nn.Module, base.StepModule):
         """Raise InputError for a neuron that was put in place of one of the network's in another step mode."""
         for name, module in within.named_children():
             check_step_mode(f"{prefix}{name}", module, self.step_mode)
-            # What is in SpikingJelly's containers has the step mode that they need.
-            if not isinstance(module, base.StepModule) or isinstance(module, GatedAttentionCoding):
+            # What is in SpikingJelly's containers, and in anybody's own modules, has the step mode that they need.
+            if type(module) in (nn.ModuleList, nn.Sequential, MSBlock, GatedAttentionCoding):
                 self._check_step_modes(module, f"{prefix}{name}.")
 
     def _check_input(self, x: Tensor) -> None:

@@ -155,6 +155,7 @@ def test_damaged_content_is_one_clear_line(tmp_path, content, message):
         lambda net: nn.DataParallel(torch.compile(nn.DataParallel(net))).state_dict(),
         lambda net: gac.BatchFirst(net).state_dict(),
         lambda net: torch.optim.swa_utils.AveragedModel(nn.DataParallel(net)).state_dict(),
+        lambda net: torch.compile(torch.optim.swa_utils.AveragedModel(net)).state_dict(),
         lambda net: {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in net.state_dict().items()}},
         lambda net: {"epoch": 3, "arch": "x", "state_dict_ema": nn.DataParallel(net).state_dict()},
         lambda net: {"model_ema": {"module": net.state_dict()}["module"], "optimizer": {}},

@@ -44,7 +44,8 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     unused_gpus.cache_clear()
 
 
-TWO_GPUS = """[ "$1" = -L ] && echo 'GPU 0: NVIDIA H100 (UUID: GPU-5e)' && echo 'GPU 1: NVIDIA H100 (UUID: GPU-5f)'"""
+TWO_GPUS = """[ "$1" = -L ] && echo 'GPU 0: NVIDIA H100 (UUID: GPU-5e)' && echo 'GPU 1: NVIDIA H100 (UUID: GPU-5f)' \
+&& echo '  MIG 1g.10gb     Device  0: (UUID: MIG-60)'"""
 
 
 @pytest.mark.parametrize(

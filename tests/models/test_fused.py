@@ -674,15 +674,39 @@ def test_why_layers_run_one_by_one_is_said_once(
     assert reason in describe_backend(net, torch.device(device))["backend_reason"]
 
 
-def test_a_cuda_device_without_the_fused_walk_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cuda_device_without_the_fused_walk_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = network(coding="direct")
     _convert(net)
-    fused._log_once.cache_clear()
-    fused.report(net, fused.obstacle(net, images("cpu")), "cuda")
+    log = fused._log_once
+    log.cache_clear()
+    x = images("cpu")
+    monkeypatch.setattr(fused, "_log_once", lambda device_type, explanation: log("cuda", explanation))
+    fused.report(net, fused.obstacle(net, x), x)
     assert caplog.messages == [
         "cuda: layers run one by one, more slowly, because stages.0.0.conv1.norm is of class BatchNorm2d, not gac's"
         " BatchNorm2d"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("msresnet104", "stages.0.0"), ("maxresnet18_cifar", "stages.1.0")],
+)
+def test_a_network_that_pools_is_not_called_somebodys_own(name: str, block: str, device: str) -> None:
+    net, x = network(name).to(device).eval(), images(device)
+    reason = "makes its maps smaller by pooling, which the fused execution does not have"
+    explanation = f"layers run one by one, more slowly, because {block} {reason}"
+    assert fused.explain(net, fused.obstacle(net, x), x) == explanation
+
+
+def test_nothing_else_is_blamed_where_neurons_run_in_torch(device: str) -> None:
+    net, x = network(coding="direct", backend="torch").to(device).eval(), images(device)
+    _more_steps(net)
+    found = fused.obstacle(net, x)
+    assert found is not None
+    assert fused.explain(net, found, x) == ""
 
 
 @pytest.mark.parametrize("kind", ["one", "all", "own forward"])

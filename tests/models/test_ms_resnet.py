@@ -311,6 +311,26 @@ def test_a_container_keeps_the_step_mode_of_what_it_holds() -> None:
     assert torch.equal(net(images), whole(images))
 
 
+class Looping(nn.Module):
+    """Takes a sequence, and a step of it at a time."""
+
+    def __init__(self, node: nn.Module) -> None:
+        super().__init__()
+        self.node = node
+
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.node(x) for x in x_seq])
+
+
+def test_a_module_of_somebodys_own_may_go_step_by_step():
+    net, whole = small(), small()
+    constants = {"decay_input": False, "v_threshold": 0.5}
+    net.lif = Looping(neuron.LIFNode(**constants))
+    whole.lif = neuron.LIFNode(**constants, step_mode="m")
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(net(images), whole(images))
+
+
 @pytest.mark.parametrize("coding", ["gac", "direct"])
 @pytest.mark.parametrize("name", ["msresnet18_cifar", "msresnet18"])
 @pytest.mark.parametrize("as_sequence", [False, True])
