@@ -18,6 +18,7 @@ from gac.ops.neuron import SURROGATES, LIFParameters, Surrogate, compiled_consta
 from gac.ops.watchers import constant_when_compiled, refuse_symbolic, watched
 
 Backend = Literal["auto", "cupy", "c", "torch"]
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 # SpikingJelly runs these in one fused operation. Their gradient is continuous, so that evaluating it one
 # float32 step beside the threshold (see LIFNode._multi_step_torch) changes nothing that rounding does not.
@@ -292,7 +293,7 @@ class LIFNode(neuron.LIFNode):
     def multi_step_forward(self, x_seq: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the spikes [T, ...] of a sequence; see the class for what remains of it."""
         refuse_symbolic(x_seq)
-        if self.backend == "c" and x_seq.dtype in (torch.float16, torch.bfloat16):
+        if self.backend == "c" and x_seq.dtype in HALF_PRECISION:
             # Of autocast, which the layers beside it follow. In float32, as the membrane potential is, nothing changes.
             # Not self's: a subclass that does something of its own would do it twice.
             return LIFNode.multi_step_forward(self, x_seq.float(), *args, **kwargs).to(x_seq.dtype)

@@ -336,7 +336,7 @@ def test_numbers_of_other_types_are_numbers() -> None:
         assert [(type(value), value) for value in constants] == [(float, 0.5), (float, -1.0), (float, 2.5)]
 
 
-@pytest.mark.c_kernels
+@pytest.mark.c_compiler
 @pytest.mark.parametrize("backend", ["torch", "c"])
 def test_with_an_infinite_threshold_a_neuron_only_integrates(backend: str) -> None:
     node = LIFNode(v_threshold=math.inf, backend=backend)
@@ -348,7 +348,7 @@ def test_with_an_infinite_threshold_a_neuron_only_integrates(backend: str) -> No
     assert torch.equal(x.grad, torch.tensor([[0.5], [1.0]]).expand(2, 3))
 
 
-@pytest.mark.c_kernels
+@pytest.mark.c_compiler
 def test_what_a_subclass_adds_is_done_once_in_half_precision() -> None:
     class Doubled(LIFNode):
         def multi_step_forward(self, x_seq: torch.Tensor) -> torch.Tensor:

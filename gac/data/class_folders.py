@@ -160,7 +160,7 @@ def _open_split(root: Path, name: str, hint: str) -> ClassFolders:
         entries = [each for each in found if not _is_clutter(each.name)]
     classes = sorted(each.name for each in entries if each.is_dir())
     if lost := sorted(each.name for each in entries if not os.path.exists(each.path)):
-        raise InputError(f"{folder}: {first_few(lost)} link to what is not there; mend the links or remove them")
+        raise InputError(f"{folder} has links that lead nowhere: {first_few(lost)}; mend or remove them")
     if not classes:
         raise InputError(
             f"{folder} has no class folders; it needs one folder of images per class (docs/imagenet.md says how"

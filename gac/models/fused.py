@@ -21,7 +21,7 @@ from gac.coding.gated import GatedAttentionCoding, GatedAttentionUnit
 from gac.models.batch_norm import BatchNorm2d, running_inverse_stds
 from gac.models.blocks import ConvNorm, MSBlock
 from gac.models.recompute import recomputed
-from gac.neuron import LIFNode
+from gac.neuron import HALF_PRECISION, LIFNode
 from gac.ops.batch_norm import BatchNormTransform
 from gac.ops.channels import MAX_T
 from gac.ops.event_conv import event_conv2d
@@ -97,7 +97,8 @@ def _obstacle_in_neurons(neurons: list[LIFNode], x: Tensor) -> Obstacle | None:
         # One neuron of each kind is asked: for one input the answer depends on nothing else.
         neurons = [*{_kind(neuron): neuron for neuron in neurons}.values()]
     for neuron in neurons:
-        if not neuron.runs_kernels(x):
+        # In half precision the neuron itself takes backend "c", and nothing else does.
+        if (neuron.backend == "c" and x.dtype in HALF_PRECISION) or not neuron.runs_kernels(x):
             return neuron, _IN_TORCH
     return None
 

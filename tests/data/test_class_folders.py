@@ -147,7 +147,7 @@ def lose_a_class(root: Path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lose_a_class, r"train: ant link to what is not there; mend the links or remove them$"),
+        (lose_a_class, r"train has links that lead nowhere: ant; mend or remove them$"),
         (remove_val, r"there is no folder .*val; imagefolder needs train and val under --data.root"),
         (add_empty_classes, r"train has no images for ant, bee, cat and 2 more; add images \(.jpg, .jpeg, "),
         (rename_class, r"the same class folders.* order; in train only: china; in val only: japan$"),

@@ -272,6 +272,17 @@ def test_evaluation_in_c_is_the_same_in_any_number_of_threads() -> None:
     assert all(torch.equal(each, logits[0]) for each in logits[1:])
 
 
+@pytest.mark.c_compiler
+def test_images_in_half_precision_reach_the_c_kernels() -> None:
+    scores = []
+    for choice in ("c", "torch"):
+        net = network(coding="direct", backend=choice).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            scores.append(net(images("cpu").bfloat16()))
+    assert scores[0].std() > 0
+    assert torch.equal(*scores)
+
+
 @pytest.mark.c_kernels
 def test_autocast_in_c_leaves_the_stream_in_float32() -> None:
     net, x = network(width=16).eval(), images("cpu")
