@@ -57,14 +57,17 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
     if report.device.type == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{torch.cuda.get_device_properties(report.device).uuid}"
     # Most of the time the compiler works, in each process. What is timed is not compiled by torch.
-    chosen = ["-m", marker, "-k", "not compile and not sanitizer", "-n", str(min(8, os.cpu_count() or 1))]
+    chosen = ["-m", marker, "-k", "not compile and not sanitizer", "-n", str(min(16, os.cpu_count() or 1))]
     command = ["-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *paths]
     # Everything that could change how these tests end.
     versions = [text for title, text in report.environment.items() if title not in ("date", "command", "commit")]
     files = [path for folder in ("gac", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.*"))]
-    sources = [path.read_text("utf-8") for path in (*files, *map(ROOT.joinpath, paths)) if path.suffix in SOURCES]
-    key = kernel_cache.key_of(command, versions, environment.get("CUDA_VISIBLE_DEVICES"), *sources)
-    if (passed := kernel_cache.load(key)) is not None:
+
+    def key_of(paths: Sequence[str]) -> str:
+        sources = (path.read_text("utf-8") for path in (*files, *map(ROOT.joinpath, paths)) if path.suffix in SOURCES)
+        return kernel_cache.key_of(chosen, paths, versions, environment.get("CUDA_VISIBLE_DEVICES"), *sources)
+
+    if (passed := kernel_cache.load(key_of(paths))) is not None:
         report.line("equality", f"{int(passed)} tests of the kernels passed on this device before, with these sources")
         report.data["kernel_tests"] = int(passed)
         return
@@ -81,7 +84,10 @@ def run_tests(paths: Sequence[str], report: Report, marker: str = ON_ONE_GPU) ->
         raise MeasurementError(f"{what}; nothing was timed, see python {shlex.join(command)}")
     report.line("equality", f"{len(cases)} tests of the kernels passed on this device")
     report.data["kernel_tests"] = len(cases)
-    kernel_cache.store(key, str(len(cases)).encode())
+    kernel_cache.store(key_of(paths), str(len(cases)).encode())
+    if set(OPERATION_TESTS) < set(paths):
+        of_operations = sum(case.get("classname", "").startswith("tests.ops.") for case in cases)
+        kernel_cache.store(key_of(OPERATION_TESTS), str(of_operations).encode())
 
 
 def compare(what: str, got: Outcome, wanted: Outcome, limit: float) -> list[dict[str, Any]]:

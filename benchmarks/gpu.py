@@ -66,10 +66,10 @@ def parts(options: Namespace, folder: Path, scratch: Path, device: torch.device)
     yield Part("doctor", ["-m", "gac.doctor"], 120, quick=True)
     chosen = ["-m", "gpu and not several_gpus", "-n", str(min(16, os.cpu_count() or 1))]
     yield Part("tests", ["-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider"], 400, quick=True, why_not=no_gpu)
-    yield benchmark("kernels", "kernels", "--dtype", dtype, "--rounds", "3" if on_gpu else "1", seconds=120, quick=True)
     network = ["--precision", precision, "--time-steps", "6", "--batch"]
     turns = ["--rounds", "2", "--steps", "10"] if on_gpu else ["--rounds", "1", "--steps", "1"]
     yield benchmark("throughput", "throughput", *network, "256", *turns, seconds=180, quick=True)
+    yield benchmark("kernels", "kernels", "--dtype", dtype, "--rounds", "3" if on_gpu else "1", seconds=120, quick=True)
     yield benchmark("profile", "profile", *network, "256", "--implementations", ours, seconds=60, quick=True)
     half = ["--train.amp", "fp16"] if on_gpu else []
     yield train("digits", "--config", "configs/digits.yaml", *half, seconds=120, quick=True)

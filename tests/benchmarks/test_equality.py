@@ -174,6 +174,20 @@ class TestTheSuiteAsTheGate:
             with pytest.raises(MeasurementError, match="1 of 2 tests"):
                 run_tests([str(path)], report, "here")
 
+    def test_those_of_networks_are_those_of_operations_too(self, tmp_path, report, capsys, monkeypatch):
+        monkeypatch.setenv("GAC_KERNEL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(equality, "ROOT", tmp_path)
+        for folder in ("ops", "models"):
+            (tmp_path / "tests" / folder).mkdir(parents=True)
+            (tmp_path / "tests" / folder / f"test_gate_{folder}.py").write_text(self.PASSES)
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = here\n")
+        run_tests(["tests/ops", "tests/models/test_gate_models.py"], report, "here")
+        assert capsys.readouterr().out.endswith("2 tests of the kernels passed on this device\n")
+        run_tests(equality.OPERATION_TESTS, report, "here")
+        assert capsys.readouterr().out.endswith(
+            "1 tests of the kernels passed on this device before, with these sources\n"
+        )
+
     def test_a_network_on_the_kernels_needs_them(self, monkeypatch, report):
         def fails(paths, report, marker):
             raise MeasurementError("the tests failed")
