@@ -244,6 +244,9 @@ class CaptureOnDevice:
             with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
             torch.cuda.synchronize(self._device)
+            # The state of the random numbers believes it too, and refuses to give any; a copy of it does not.
+            generator = torch.cuda.default_generators[self._stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
             if first is None:
                 raise
             # Ending a capture that is invalid raises an error of its own, which says less.

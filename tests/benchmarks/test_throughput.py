@@ -245,7 +245,7 @@ def test_largest_batch_is_found_to_a_sixteenth(limit):
 @pytest.mark.gpu
 def test_replayed_steps_on_a_gpu(tmp_path, capsys, monkeypatch):
     # They are part of the suite that this test is part of.
-    monkeypatch.setattr(equality, "run_tests", lambda paths, report: None)
+    monkeypatch.setattr(equality, "run_tests", lambda paths, report, marker: None)
     file = tmp_path / "result.json"
     names = ["ours-cupy", "ours-cupy-graph", "ours-cupy-overlap"]
     arguments = [*SMALL, "--device", "cuda", "--precision", "fp32", "fp16", "--implementations", *names]

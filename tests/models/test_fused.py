@@ -671,8 +671,9 @@ def test_what_changes_between_two_calls_counts_at_the_next(change: Callable, dev
 def test_why_layers_run_one_by_one_is_said_once(
     change: Callable, reason: str, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    net = network(coding="direct").to(device).eval()
+    net = network(coding="direct")
     change(net)
+    net.to(device).eval()
     fused._log_once.cache_clear()
     caplog.set_level("INFO", logger="gac")
     for _ in range(2):
