@@ -268,6 +268,8 @@ class FakeCuda:
         self.ended: list[Any] = []
         self.pools: list[Any] = []
         self.synchronized = 0
+        self.random_states: list[Any] = []
+        generator = SimpleNamespace(clone_state=lambda: "a copy", graphsafe_set_state=self.random_states.append)
 
         def new_stream(device: torch.device) -> Any:
             self.made.append(SimpleNamespace(device_index=0, wait_stream=lambda other: None))
@@ -298,6 +300,7 @@ class FakeCuda:
             "Stream": new_stream, "stream": stream, "graph": graph, "synchronize": synchronize,
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "device": lambda device: nullcontext(),
             "current_stream": lambda device=None: self.current, "graph_pool_handle": object,
+            "default_generators": (generator,),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: self.ended.append(pool), raising=False)
@@ -335,7 +338,7 @@ def test_a_capture_that_fails_leaves_torch_as_it_was_and_names_the_first_error(m
     with pytest.raises(CaptureFailed, match="KeyError in a capture: 'missing'"):
         replayed(torch.ones(1))
     assert cuda.current is cuda.default
-    assert (cuda.ended, cuda.synchronized) == ([(0, cuda.pools[0])], 1)
+    assert (cuda.ended, cuda.synchronized, cuda.random_states) == ([(0, cuda.pools[0])], 1, ["a copy"])
     assert gc.isenabled()
 
     replayed = Replayed(lambda x: x, CaptureOnDevice(torch.device("cuda", 0)))
