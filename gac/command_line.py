@@ -39,8 +39,8 @@ class _Distinct(argparse.Action):
 def finish(run: Callable[[], object], *failures: type[Exception]) -> int:
     """Run a program and return its exit status: 0, or 2 for bad input and 1 for results that cannot be written.
 
-    Of these, and of ``failures``, which are 1 too, one line is printed to stderr. So is an output that nobody reads to
-    its end, as in ``... | head -1``, without a line.
+    Of these, and of ``failures``, which are 1 too, one line is printed to stderr. An output that nobody reads to its
+    end, as in ``... | head -1``, is 1 without a line.
     """
     try:
         run()
